@@ -1,0 +1,13 @@
+"""Few-shot classifiers that generalise to unseen classes: bilevel metric learning (L2G) for PyTorch and learn2learn."""
+
+from l2g_meta.backbones import Conv4 as Conv4
+from l2g_meta.backbones import relation_embedding as relation_embedding
+from l2g_meta.heads import MatchingHead as MatchingHead
+from l2g_meta.heads import PrototypicalHead as PrototypicalHead
+from l2g_meta.heads import RelationHead as RelationHead
+from l2g_meta.model import MetricModel as MetricModel
+from l2g_meta.norm import batchnorm_policy as batchnorm_policy
+from l2g_meta.task import Task as Task
+from l2g_meta.wrapper import L2GWrapper as L2GWrapper
+
+__version__ = "0.1.0"

@@ -1,0 +1,149 @@
+"""From a config to the things a run is made of: data, model, wrapper, tasks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2g_meta import data
+from l2g_meta.backbones import BACKBONES
+from l2g_meta.checkpoint import load_tensors, load_weights
+from l2g_meta.config import Config
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.errors import CheckpointError, FitError
+from l2g_meta.heads import HEADS
+from l2g_meta.model import MetricModel, build_head, feature_shape
+from l2g_meta.task import Task, split_queries
+from l2g_meta.wrapper import L2GWrapper
+
+
+def build_device(config: Config) -> torch.device:
+    """The device named, or for ``auto`` the best there is."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def build_data(config: Config, split: str) -> ClassDataset:
+    """One split of the config's data set."""
+    options = {"split_seed": config.split_seed} if config.data == "folder" else {}
+    return data.load(
+        config.data, split, root=config.root, image_size=config.image_size, download=config.download, **options
+    )
+
+
+def build_model(config: Config, image_shape: tuple[int, ...]) -> MetricModel:
+    """Encoder and head for images (C, H, W), initialised from ``config.seed``; PyTorch's generator is left as it was.
+
+    Raises:
+        FitError: if a name is unknown, an option is not the head's, or encoder and head do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        encoder = _call(_named(config.backbone or "conv4", BACKBONES, "backbone"), image_shape[0])
+        head = _named(config.head, HEADS, "head")
+        shape = feature_shape(encoder, image_shape)
+        try:
+            return MetricModel(encoder, build_head(head, shape, **config.head_options), image_shape=image_shape)
+        except TypeError as error:
+            raise FitError(f"--head {config.head} does not take these options: {error}") from error
+
+
+def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
+    """The model with the config's inner step."""
+    return L2GWrapper(
+        model,
+        config.inner_lr,
+        first_order=config.first_order,
+        learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
+        inner_steps=config.inner_steps,
+    )
+
+
+def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs:
+    """The training stream of the config."""
+    queries = config.queries or 15
+    return TaskPairs(
+        dataset,
+        ways=config.ways,
+        shots=config.shots,
+        queries=2 * queries if config.fresh_queries else queries,
+        outer_ways=config.outer_ways,
+        outer_shots=config.outer_shots,
+        outer_queries=config.outer_queries or queries,
+        seed=config.seed,
+        device=device,
+    )
+
+
+def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task, ...]]:
+    """The tasks of update k, one tuple for each call of the objective, from one stream for all methods.
+
+    L2G takes B pairs; ``episodic`` both tasks of the same B pairs; ``maml`` the T_i of the same B pairs. With
+    ``tasks_per_update`` N, the latter two take N consecutive tasks of T_i, T_j, T_i, T_j, ….
+    """
+    n = config.tasks_per_update
+    if n is not None:
+        singles = [pairs[t // 2][t % 2] for t in range(k * n, (k + 1) * n)]
+        return [split_queries(t) if config.fresh_queries else (t,) for t in singles]
+    batch = [pairs[k * config.episodes_per_update + b] for b in range(config.episodes_per_update)]
+    if config.method == "maml":
+        return [split_queries(t) if config.fresh_queries else (t,) for t, _ in batch]
+    return list(batch)
+
+
+def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:
+    """A trained run's wrapper, on its device and in evaluation mode, and its config.
+
+    Args:
+        run: folder made by ``l2g train``.
+        checkpoint: ``"best"`` on validation, or ``"last"``.
+        device: another device than the config's.
+
+    Raises:
+        L2GError: if the folder is no run, or the checkpoint is missing or damaged.
+    """
+    run = Path(run)
+    config = Config.load(run / "config.json")
+    path = run / f"{checkpoint}.safetensors"
+    _, info = load_tensors(path)
+    if "image_shape" not in info:
+        raise CheckpointError(
+            f"{path} was trained from Python on its own model or data; build that model and call "
+            "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
+        )
+    wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))
+    load_weights(path, wrapper)
+    config = config if device is None else Config(**{**vars(config), "device": device})
+    return wrapper.to(build_device(config)).eval(), config
+
+
+def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
+    """A built-in part by its name, or a user's by ``package.module:Class``."""
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise FitError(f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise FitError(
+            f"cannot load --{kind} {name}: {error}; the module must be importable from here (install it, or set "
+            "PYTHONPATH to its folder)"
+        ) from error
+
+
+def _call(encoder: Callable[..., nn.Module], in_channels: int) -> nn.Module:
+    try:
+        return encoder(in_channels)
+    except TypeError as error:
+        raise FitError(f"need a backbone that is built as Backbone(in_channels), got: {error}") from error

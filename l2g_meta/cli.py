@@ -1,0 +1,137 @@
+"""The command `l2g`, thin: flags are the fields of ``Config``, the work is in ``training`` and ``evaluation``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.config import Config
+from l2g_meta.errors import L2GError
+from l2g_meta.norm import POLICIES
+
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 2 unusable input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (L2GError, ImportError) as error:
+        print(f"l2g: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(args: argparse.Namespace) -> int:
+    from l2g_meta.training import train
+
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    if args.resume is not None:
+        if given or args.out is not None:
+            raise L2GError("need --resume RUN alone: a run continues with its own config")
+        config, out = Config.load(args.resume / "config.json"), args.resume
+    else:
+        config = Config(**given).resolved()
+        out = args.out or Path("runs") / f"{config.data}-{config.method}-{config.head}-seed{config.seed}"
+    wrapper = train(config, out, resume=args.resume is not None)
+    del wrapper
+    from l2g_meta.checkpoint import load_tensors
+
+    best = load_tensors(out / "best.safetensors")[1]
+    print(
+        f"{out}: best validation {best['val_accuracy']:.2f} % at update {best['iteration']}, BatchNorm {config.bn}, "
+        f"reduction {config.reduction or 'mean'}"
+    )
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from l2g_meta.build import build_data, build_device, load_run
+    from l2g_meta.evaluation import evaluate, over_models
+
+    results = []
+    for run in args.run:
+        wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
+        config = Config(**{**vars(config), "root": args.root or config.root})
+        result = evaluate(
+            wrapper,
+            build_data(config, args.split),
+            ways=args.ways or config.ways,
+            shots=args.shots or config.shots,
+            queries=args.queries or config.queries or 15,
+            episodes=args.episodes,
+            runs=args.runs,
+            bn=args.bn,
+            episode_seed=args.episode_seed,
+            device=build_device(config),
+        )
+        results.append(result)
+        print(f"{run}: {result}")
+    total = results[0]
+    if len(results) > 1:
+        total = over_models(results)
+        print(total)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps({"checkpoints": [str(run) for run in args.run], **total.to_json()}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from l2g_meta import __version__
+
+    parser = argparse.ArgumentParser(prog="l2g", description="Few-shot learning that generalises to unseen tasks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a model", description="Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
+    )
+    for f in fields(Config):
+        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        options["default"] = argparse.SUPPRESS
+        if f.default is not None and f.default is not False:
+            options["help"] += f" (default: {f.default})"
+        if f.type == "bool":
+            train.add_argument(flag, action="store_true", **options)
+        else:
+            train.add_argument(flag, type=TYPES[str(f.type).removesuffix(" | None")], **options)
+    train.add_argument("--out", type=Path, help="run directory (default: runs/DATA-METHOD-HEAD-seedSEED)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy on unseen classes",
+        description="Evaluates one trained run, or several as trained seeds: only then an interval over runs is given.",
+    )
+    evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--ways", type=_positive, help="classes per episode (default: as trained)")
+    evaluate.add_argument("--shots", type=_positive, help="supports per class (default: as trained)")
+    evaluate.add_argument("--queries", type=_positive, help="queries per class (default: as trained)")
+    evaluate.add_argument("--episodes", type=_positive, default=600, help="per stream (default: 600)")
+    evaluate.add_argument("--runs", type=_positive, default=1, help="streams of episodes for each model (default: 1)")
+    evaluate.add_argument("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
+    evaluate.add_argument("--episode-seed", type=int, default=0, help="of the episodes (default: 0)")
+    evaluate.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    evaluate.add_argument("--root", help="folder of the data, if it has moved since training")
+    evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the result, in per cent")
+    evaluate.set_defaults(command=_evaluate)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"need at least 1, got {value}")
+    return value

@@ -1,0 +1,110 @@
+"""Differentiable copies of a module: learn2learn's ``clone_module`` and ``update_module``, or the same built in.
+
+The one place that imports learn2learn, and only when something asks for it (the import takes seconds). Where it is not
+installed the two functions below do the same, to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+INSTALL = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
+
+
+@functools.cache
+def has_learn2learn() -> bool:
+    """Whether learn2learn is installed; does not import it."""
+    return importlib.util.find_spec("learn2learn") is not None
+
+
+@functools.cache
+def require_learn2learn() -> ModuleType:
+    """The learn2learn module, imported without Gym's start-up banner.
+
+    Raises:
+        ImportError: with the line that installs it.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # Gym announces its successor there
+            import learn2learn
+            import learn2learn.vision.datasets  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"this needs learn2learn ({error}); install it with: {INSTALL}") from error
+    return learn2learn
+
+
+@functools.cache
+def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Sequence[Tensor | None]], nn.Module]]:
+    """``(clone_module, update_module)`` of learn2learn where it is installed, else those below."""
+    if not has_learn2learn():
+        return _quiet(clone_module), _quiet(update_module)
+    utils = require_learn2learn().utils
+    return _quiet(utils.clone_module), _quiet(utils.update_module)
+
+
+def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
+    """A copy whose parameters are differentiable clones; buffers are shared, parameters shared within stay shared.
+
+    Args:
+        module: any module.
+        memo: clone of each parameter met so far, by ``id``.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> clone_module(layer).weight.grad_fn is not None
+        True
+    """
+    memo = {} if memo is None else memo
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__.copy()
+    for p in module._parameters.values():
+        if p is not None and id(p) not in memo:
+            memo[id(p)] = p.clone()
+    clone._parameters = {name: p if p is None else memo[id(p)] for name, p in module._parameters.items()}  # type: ignore
+    clone._buffers = module._buffers.copy()
+    clone._modules = {name: m if m is None else clone_module(m, memo) for name, m in module._modules.items()}
+    return _reflatten(clone)
+
+
+def update_module(module: nn.Module, updates: Sequence[Tensor | None]) -> nn.Module:
+    """Replaces each parameter p of a clone by p + u, differentiably and in place; ``None`` leaves it.
+
+    Args:
+        module: a module made by ``clone_module``.
+        updates: one tensor u, or ``None``, for each of ``module.parameters()``, in that order.
+
+    Returns:
+        The module.
+    """
+    new = {id(p): p if u is None else p + u for p, u in zip(module.parameters(), updates, strict=True)}
+    for child in module.modules():
+        for name, p in child._parameters.items():
+            if p is not None:
+                child._parameters[name] = new[id(p)]  # type: ignore[assignment]
+        _reflatten(child)
+    return module
+
+
+def _reflatten(module: nn.Module) -> nn.Module:
+    # Recurrent layers keep their weights once more in a list, which `_apply` rebuilds.
+    return module._apply(lambda t: t) if hasattr(module, "flatten_parameters") else module
+
+
+def _quiet(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    # `_apply` looks at `.grad` of clones, which are no leaves: harmless, and warned about every time.
+    @functools.wraps(function)
+    def call(*args: Any) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            return function(*args)
+
+    return call

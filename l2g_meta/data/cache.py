@@ -1,0 +1,90 @@
+"""Converted data sets on disk: built once, renamed into place, read through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.errors import DataError
+
+
+def cache_root() -> Path:
+    """Folder of converted data: ``$L2G_CACHE``, else ``$XDG_CACHE_HOME/l2g-meta``, else ``~/.cache/l2g-meta``."""
+    if "L2G_CACHE" in os.environ:
+        return Path(os.environ["L2G_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "l2g-meta"
+
+
+def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    """Folder ``name-<digest>`` under ``cache_root()``, built by ``build(folder)`` the first time.
+
+    Args:
+        name: readable prefix of the folder.
+        fingerprint: JSON values; whatever changes the result (source paths, sizes, times, versions, options).
+        build: fills an empty folder; it is renamed into place only when this returns.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    root = cache_root()
+    folder = root / f"{name}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    except OSError as error:
+        raise DataError(
+            f"need a writable folder for converted data, got {root} ({error.strerror}); set L2G_CACHE to one"
+        ) from error
+    try:
+        build(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster: its result is the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def file_fingerprint(path: Path) -> list[Any]:
+    """Path, size in bytes and modification time in ns: changes when the file does."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def create_images(folder: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Writable uint8 memory map (n, H, W, C) that ``open_dataset`` will find in ``folder``."""
+    return np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+
+
+def write_classes(folder: Path, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
+    """The labels (n,) and class names that belong to the images in ``folder``."""
+    np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64), allow_pickle=False)
+    (folder / "classes.json").write_text(json.dumps(list(class_names)), encoding="utf-8")
+
+
+def open_dataset(
+    folder: Path, *, name: str, split: str, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
+) -> ClassDataset:
+    """The data set in a finished cache folder, its images memory-mapped."""
+    # Copy-on-write: PyTorch wants writable memory, the file stays as it is.
+    images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
+    names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    return ClassDataset(images, labels, tuple(names), name=name, split=split, mean=mean, std=std)

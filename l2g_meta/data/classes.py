@@ -1,0 +1,155 @@
+"""Class-indexed data: images grouped by class, ready to be gathered into tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2g_meta.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class ClassDataset:
+    """Images and their class labels, in memory or memory-mapped.
+
+    Args:
+        images: uint8 array or tensor (n, H, W, C), scaled to [0, 1] and normalised when gathered; or a float tensor
+            (n, ...) of inputs that are used as they are.
+        labels: integers (n,), the class of each image, 0 … n_classes − 1, in any order; every class occurs.
+        class_names: one name per class; ``"0"``, ``"1"``, … by default.
+        name: what the data set is called in tables, for example ``"mini-imagenet"``.
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``""``.
+        mean: per channel, on the [0, 1] scale; subtracted from uint8 images.
+        std: per channel, on the [0, 1] scale; uint8 images are divided by it.
+
+    Raises:
+        DataError: if lengths disagree, a class has no image, or the labels are not 0 … n_classes − 1.
+
+    Example:
+        >>> data = ClassDataset(torch.randn(6, 3, 8, 8), [0, 0, 0, 1, 1, 1])
+        >>> data.n_classes, data.image_shape, data.gather([5, 0]).shape
+        (2, (3, 8, 8), torch.Size([2, 3, 8, 8]))
+    """
+
+    images: np.ndarray | Tensor
+    labels: Sequence[int] | np.ndarray | Tensor
+    class_names: tuple[str, ...] = ()
+    name: str = ""
+    split: str = ""
+    mean: Sequence[float] = (0.5,)
+    std: Sequence[float] = (0.5,)
+    index: tuple[np.ndarray, ...] = field(init=False, repr=False)  # rows of each class, ascending
+
+    def __post_init__(self) -> None:
+        images = self.images if isinstance(self.images, Tensor) else torch.from_numpy(np.asarray(self.images))
+        labels = np.asarray(self.labels.cpu() if isinstance(self.labels, Tensor) else self.labels)
+        if labels.shape != (len(images),):
+            raise DataError(f"need one label per image ({len(images)}), got labels of shape {labels.shape}")
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels.astype(np.int64))
+        object.__setattr__(self, "index", index_by_class(labels))
+        names = self.class_names or tuple(str(c) for c in range(self.n_classes))
+        if len(names) != self.n_classes:
+            raise DataError(f"need one name per class ({self.n_classes}), got {len(names)} names")
+        object.__setattr__(self, "class_names", tuple(names))
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.index)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one gathered input, (C, H, W) for images."""
+        shape = tuple(self.images.shape[1:])
+        return (shape[2], shape[0], shape[1]) if self._is_uint8 else shape
+
+    @property
+    def _is_uint8(self) -> bool:
+        return self.images.dtype == torch.uint8
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W)."""
+        images: Tensor = self.images  # type: ignore[assignment]
+        x = images[torch.as_tensor(rows, device=images.device)]
+        if not self._is_uint8:
+            return x
+        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
+        return (x.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    def to(self, device: torch.device | str | None) -> ClassDataset:
+        """The same data with the images resident on ``device``."""
+        images: Tensor = self.images  # type: ignore[assignment]
+        return self if device is None else replace(self, images=images.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class MapDataset:
+    """Any map-style data set (``dataset[i] -> (x, label)``) by class; labels come from its label list.
+
+    Reads ``dataset.targets`` or ``dataset.labels`` (torchvision's and most others' convention) unless ``labels`` is
+    given, so that no image is decoded just to learn its class.
+
+    Args:
+        dataset: items (x, label) with x a tensor, all of one shape.
+        labels: class of each item, (n,), any hashable values; sorted, they become classes 0, 1, ….
+
+    Raises:
+        DataError: if there is no label list.
+    """
+
+    dataset: Any
+    labels: Any = None
+    class_names: tuple[str, ...] = field(init=False)
+    index: tuple[np.ndarray, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        labels = self.labels
+        if labels is None:
+            labels = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
+        if labels is None:
+            raise DataError(
+                f"need a label list to index {type(self.dataset).__name__} by class, got neither `targets` nor "
+                "`labels` on it; pass MapDataset(dataset, labels=[...])"
+            )
+        names, rows = np.unique(np.asarray(labels), return_inverse=True)
+        object.__setattr__(self, "labels", rows.reshape(-1))
+        object.__setattr__(self, "index", index_by_class(rows.reshape(-1)))
+        object.__setattr__(self, "class_names", tuple(str(n) for n in names))
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.index)
+
+    def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Inputs of the given rows, stacked: (len(rows), ...)."""
+        return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows])
+
+
+def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Rows of each class, ascending, for labels 0 … n_classes − 1.
+
+    Example:
+        >>> [rows.tolist() for rows in index_by_class(np.array([1, 0, 1]))]
+        [[1], [0, 2]]
+    """
+    if labels.size == 0 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise DataError(f"need integer labels from 0, at least one, got {labels.dtype} labels of shape {labels.shape}")
+    counts = np.bincount(labels)
+    if (counts == 0).any():
+        raise DataError(
+            f"need an image of every class 0 … {len(counts) - 1}, got none of class {int(np.argmin(counts))}; "
+            "number the classes without gaps (np.unique(labels, return_inverse=True))"
+        )
+    order = np.argsort(labels, kind="stable")
+    return tuple(np.split(order, np.cumsum(counts)[:-1]))

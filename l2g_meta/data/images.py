@@ -1,0 +1,199 @@
+"""Image files: fetched, found by class, decoded, and converted once to a class-sorted array."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from l2g_meta.data.cache import cached, create_images, open_dataset, write_classes
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pickles import is_html
+from l2g_meta.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB on the [0, 1] scale
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 50_000_000  # per image; beyond it a small file may unpack to gigabytes
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+Source = TypeVar("Source")
+Resize = Callable[[Image.Image, int], Image.Image]
+
+
+def stretch(image: Image.Image, size: int) -> Image.Image:
+    """The image as (size, size), bilinear with antialiasing; unchanged if it has that size."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def decode(source: str | bytes, file_format: str, label: str = "", *, upright: bool = False) -> Image.Image:
+    """The RGB image in a file or in encoded bytes.
+
+    Args:
+        source: a file, or what one holds.
+        file_format: ``"JPEG"`` or ``"PNG"``; only that decoder is tried.
+        label: what errors call the source; the path by default.
+        upright: turn the image as its Exif orientation says.
+
+    Raises:
+        DataError: if it is not a readable 8-bit image of that format with at most ``MAX_PIXELS`` pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=[file_format]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            if image.mode[0] in "IF":  # Pillow would clip it to white
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
+        raise DataError(
+            f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); restore or remove it"
+        ) from error
+
+
+def read_image(path: str, *, upright: bool = False) -> Image.Image:
+    """The RGB image in a file, decoded as what its suffix claims."""
+    return decode(path, FORMATS[os.path.splitext(path)[1].lower()], upright=upright)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def class_files(folder: Path) -> dict[str, list[str]]:
+    """Paths of the images of each class, ``folder/<class>/*.{jpg,jpeg,png}``, classes and files sorted by name.
+
+    Raises:
+        DataError: if there is no class, or a class has no image.
+    """
+    classes = {}
+    for name in subfolders(folder):
+        with os.scandir(folder / name) as entries:
+            files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
+        classes[name] = [f for f in files if os.path.splitext(f)[1].lower() in FORMATS]
+    empty = [name for name, files in classes.items() if not files]
+    if empty or not classes:
+        got = f"no image in {empty}" if empty else "no folder"
+        raise DataError(f"need images <class>/*.{{jpg,jpeg,png}} in {folder}, got {got}; add some or remove the folder")
+    return classes
+
+
+def find_folder(*bases: Path, split: str) -> Path | None:
+    """The first of ``base/<split>`` that is a folder; ``validation`` may be called ``val``."""
+    names = ("validation", "val") if split == "validation" else (split,)
+    return next((base / name for base in bases for name in names if (base / name).is_dir()), None)
+
+
+def missing(need: str, root: Path | str | None, layouts: Sequence[str]) -> DataError:
+    """The error for data that is not there."""
+    got = "no root" if root is None else f"{root} without it" if Path(root).is_dir() else f"{root}, which is no folder"
+    return DataError(f"need {need}, got {got}; pass as root (--root) a folder that holds {' or '.join(layouts)}")
+
+
+def check_request(
+    name: str, split: str, root: Path | str | None, image_size: int | None, layouts: Sequence[str]
+) -> tuple[Path, int]:
+    """The root as an absolute path, and the image size, 84 by default.
+
+    Raises:
+        DataError: if the split has another name, there is no root, or the size is not positive.
+    """
+    if split not in SPLITS:
+        raise DataError(f"need a split of {', '.join(SPLITS)}, got {split!r}; choose one of them")
+    if root is None:
+        raise missing(f"the folder of {name}", root, layouts)
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise DataError(f"need an image size in pixels, at least 1, got {image_size!r}; leave it out for 84")
+    return Path(root).expanduser().resolve(), image_size or 84
+
+
+def convert(
+    classes: Mapping[str, Sequence[Source]], read: Callable[[Source], Image.Image], resize: Resize, size: int, out: Path
+) -> None:
+    """Write the images of each class, (n, size, size, 3) uint8 in the order given, as a cache folder.
+
+    Args:
+        classes: the sources of each class, in the order of the labels.
+        read: the RGB image of a source; called from several threads.
+        resize: makes it (size, size).
+        size: side of the images in pixels.
+        out: an empty folder.
+    """
+    from tqdm import tqdm
+
+    counts = [len(sources) for sources in classes.values()]
+    images = create_images(out, (sum(counts), size, size, 3))
+
+    def write(row: int, source: Source) -> None:
+        images[row] = np.asarray(resize(read(source), size))
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, tqdm(total=len(images), disable=None) as progress:
+        first = 0
+        for sources in classes.values():  # one class at a time bounds what is queued
+            list(pool.map(write, range(first, first + len(sources)), sources))
+            first += len(sources)
+            progress.update(len(sources))
+    write_classes(out, np.repeat(np.arange(len(counts)), counts), list(classes))
+
+
+def open_converted(
+    name: str, split: str, size: int, source: Mapping[str, Any], build: Callable[[Path], None]
+) -> ClassDataset:
+    """The converted data set, built the first time; ``source`` is JSON that changes when the original data do."""
+    folder = cached(f"{name}-{split}-{size}", {"conversion": 1, "size": size, **source}, build)
+    return open_dataset(folder, name=name, split=split, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def open_folders(
+    name: str,
+    split: str,
+    size: int,
+    classes: Mapping[str, Sequence[str]],
+    read: Callable[[str], Image.Image] = read_image,
+    resize: Resize = stretch,
+) -> ClassDataset:
+    """The data set of the image files of each class, converted again when a path, size or time has changed."""
+    digest = hashlib.sha256()
+    for files in classes.values():
+        for file in files:
+            stat = os.stat(file)
+            digest.update(os.fsencode(f"{file}\n{stat.st_size} {stat.st_mtime_ns}\n"))
+    source = {"files": digest.hexdigest(), "read": read.__name__, "resize": resize.__name__}
+    return open_converted(name, split, size, source, partial(convert, classes, read, resize, size))
+
+
+def fetch_pickle(url: str, path: Path) -> None:
+    """Download ``path`` from ``url`` with learn2learn, unless it is there; it appears only when it is complete.
+
+    Raises:
+        DataError: if the download fails or gives an HTML page.
+        ImportError: if learn2learn is missing.
+    """
+    if path.is_file() and not is_html(path):
+        return
+    from l2g_meta.clone import require_learn2learn
+
+    download_file = require_learn2learn().data.utils.download_file
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download_file(url, str(part))
+        if is_html(part):
+            raise OSError("the server sent an HTML page")
+        part.replace(path)
+    except Exception as error:  # whatever the HTTP library raises
+        raise DataError(
+            f"need {path.name}, got no download of {url} ({error}); get learn2learn's published file (its MiniImagenet "
+            f"and TieredImagenet classes have the links) by other means, put it at {path}, pass that root (--root)"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,274 @@
+"""Tasks and class-disjoint task pairs, each a function of (seed, position) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2g_meta.data.classes import ClassDataset, MapDataset
+from l2g_meta.errors import DataError
+from l2g_meta.task import Task
+
+Choice = int | Sequence[int]  # a number, or a set of them to draw from for each task
+
+
+class ClassIndexed(Protocol):
+    """What tasks are drawn from: rows by class, and inputs by row. ``ClassDataset`` is one."""
+
+    @property
+    def index(self) -> Sequence[np.ndarray]:
+        """Rows of each class."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Inputs of the rows, (len(rows), ...)."""
+        ...
+
+
+class TaskRows(NamedTuple):
+    """A task as rows of a data set: (n_support,), (n_support,), (n_query,), (n_query,), and the classes drawn."""
+
+    support: np.ndarray
+    support_y: np.ndarray
+    query: np.ndarray
+    query_y: np.ndarray
+    classes: np.ndarray
+
+
+class TaskShape(NamedTuple):
+    """Ways, shots and queries per class of a task: numbers, or sets to draw from."""
+
+    ways: Choice
+    shots: Choice
+    queries: Choice
+
+    def checked(self, name: str) -> TaskShape:
+        """The shape itself, if its numbers are positive."""
+        for field, choice in zip(self._fields, self, strict=True):
+            values = _values(choice)
+            if not values or not all(isinstance(v, int | np.integer) for v in values) or min(values) < 1:
+                raise DataError(f"need {name}{field} to be a positive integer or a set of them, got {choice!r}")
+        return self
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Most ways, and most examples per class."""
+        return max(_values(self.ways)), max(_values(self.shots)) + max(_values(self.queries))
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """One (ways, shots, queries)."""
+        ways, shots, queries = (v[0] if len(v) == 1 else v[rng.integers(len(v))] for v in map(_values, self))
+        return ways, shots, queries
+
+
+class TaskPairs:
+    """Pairs (T_i, T_j) of tasks without a common class, the input of L2G.
+
+    ``pairs[k]`` depends on (seed, k) alone: resuming, the order of access and the number of workers change nothing, and
+    no global generator is used. Both tasks' classes are drawn as one set of distinct classes, then split.
+
+    Args:
+        dataset: a ``ClassDataset``, any map-style data set with ``targets`` or ``labels``, or learn2learn's
+            ``MetaDataset``, ``Taskset`` or ``TaskDataset`` (see ``l2g_meta.data.learn2learn``).
+        ways: classes of T_i; a number, or a set to draw from for each task. So for all six numbers.
+        shots: supports per class of T_i.
+        queries: queries per class of T_i.
+        outer_ways: classes of T_j; as T_i's by default. So for the next two.
+        outer_shots: supports per class of T_j.
+        outer_queries: queries per class of T_j.
+        seed: of the stream of pairs.
+        device: where the tasks are wanted; a ``ClassDataset`` is moved there once. By default, where the data is.
+
+    Raises:
+        DataError: if the data set has too few classes or images, with what would fit.
+
+    Example:
+        >>> data = ClassDataset(torch.randn(40, 1, 8, 8), torch.arange(40) // 4)
+        >>> task_i, task_j = TaskPairs(data, ways=5, shots=1, queries=3)[7]
+        >>> task_i.support_x.shape, task_j.query_y.tolist()
+        (torch.Size([5, 1, 8, 8]), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4])
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        ways: Choice,
+        shots: Choice,
+        queries: Choice,
+        outer_ways: Choice | None = None,
+        outer_shots: Choice | None = None,
+        outer_queries: Choice | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ):
+        self.inner = TaskShape(ways, shots, queries).checked("")
+        self.outer = TaskShape(
+            ways if outer_ways is None else outer_ways,
+            shots if outer_shots is None else outer_shots,
+            queries if outer_queries is None else outer_queries,
+        ).checked("outer_")
+        self.source = task_source(dataset, device)
+        self.seed, self.device = seed, device
+        check_enough(self.source, self.inner, self.outer)
+
+    def __getitem__(self, k: int) -> tuple[Task, Task]:
+        """The pair at position k ≥ 0 of the stream."""
+        rng = generator(self.seed, k)
+        drawn_i, drawn_j = self.inner.draw(rng), self.outer.draw(rng)
+        task_i, task_j = self.source.draw(rng, (drawn_i, drawn_j))
+        return task_i.to(self.device), task_j.to(self.device)
+
+
+class Episodes:
+    """Single tasks, for evaluation and episodic training; ``episodes[k]`` depends on (seed, k) alone.
+
+    Args:
+        dataset: as for ``TaskPairs``.
+        ways: classes; a number, or a set to draw from. So for the next two.
+        shots: supports per class.
+        queries: queries per class.
+        seed: an integer or several (for example episode seed and run), of the stream.
+        device: as for ``TaskPairs``.
+
+    Example:
+        >>> data = ClassDataset(torch.randn(20, 1, 8, 8), torch.arange(20) // 4)
+        >>> Episodes(data, ways=5, shots=1, queries=3)[0].n_way
+        5
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        ways: Choice,
+        shots: Choice,
+        queries: Choice,
+        seed: int | Sequence[int] = 0,
+        device: torch.device | str | None = None,
+    ):
+        self.shape = TaskShape(ways, shots, queries).checked("")
+        self.source = task_source(dataset, device)
+        self.seed, self.device = seed, device
+        check_enough(self.source, self.shape)
+
+    def __getitem__(self, k: int) -> Task:
+        """The task at position k ≥ 0 of the stream."""
+        rng = generator(self.seed, k)
+        (task,) = self.source.draw(rng, (self.shape.draw(rng),))
+        return task.to(self.device)
+
+    def rows(self, k: int) -> TaskRows:
+        """The rows of ``self[k]``, for a class-indexed data set."""
+        if not isinstance(self.source, IndexedSource):
+            raise DataError("need a class-indexed data set to give rows, got learn2learn's")
+        rng = generator(self.seed, k)
+        (rows,) = self.source.rows(rng, (self.shape.draw(rng),))
+        return rows
+
+
+class TaskSource(Protocol):
+    """Draws tasks without a common class."""
+
+    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[Task, ...]:
+        """One task for each (ways, shots, queries)."""
+        ...
+
+    def class_sizes(self) -> np.ndarray | None:
+        """Examples of each class (n_classes,), or ``None`` where only drawing can tell."""
+        ...
+
+
+class IndexedSource:
+    """Tasks from a class-indexed data set: rows first, then one gather for each task."""
+
+    def __init__(self, dataset: ClassIndexed):
+        self.dataset = dataset
+
+    def rows(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[TaskRows, ...]:
+        """Rows of tasks without a common class, one for each (ways, shots, queries)."""
+        index = self.dataset.index
+        ways = [n for n, _, _ in shapes]
+        classes = rng.choice(len(index), sum(ways), replace=False)
+        tasks = []
+        for chosen, (n, shots, queries) in zip(np.split(classes, np.cumsum(ways)[:-1]), shapes, strict=True):
+            drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
+            tasks.append(
+                TaskRows(
+                    drawn[:, :shots].reshape(-1),
+                    np.repeat(np.arange(n), shots),
+                    drawn[:, shots:].reshape(-1),
+                    np.repeat(np.arange(n), queries),
+                    chosen,
+                )
+            )
+        return tuple(tasks)
+
+    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[Task, ...]:
+        """One task for each (ways, shots, queries)."""
+        return tuple(self.load(rows) for rows in self.rows(rng, shapes))
+
+    def class_sizes(self) -> np.ndarray:
+        """Examples of each class, (n_classes,)."""
+        return np.array([len(rows) for rows in self.dataset.index])
+
+    def load(self, rows: TaskRows) -> Task:
+        """The task of these rows."""
+        x = self.dataset.gather(torch.from_numpy(np.concatenate([rows.support, rows.query])))
+        n = len(rows.support)
+        support_y, query_y = (torch.from_numpy(y).to(x.device) for y in (rows.support_y, rows.query_y))
+        return Task(x[:n], support_y, x[n:], query_y, len(rows.classes))
+
+
+def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:
+    """The way to draw tasks from any supported data set."""
+    if isinstance(dataset, ClassDataset):
+        return IndexedSource(dataset.to(device))
+    if hasattr(dataset, "index") and hasattr(dataset, "gather"):
+        return IndexedSource(dataset)
+    if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
+        from l2g_meta.data.learn2learn import learn2learn_source
+
+        return learn2learn_source(dataset)
+    return IndexedSource(MapDataset(dataset))
+
+
+def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
+    """That the largest tasks of these shapes fit together.
+
+    Raises:
+        DataError: with the counts, and what would fit.
+    """
+    sizes = source.class_sizes()
+    if sizes is None:
+        return
+    ways = [shape.largest[0] for shape in shapes]
+    kind = "a disjoint pair" if len(shapes) > 1 else "a task"
+    if sum(ways) > len(sizes):
+        raise DataError(
+            f"{kind} needs {sum(ways)} classes, the split has {len(sizes)}; "
+            f"lower ways to {len(sizes) // len(shapes)}" + (" each" if len(shapes) > 1 else "")
+        )
+    examples = max(shape.largest[1] for shape in shapes)
+    if sizes.min() < examples:
+        small = int((sizes < examples).sum())
+        raise DataError(
+            f"shots + queries needs {examples} examples of every class, {small} of {len(sizes)} classes have fewer "
+            f"(the smallest has {sizes.min()}); lower shots + queries to {sizes.min()} or leave those classes out"
+        )
+
+
+def generator(seed: int | Sequence[int], k: int) -> np.random.Generator:
+    """The generator of position k of a stream."""
+    if k < 0:
+        raise IndexError(f"need a position of at least 0, got {k}")
+    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    return np.random.default_rng([*seeds, k])
+
+
+def _values(choice: Choice) -> list[int]:
+    return [choice] if isinstance(choice, int | np.integer) else list(choice)

@@ -1,0 +1,143 @@
+"""tieredImageNet: 608 classes, 84 x 84, whose splits (351/97/160) share no super-category; Ren et al. (2018)."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2g_meta.data import images
+from l2g_meta.data.cache import file_fingerprint
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pickles import load_pickle
+from l2g_meta.errors import DataError
+
+SPLITS = images.SPLITS
+DEFAULTS: dict[str, Any] = dict(image_size=84, channels=3)
+MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
+LAYOUTS = (
+    "tiered-imagenet/{train,val,test}_images_png.pkl with {train,val,test}_labels.pkl",
+    "the same files directly",
+    "tiered-imagenet/<split>/<class>/*.{jpg,png}",
+)
+URL = "https://zenodo.org/record/7978538/files/tiered-imagenet-"  # where learn2learn's TieredImagenet downloads from
+
+
+def load(
+    split: str, *, root: Path | str | None = None, image_size: int | None = None, download: bool = False
+) -> ClassDataset:
+    """A split of tieredImageNet as a class-sorted, memory-mapped uint8 array (n, S, S, 3).
+
+    The first call decodes each image of the published files ``{train,val,test}_images_png.pkl`` once; it needs memory
+    for that file (encoded images), not for the result. Classes come from the label file and are sorted by name.
+    Super-categories, where the label file has them, are stored beside the array as ``super.json``.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        root: folder with ``tiered-imagenet/`` or with the files themselves.
+        image_size: S; by default 84, the size the images have, where nothing is resampled. Other sizes are resized
+            (bilinear, antialiased): label such runs, their numbers are not tieredImageNet's.
+        download: where nothing is found, let learn2learn download the files of this split into ``root``.
+
+    Raises:
+        DataError: if the data are missing or damaged, or the download fails.
+        ImportError: if ``download`` needs learn2learn and it is missing.
+    """
+    root, size = images.check_request("tieredImageNet", split, root, image_size, LAYOUTS)
+    files = _find_pickles(root, split)
+    folder = images.find_folder(root / "tiered-imagenet", split=split)
+    if files is None and folder is not None:
+        return images.open_folders("tiered-imagenet", split, size, images.class_files(folder))
+    if files is None and download:
+        for path in _pickles(root / "tiered-imagenet", split):
+            images.fetch_pickle(URL + path.name, path)
+        files = _find_pickles(root, split)
+    if files is None:
+        raise images.missing(f"the {split} split of tieredImageNet", root, LAYOUTS)
+    source = {"files": [file_fingerprint(path) for path in files]}
+    return images.open_converted("tiered-imagenet", split, size, source, partial(_convert_pickles, *files, size))
+
+
+def super_categories(split: str, *, root: Path | str | None = None) -> dict[str, str]:
+    """The super-category of each class, by name, as the label file gives it.
+
+    Raises:
+        DataError: if there is no label file, or it has no super-categories.
+    """
+    root, _ = images.check_request("tieredImageNet", split, root, None, LAYOUTS)
+    files = _find_pickles(root, split)
+    if files is None:
+        raise images.missing(f"the label file of the {split} split of tieredImageNet", root, LAYOUTS[:2])
+    categories = _read_labels(files[1])[1]
+    if not categories:
+        raise DataError(f'need super-categories, got no "label_general" in {files[1]}; use the published label file')
+    return categories
+
+
+def _pickles(base: Path, split: str) -> tuple[Path, Path]:
+    short = "val" if split == "validation" else split
+    return base / f"{short}_images_png.pkl", base / f"{short}_labels.pkl"
+
+
+def _find_pickles(root: Path, split: str) -> tuple[Path, Path] | None:
+    pairs = (_pickles(base, split) for base in (root / "tiered-imagenet", root))
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+
+
+def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path) -> None:
+    """Convert the list of PNG files, each a uint8 array (bytes,) or (bytes, 1), and their labels."""
+    classes, categories = _read_labels(labels_path)
+    encoded = load_pickle(images_path)
+    n = sum(len(rows) for rows in classes.values())
+    if not isinstance(encoded, list) or len(encoded) != n:
+        got = len(encoded) if isinstance(encoded, list) else type(encoded).__name__
+        raise DataError(f"need a list of {n} images, as many as labels, got {got} in {images_path}; get both again")
+
+    def read(row: int) -> Image.Image:
+        png = encoded[row]
+        if not isinstance(png, np.ndarray) or png.dtype != np.uint8:
+            raise DataError(f"need the bytes of a PNG file, got {type(png).__name__}, image {row} of {images_path}")
+        return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
+
+    images.convert(classes, read, images.stretch, size, out)
+    if categories:
+        (out / "super.json").write_text(json.dumps(categories), encoding="utf-8")
+
+
+def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Rows of each class and super-category of each class (none if not given), classes sorted by name."""
+    data = load_pickle(path)
+    specific = _column(data, "label_specific", path)
+    general = _column(data, "label_general", path) if "label_general" in data else None
+    if general is not None and len(general) != len(specific):
+        raise DataError(f"need a super-category per image, got {len(general)} for {len(specific)} in {path}")
+    classes, categories = {}, {}
+    for label, name in _names(data, "label_specific", specific).items():
+        rows = np.flatnonzero(specific == label)
+        classes[name] = rows.tolist()
+        if general is not None:
+            of_class = np.unique(general[rows])
+            if len(of_class) > 1:
+                raise DataError(f"need one super-category per class, got {of_class.tolist()} of {name} in {path}")
+            categories[name] = _names(data, "label_general", of_class)[int(of_class[0])]
+    return {name: classes[name] for name in sorted(classes)}, {name: categories[name] for name in sorted(categories)}
+
+
+def _column(data: Any, key: str, path: Path) -> np.ndarray:
+    column = np.asarray(data.get(key)) if isinstance(data, dict) else np.empty(0)
+    if column.ndim != 1 or not column.size or not np.issubdtype(column.dtype, np.integer):
+        raise DataError(f'need "{key}", an integer per image, in {path}, got {column.dtype} {column.shape}')
+    return column
+
+
+def _names(data: dict[str, Any], key: str, column: np.ndarray) -> dict[int, str]:
+    """Name of each label that occurs: from ``<key>_str`` where it has one per label, else the number."""
+    labels, names = np.unique(column).tolist(), data.get(f"{key}_str")
+    if names is None or len(names) <= labels[-1] or labels[0] < 0:
+        return {label: str(label) for label in labels}
+    unique = len(set(names)) == len(names)  # two ImageNet classes are called "crane"
+    return {label: str(names[label]) if unique else f"{names[label]} {label}" for label in labels}

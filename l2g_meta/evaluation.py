@@ -1,0 +1,208 @@
+"""The paper's protocol: accuracy over episodes of unseen classes, with 95% confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l2g_meta import functional as f
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pairs import Episodes, IndexedSource, TaskRows
+from l2g_meta.model import MetricModel
+from l2g_meta.norm import Policy, batchnorm_policy
+from l2g_meta.wrapper import L2GWrapper
+
+EMBED_BATCH = 256  # images in one forward pass
+EMBED_BYTES = 4 * 2**30  # features kept at once; beyond, each episode is embedded on its own
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of one model, in per cent, over ``runs`` streams of ``episodes`` episodes.
+
+    Args:
+        accuracy_mean: mean over all episodes.
+        ci95_episodes: half width of its 95% interval over all episodes: how well these episodes measure this model.
+        ci95_runs: half width over trained models (Student t over run means), the paper's; ``None`` for one model.
+        run_means: mean of each stream, or of each trained model.
+        accuracies: of every episode, (runs · episodes,).
+    """
+
+    accuracy_mean: float
+    ci95_episodes: float
+    ci95_runs: float | None
+    bn: Policy
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    episodes: int
+    runs: int
+    episode_seed: int
+    run_means: list[float]
+    accuracies: list[float] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, per cent, for a JSON file."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line that says what the intervals are over."""
+        head = (
+            f"{self.ways}-way {self.shots}-shot, {self.split}, BatchNorm {self.bn}: "
+            f"{self.accuracy_mean:.2f} ± {self.ci95_episodes:.2f} % (95% over {len(self.accuracies)} episodes"
+        )
+        if self.ci95_runs is not None:
+            return head + f"; ± {self.ci95_runs:.2f} over {len(self.run_means)} trained models, Student t)"
+        return head + (f", {self.runs} streams of one model)" if self.runs > 1 else ", one model)")
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    episodes: int = 600,
+    runs: int = 1,
+    bn: Policy = "running",
+    episode_seed: int = 0,
+    device: torch.device | str | None = None,
+    split: str | None = None,
+) -> Evaluation:
+    """Accuracy under θ (no inner step) on episodes that depend on ``episode_seed`` alone.
+
+    Every model sees the same episodes, so differences between methods can be paired. Under ``bn="running"`` a
+    ``MetricModel`` embeds each image once and episodes are drawn from the embeddings. Modes, buffers and generators are
+    as before afterwards.
+
+    Args:
+        model: ``model(task) -> scores``, or its wrapper.
+        dataset: as for ``TaskPairs``.
+        ways: classes per episode.
+        shots: supports per class.
+        queries: queries per class.
+        episodes: per stream; the paper takes 600.
+        runs: streams of episodes.
+        bn: BatchNorm statistics, see ``batchnorm_policy``.
+        episode_seed: of the episodes.
+        device: where the model is.
+        split: name of the split in the result; the data set's own by default.
+
+    Raises:
+        DataError: if the split has too few classes or images.
+    """
+    model = model.module if isinstance(model, L2GWrapper) else model
+    dataset = dataset.to(device) if isinstance(dataset, ClassDataset) else dataset
+    streams = [
+        Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=(episode_seed, run), device=device)
+        for run in range(runs)
+    ]
+    with torch.no_grad(), batchnorm_policy(model, bn):
+        scored = [f.accuracy(scores, y) for scores, y in _scores(model, streams, episodes, bn)]
+    accuracies: list[float] = (100 * torch.stack(scored).double()).tolist()
+    return Evaluation(
+        accuracy_mean=float(np.mean(accuracies)),
+        ci95_episodes=f.confidence_interval(accuracies),
+        ci95_runs=None,
+        bn=bn,
+        split=split if split is not None else getattr(dataset, "split", ""),
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        episodes=episodes,
+        runs=runs,
+        episode_seed=episode_seed,
+        run_means=np.mean(np.reshape(accuracies, (runs, episodes)), axis=1).tolist(),
+        accuracies=accuracies,
+    )
+
+
+def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several trained models (seeds) as one result: the interval over run means is the paper's ± figure.
+
+    Example:
+        >>> a = Evaluation(50.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [50.0], [40.0, 60.0])
+        >>> b = Evaluation(52.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [52.0], [42.0, 62.0])
+        >>> both = over_models([a, b])
+        >>> both.accuracy_mean, round(both.ci95_runs, 1)
+        (51.0, 12.7)
+    """
+    first = evaluations[0]
+    means = [e.accuracy_mean for e in evaluations]
+    accuracies = [a for e in evaluations for a in e.accuracies]
+    return Evaluation(
+        **{
+            **asdict(first),
+            "accuracy_mean": float(np.mean(means)),
+            "ci95_episodes": f.confidence_interval(accuracies),
+            "ci95_runs": f.confidence_interval(means),
+            "run_means": means,
+            "accuracies": accuracies,
+        }
+    )
+
+
+def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+    """Mean of a − b over the same episodes, in points, and its 95% half width.
+
+    Raises:
+        ValueError: if the two did not see the same episodes.
+    """
+    if (a.ways, a.shots, a.queries, a.episode_seed, len(a.accuracies), a.split) != (
+        b.ways, b.shots, b.queries, b.episode_seed, len(b.accuracies), b.split
+    ):  # fmt: skip
+        raise ValueError("need evaluations on the same episodes: equal ways, shots, queries, seed, number and split")
+    difference = np.subtract(a.accuracies, b.accuracies)
+    return float(difference.mean()), f.confidence_interval(torch.from_numpy(difference))
+
+
+def _scores(
+    model: nn.Module, streams: Sequence[Episodes], episodes: int, bn: Policy
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (n_query, n_way) and labels (n_query,) of each episode of each stream."""
+    source = streams[0].source
+    if bn == "running" and isinstance(model, MetricModel) and isinstance(source, IndexedSource):
+        drawn = [stream.rows(k) for stream in streams for k in range(episodes)]
+        features = _embeddings(model, source, drawn, streams[0].device)
+        if features is not None:
+            yield from _from_embeddings(model, features, drawn)
+            return
+    for stream in streams:
+        for k in range(episodes):
+            task = stream[k]
+            yield model(task), task.query_y
+
+
+def _embeddings(
+    model: MetricModel, source: IndexedSource, drawn: Sequence[TaskRows], device: torch.device | str | None
+) -> tuple[np.ndarray, Tensor] | None:
+    """The rows that the episodes use, ascending, and their features (n, ...); ``None`` if those are too large."""
+    used = np.unique(np.concatenate([np.concatenate([rows.support, rows.query]) for rows in drawn]))
+    chunks: list[Tensor] = []
+    for start in range(0, len(used), EMBED_BATCH):
+        x = source.dataset.gather(torch.from_numpy(used[start : start + EMBED_BATCH])).to(device)
+        chunks.append(model.encoder(x))
+        if chunks[0][0].numel() * chunks[0].element_size() * len(used) > EMBED_BYTES:
+            return None
+    return used, torch.cat(chunks)
+
+
+def _from_embeddings(
+    model: MetricModel, features: tuple[np.ndarray, Tensor], drawn: Sequence[TaskRows]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    used, z = features
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(z.device)
+
+    for rows in drawn:
+        support, query = (z[on_device(np.searchsorted(used, part))] for part in (rows.support, rows.query))
+        query_y = on_device(rows.query_y)
+        yield model.score(support, on_device(rows.support_y), query, len(rows.classes)), query_y

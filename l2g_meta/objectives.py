@@ -1,0 +1,99 @@
+r"""Algorithm 1 of L2G, and what it is compared with, on one screen.
+
+    for each of B = 5 pairs:                                 # Algorithm 1 (Lee et al., arXiv 1908.01457)
+        T_i, T_j ~ tasks with disjoint classes
+        θ'  = θ − α ∇_θ L(θ; T_i)                            # eq. 3, one differentiable step
+        (L(θ'; T_j) / B).backward()                          # eq. 4, prototypes and queries under θ'; frees the graph
+    θ ← Adam(θ, β = 1e-3)                                    # eq. 5
+
+An objective maps (wrapper, tasks) to an ``Outcome``; ``meta_gradient`` is the loop over pairs up to eq. 5. With one
+inner step the gradient is exactly  g_j − α H_i g_j,  g_j = ∇L(θ'; T_j), H_i = ∇²L(θ; T_i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2g_meta.task import Task
+from l2g_meta.wrapper import L2GWrapper
+
+
+class Outcome(NamedTuple):
+    """What one pair gives: the loss to descend, and for bilevel methods the learner at θ'."""
+
+    loss: Tensor  # ()
+    learner: L2GWrapper | None = None
+
+
+Objective = Callable[..., Outcome]
+
+
+def l2g(wrapper: L2GWrapper, task_i: Task, task_j: Task) -> Outcome:
+    r"""L2G (eq. 3 and 4): :math:`L(\theta - \alpha \nabla L(\theta; T_i); T_j)`, T_i and T_j without a common class."""
+    learner = wrapper.adapted(task_i)  # θ' = θ − α ∇L(θ; T_i)
+    return Outcome(learner.loss(task_j), learner)  # L(θ'; T_j)
+
+
+def maml(wrapper: L2GWrapper, task: Task, fresh: Task | None = None) -> Outcome:
+    r"""MAML + X of the paper's tables: :math:`L(\theta - \alpha \nabla L(\theta; T); T)`, both losses on one task.
+
+    The inner loss uses queries, as Algorithm 1 does (on 1-shot supports alone a metric loss is degenerate); ``fresh``
+    is the same task with other queries for the outer loss.
+    """
+    return l2g(wrapper, task, task if fresh is None else fresh)
+
+
+def episodic(wrapper: L2GWrapper, *tasks: Task) -> Outcome:
+    r"""Episodic training (Vinyals et al. 2016; Snell et al. 2017): the mean of :math:`L(\theta; T)` over the tasks."""
+    losses = [wrapper.loss(task) for task in tasks]
+    return Outcome(torch.stack(losses).mean())
+
+
+OBJECTIVES: dict[str, Objective] = {"episodic": episodic, "maml": maml, "l2g": l2g}
+
+
+class UpdateStats(NamedTuple):
+    """Means over the pairs of one update; NaN where a method has no such thing."""
+
+    loss: float
+    inner_loss: float
+    alignment: float
+
+
+def meta_gradient(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Sequence[Task]]) -> UpdateStats:
+    r"""Adds the gradient of the mean outer loss to ``.grad``, one pair's graph at a time.
+
+    Args:
+        objective: one of the functions above.
+        wrapper: holds the model and the step sizes.
+        batch: the tasks of each of the B pairs (or of each task, for ``maml`` and ``episodic``).
+
+    Returns:
+        Mean losses, and the alignment :math:`\sum_k \alpha_k g_{i,k} g_{j,k} / L(\theta'; T_j)`: near 0 the inner step
+        does nothing, above about 1 it is unstable.
+    """
+    totals = []
+    for tasks in batch:
+        loss, learner = objective(wrapper, *tasks)
+        products = _watch_alignment(learner)
+        (loss / len(batch)).backward()
+        inner = loss.new_tensor(torch.nan) if learner is None or learner.inner_loss is None else learner.inner_loss
+        alignment = sum(products) * len(batch) / loss if products else loss.new_tensor(torch.nan)
+        totals.append(torch.stack([loss, inner, alignment]).detach())
+    return UpdateStats(*torch.stack(totals).mean(0).tolist())
+
+
+def _watch_alignment(learner: L2GWrapper | None) -> list[Tensor]:
+    """Filled by the backward pass with −(θ' − θ)·g_j of each parameter, g_j at θ'."""
+    products: list[Tensor] = []
+    if learner is None:
+        return products
+    adapted = dict(learner.module.named_parameters())
+    for name, update in learner.updates.items():
+        step = update.detach()
+        adapted[name].register_hook(lambda g, step=step: products.append(-(step * g).sum()))
+    return products

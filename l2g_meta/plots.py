@@ -1,0 +1,97 @@
+"""Pictures of runs: learning curves, and embeddings of unseen classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from l2g_meta.data.pairs import Episodes
+from l2g_meta.logs import read_log
+from l2g_meta.model import MetricModel
+from l2g_meta.norm import batchnorm_policy
+from l2g_meta.wrapper import L2GWrapper
+
+
+def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequence[str] | None = None) -> Path:
+    """Training loss and validation accuracy of runs against updates (cf. fig. 2 of the paper), as a picture.
+
+    Training losses of different methods differ in kind (L2G: L(θ'; T_j); episodic: L(θ; T)); validation is under θ
+    for all.
+
+    Args:
+        runs: run directories.
+        path: of the picture, e.g. ``curve.png``.
+        labels: one per run; their folders' names by default.
+    """
+    figure, (left, right) = _subplots(1, 2)
+    for run, label in zip(runs, labels or [Path(run).name for run in runs], strict=True):
+        rows = read_log(Path(run))
+        k = np.array([int(row["iteration"]) for row in rows])
+        loss = np.array([float(row["loss"]) for row in rows])
+        window = max(1, len(loss) // 50)
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        left.plot(k[window - 1 :], smooth, label=label)
+        done = [row for row in rows if row["val_accuracy"]]
+        mean, half = (np.array([float(row[name]) for row in done]) for name in ("val_accuracy", "val_ci95"))
+        at = [int(row["iteration"]) for row in done]
+        right.plot(at, mean, marker="o", markersize=3, label=label)
+        right.fill_between(at, mean - half, mean + half, alpha=0.15)
+    left.set(xlabel="updates", ylabel="training loss", title="Meta-training loss")
+    right.set(xlabel="updates", ylabel="accuracy (%)", title="Validation under θ, 95% over episodes")
+    right.legend()
+    return _save(figure, path)
+
+
+def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, ways: int = 5, shots: int = 5,
+         queries: int = 25, seed: int = 0, device: torch.device | str | None = None) -> Path:  # fmt: skip
+    """t-SNE of one episode's embeddings under each model, side by side (cf. fig. 3): supports stars, queries dots.
+
+    Args:
+        models: title to ``MetricModel`` or its wrapper; all are shown the same episode.
+        dataset: as for ``TaskPairs``; its split is in the title.
+        path: of the picture.
+        ways: classes shown.
+        shots: supports per class.
+        queries: queries per class.
+        seed: of the episode and of t-SNE.
+        device: where the models are.
+
+    Raises:
+        ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
+    task = Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=seed, device=device)[0]
+    figure, axes = _subplots(1, len(models))
+    for axis, (title, model) in zip(np.atleast_1d(axes), models.items(), strict=True):
+        model = model.module if isinstance(model, L2GWrapper) else model
+        assert isinstance(model, MetricModel)
+        with torch.no_grad(), batchnorm_policy(model, "running"):
+            z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
+        n = len(task.support_y)
+        flat = TSNE(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
+        axis.scatter(*flat[n:].T, c=task.query_y.cpu(), cmap="tab10", vmax=9, s=12)
+        axis.scatter(*flat[:n].T, c=task.support_y.cpu(), cmap="tab10", vmax=9, s=140, marker="*", edgecolors="black")
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.suptitle(f"{ways} classes of {getattr(dataset, 'name', '')} {getattr(dataset, 'split', '')}".strip())
+    return _save(figure, path)
+
+
+def _subplots(rows: int, columns: int) -> Any:
+    # Without pyplot: no global state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure: Any, path: Path | str) -> Path:
+    figure.savefig(path, dpi=120)
+    return Path(path)

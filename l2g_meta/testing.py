@@ -1,0 +1,253 @@
+"""Oracles and laws that every metric head must pass: run them on your own with ``check_head(MyHead)``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.model import MetricModel, build_head
+from l2g_meta.norm import batchnorm_policy
+from l2g_meta.task import Task
+from l2g_meta.wrapper import L2GWrapper
+
+HeadFactory = Callable[..., nn.Module]
+ALPHA = 0.05
+
+
+def check_head(
+    head: HeadFactory | nn.Module, *, feature_shape: tuple[int, ...] = (4, 4, 4), seed: int = 0
+) -> tuple[str, ...]:
+    """Runs every law below on a head, in float64, behind small encoders with and without BatchNorm.
+
+    Args:
+        head: a class or factory, whose ``channels``, ``map_size`` or ``dim`` arguments are filled in from
+            ``feature_shape``, or a ready head for such features.
+        feature_shape: (C, H, W) of maps, or (d,) of vectors, that the head takes.
+        seed: of weights and tasks; PyTorch's generator is left as it was.
+
+    Returns:
+        The names of the laws that hold, all of them.
+
+    Raises:
+        AssertionError: naming the first law that fails, and how.
+
+    Example:
+        >>> from l2g_meta import PrototypicalHead
+        >>> len(check_head(PrototypicalHead)) == len(LAWS)
+        True
+    """
+    names = []
+    for law in LAWS:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            made = copy.deepcopy(head) if isinstance(head, nn.Module) else build_head(head, feature_shape)
+            law(made.double(), feature_shape)
+        names.append(law.__name__)
+    return tuple(names)
+
+
+def scores_have_one_column_per_class(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """Scores are (n_query, n_way) for uneven shots and queries, and of the features' dtype; the loss is a scalar."""
+    support_y, query_y = torch.tensor([2, 0, 1, 2, 0]), torch.tensor([1, 1, 0, 2, 1, 1, 0])
+    scores = head(_features(5, shape), support_y, _features(7, shape), 3)
+    assert scores.shape == (7, 3), f"need scores (n_query, n_way) = (7, 3), got {tuple(scores.shape)}"
+    assert scores.dtype == torch.float64, f"need float64 scores from float64 features, got {scores.dtype}"
+    loss = _loss_fn(head)(scores, query_y)
+    assert loss.shape == () and torch.isfinite(loss), f"need a finite scalar loss, got {loss}"
+
+
+def relabelling_permutes_columns(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """Other numbers for the same classes, supports in the same order, permute the score columns and nothing else."""
+    support, query, y = _features(6, shape), _features(4, shape), torch.tensor([0, 1, 2, 0, 1, 2])
+    new_number = torch.tensor([2, 0, 1])
+    with batchnorm_policy(head, "running"):
+        before, after = head(support, y, query, 3), head(support, new_number[y], query, 3)
+    _close(after[:, new_number], before, "columns after relabelling against the same classes' before")
+
+
+def nothing_is_remembered(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """Scores of a task are the same before and after another task was scored: nothing of an episode is stored."""
+    tasks = [(_features(4, shape), torch.tensor([0, 1, 0, 1]), _features(3, shape), 2) for _ in range(2)]
+    with batchnorm_policy(head, "running"):
+        first = head(*tasks[0])
+        head(*tasks[1])
+        again = head(*tasks[0])
+    _close(again, first, "scores of a task before and after another one")
+
+
+def copies_agree(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """A deep copy and a reloaded state dict give the same scores."""
+    task = (_features(4, shape), torch.tensor([0, 1, 0, 1]), _features(3, shape), 2)
+    twin = copy.deepcopy(head)
+    twin.load_state_dict(head.state_dict())
+    with batchnorm_policy(head, "running"), batchnorm_policy(twin, "running"):
+        _close(twin(*task), head(*task), "scores of a copy")
+
+
+def derivatives_exist_at_a_support(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """First and second derivatives are finite where queries equal supports or prototypes, and for dead features."""
+    for support in (_features(2, shape), torch.zeros(2, *shape, dtype=torch.float64)):
+        support.requires_grad_()
+        y = torch.arange(2)
+        loss = _loss_fn(head)(head(support, y, support.clone(), 2), y)
+        (first,) = torch.autograd.grad(loss, support, create_graph=True)
+        second = torch.zeros(())
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.square().sum() + first.sum(), support)
+        assert torch.isfinite(first).all(), "the gradient is not finite where a query equals a support"
+        assert torch.isfinite(second).all(), "the second derivative is not finite where a query equals a support"
+
+
+def task_loss_is_twice_differentiable(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """``gradcheck`` and ``gradgradcheck`` of the task loss, in features and the head's parameters."""
+    support, query = _features(4, shape).requires_grad_(), _features(3, shape).requires_grad_()
+    parameters = {name: p.detach().requires_grad_() for name, p in head.named_parameters() if p.requires_grad}
+
+    def loss(support: Tensor, query: Tensor, *values: Tensor) -> Tensor:
+        args = (support, torch.tensor([0, 1, 0, 1]), query, 2)
+        scores = torch.func.functional_call(head, dict(zip(parameters, values, strict=True)), args)
+        return _loss_fn(head)(scores, torch.tensor([0, 1, 1]))
+
+    inputs = (support, query, *parameters.values())
+    with batchnorm_policy(head, "batch"), torch.random.fork_rng(devices=[]):
+        torch.autograd.gradcheck(loss, inputs, fast_mode=True, atol=1e-5)
+        torch.autograd.gradgradcheck(loss, inputs, fast_mode=True, atol=1e-4)
+
+
+def no_inner_step_gives_the_plain_gradient(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """α = 0: the meta-gradient is ∇L(θ; T_j)."""
+    for model, (task_i, task_j) in _problems(head, shape):
+        plain = _gradient(model, L2GWrapper(model, 0.0).loss(task_j))
+        _close(_gradient(model, L2GWrapper(model, 0.0)(task_i, task_j)), plain, "meta-gradient at α = 0")
+
+
+def meta_gradient_matches_finite_differences(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """The exact meta-gradient against central differences of L(θ − α∇L(θ; T_i); T_j) along random directions."""
+    step = 1e-5
+    for model, tasks in _problems(head, shape):
+        wrapper = L2GWrapper(model, ALPHA)
+        gradient = _gradient(model, wrapper(*tasks))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        for _ in range(3):
+            direction = [torch.randn_like(p) for p in parameters]
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for p, p0, v in zip(parameters, start, direction, strict=True):
+                        p.copy_(p0 + sign * step * v)
+                values.append(wrapper(*tasks).item())
+            with torch.no_grad():
+                for p, p0 in zip(parameters, start, strict=True):
+                    p.copy_(p0)
+            numeric = torch.tensor((values[0] - values[1]) / (2 * step), dtype=torch.float64)
+            analytic = gradient @ torch.cat([v.flatten() for v in direction])
+            _close(analytic, numeric, "meta-gradient against finite differences", rtol=1e-5, atol=1e-6)
+
+
+def meta_gradient_matches_torch_func(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """The exact meta-gradient against ``torch.func.grad`` of the same expression, written without the wrapper."""
+    for model, (task_i, task_j) in _problems(head, shape):
+        trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        expected = torch.func.grad(functional_meta_loss(model, ALPHA, task_i, task_j))(trainable)
+        flat = torch.cat([expected[name].flatten() for name in trainable])
+        actual = _gradient(model, L2GWrapper(model, ALPHA)(task_i, task_j))
+        _close(actual, flat, "meta-gradient against torch.func", rtol=1e-8, atol=1e-10)
+
+
+def second_order_is_kept(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """The first-order meta-gradient differs from the exact one: no inner graph is lost silently."""
+    for model, tasks in _problems(head, shape):
+        exact = _gradient(model, L2GWrapper(model, ALPHA)(*tasks))
+        first = _gradient(model, L2GWrapper(model, ALPHA, first_order=True)(*tasks))
+        difference = (exact - first).norm() / exact.norm()
+        assert difference > 1e-6, f"exact and first-order meta-gradients differ by {difference:.1e} only: graph lost?"
+
+
+LAWS: tuple[Callable[[nn.Module, tuple[int, ...]], None], ...] = (
+    scores_have_one_column_per_class,
+    relabelling_permutes_columns,
+    nothing_is_remembered,
+    copies_agree,
+    derivatives_exist_at_a_support,
+    task_loss_is_twice_differentiable,
+    no_inner_step_gives_the_plain_gradient,
+    meta_gradient_matches_finite_differences,
+    meta_gradient_matches_torch_func,
+    second_order_is_kept,
+)
+
+
+def functional_meta_loss(
+    model: nn.Module, alpha: float, task_i: Task, task_j: Task
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """L(θ − α∇L(θ; T_i); T_j) as a pure function of the trainable parameters: the independent, slow reference.
+
+    Args:
+        model: any module that ``L2GWrapper`` takes; BatchNorm uses batch statistics and updates none.
+        alpha: step size.
+        task_i: inner task.
+        task_j: outer task.
+    """
+
+    def loss(parameters: dict[str, Tensor], task: Task) -> Tensor:
+        loss_fn = getattr(model, "loss_fn", nn.functional.cross_entropy)
+        with batchnorm_policy(model, "batch"):
+            return loss_fn(torch.func.functional_call(model, parameters, (task,)), task.query_y)
+
+    def meta_loss(parameters: dict[str, Tensor]) -> Tensor:
+        inner = torch.func.grad(loss)(parameters, task_i)
+        return loss({name: p - alpha * inner[name] for name, p in parameters.items()}, task_j)
+
+    return meta_loss
+
+
+def random_task(image_shape: tuple[int, ...], *, n_way: int = 2, shots: int = 1, queries: int = 3) -> Task:
+    """A task of float64 noise, from PyTorch's global generator."""
+    support_y, query_y = torch.arange(n_way).repeat(shots), torch.arange(n_way).repeat(queries)
+    x = torch.randn(n_way * (shots + queries), *image_shape, dtype=torch.float64)
+    return Task(x[: n_way * shots], support_y, x[n_way * shots :], query_y, n_way)
+
+
+def _problems(head: nn.Module, shape: tuple[int, ...]) -> list[tuple[MetricModel, tuple[Task, Task]]]:
+    """A smooth encoder without and with BatchNorm in front of the head, and a pair of tasks."""
+    problems = []
+    for norm in (False, True):
+        encoder: nn.Module
+        if len(shape) == 3:
+            layers = [nn.Conv2d(2, shape[0], 3, padding=1, bias=not norm), nn.BatchNorm2d(shape[0])]
+            image_shape: tuple[int, ...] = (2, *shape[1:])
+        else:
+            layers = [nn.Flatten(), nn.Linear(6, shape[0]), nn.BatchNorm1d(shape[0])]
+            image_shape = (6,)
+        encoder = nn.Sequential(*(layers if norm else layers[:-1]), nn.Softplus())
+        model = MetricModel(encoder, copy.deepcopy(head)).double()
+        for module in model.modules():  # noise would make two evaluations of one loss differ
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        problems.append((model, (random_task(image_shape), random_task(image_shape))))
+    return problems
+
+
+def _gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    """∂ loss / ∂ trainable parameters, flat."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
+    )
+
+
+def _features(n: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(n, *shape, dtype=torch.float64)
+
+
+def _loss_fn(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return getattr(head, "loss_fn", nn.functional.cross_entropy)
+
+
+def _close(actual: Tensor, expected: Tensor, what: str, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{what} differ: {m}")

@@ -1,0 +1,150 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2g_meta.build import (
+    build_data,
+    build_device,
+    build_model,
+    build_pairs,
+    build_wrapper,
+    tasks_of_update,
+)
+from l2g_meta.checkpoint import load_training, save_tensors, save_training
+from l2g_meta.config import Config
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pairs import task_source
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.evaluation import Evaluation, evaluate
+from l2g_meta.logs import RunLog
+from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.wrapper import L2GWrapper
+
+VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
+
+
+def train(
+    config: Config,
+    out: Path | str,
+    *,
+    data: Any = None,
+    validation: Any = None,
+    model: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> L2GWrapper:
+    """Trains as ``config`` says and leaves a run directory; the command ``l2g train`` is this function.
+
+    Args:
+        config: the run.
+        out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``.
+        data: training data instead of the config's: anything ``TaskPairs`` takes.
+        validation: validation data instead of the config's; required with ``data``.
+        model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
+        resume: continue the run in ``out`` from its last checkpoint.
+        progress: show a progress bar.
+
+    Returns:
+        The wrapper as last trained.
+
+    Raises:
+        L2GError: for a config that cannot be run, an occupied folder, or a loss that is not finite.
+    """
+    config, out = config.resolved(), Path(out)
+    device = build_device(config)
+    if data is None:
+        data, validation = build_data(config, "train"), build_data(config, "validation")
+    image_shape = data.image_shape if isinstance(data, ClassDataset) and model is None else None
+    wrapper = build_wrapper(config, model or build_model(config, image_shape or _image_shape(data))).to(device)
+    pairs = build_pairs(config, data, device)
+    optimizer = torch.optim.Adam(wrapper.parameters(), lr=config.lr)
+    start, best = 0, -math.inf
+    if resume:
+        info = load_training(out, wrapper, optimizer)
+        start, best = info["iteration"], info["best"]
+    else:
+        _new_folder(out)
+        config.save(out / "config.json")
+
+    with RunLog(out, config, start=start, progress=progress) as log:
+        for k in range(start, config.iterations or 0):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, k)
+            wrapper.train()
+            optimizer.zero_grad()
+            began = time.perf_counter()
+            batch = tasks_of_update(config, pairs, k)
+            stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
+            if not math.isfinite(stats.loss):
+                raise L2GError(f"the loss of update {k} is {stats.loss}; lower --inner-lr or --lr, or use --dims mean")
+            optimizer.step()  # eq. 5
+            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "tasks": _count(batch)}
+            row["seconds"] = time.perf_counter() - began
+
+            if (k + 1) % (config.eval_every or 1) == 0 or k + 1 == config.iterations:
+                result = validate(wrapper, config, validation, device)
+                row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
+                info = {"iteration": k + 1, "val_accuracy": result.accuracy_mean, "best": max(best, result.accuracy_mean)}  # noqa: E501
+                info |= {"image_shape": image_shape} if image_shape else {}
+                if result.accuracy_mean > best:
+                    best = result.accuracy_mean
+                    save_tensors(out / "best.safetensors", wrapper.state_dict(), info)
+                log.write(row)
+                save_training(out, wrapper, optimizer, info)
+            else:
+                log.write(row)
+    return wrapper
+
+
+def learning_rate(config: Config, k: int) -> float:
+    """Adam's step size at update k: halved every ``lr_halve_every`` episodes.
+
+    Example:
+        >>> config = Config(pairs=5, lr=1e-3, lr_halve_every=10_000).resolved()
+        >>> learning_rate(config, 1999), learning_rate(config, 2000)
+        (0.001, 0.0005)
+    """
+    return config.lr * 0.5 ** (k * config.episodes_per_update // (config.lr_halve_every or 10_000))
+
+
+def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:
+    """Accuracy under θ on validation episodes shaped as training's, on as many ways as the split has."""
+    sizes = task_source(dataset).class_sizes()
+    return evaluate(
+        wrapper,
+        dataset,
+        ways=config.ways if sizes is None else min(config.ways, len(sizes)),
+        shots=config.shots,
+        queries=config.queries or 15,
+        episodes=config.eval_episodes or 600,
+        bn=config.bn,  # type: ignore[arg-type]
+        episode_seed=VALIDATION_SEED,
+        device=device,
+    )
+
+
+def _new_folder(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise CheckpointError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"need a folder for the run, cannot make {out}: {error.strerror}") from error
+
+
+def _image_shape(data: Any) -> tuple[int, ...]:
+    """Shape of one input, from a task: for data that does not say."""
+    from l2g_meta.data.pairs import Episodes
+
+    return tuple(Episodes(data, ways=2, shots=1, queries=1)[0].support_x.shape[1:])
+
+
+def _count(batch: list[Any]) -> int:
+    return sum(len(tasks) for tasks in batch)

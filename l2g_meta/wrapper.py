@@ -1,0 +1,246 @@
+"""L2GWrapper: any metric-based module, one differentiable inner step, the cross-task outer loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.clone import backend
+from l2g_meta.errors import FitError
+from l2g_meta.task import Task
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
+
+
+class L2GWrapper(nn.Module):
+    r"""Trains a metric-based model so that one inner step on T_i helps on T_j, a task with other classes.
+
+    ``l2g(task_i, task_j)`` is the outer loss of Lee et al. (arXiv 1908.01457),
+
+    .. math:: L(\theta - \alpha \nabla_\theta L(\theta; T_i);\ T_j) \qquad \text{(eq. 3 and 4)}
+
+    with its graph: after ``backward()`` the gradients on the model are the exact meta-gradient. The same by hand::
+
+        learner = l2g.clone()
+        learner.adapt(learner.loss(task_i))
+        learner.loss(task_j).backward()
+
+    The wrapper holds the model itself, never a copy, so ``l2g.module.state_dict()`` is the bare model's;
+    ``l2g.state_dict()`` adds the step sizes under ``inner_lr.``. Cloning is learn2learn's where it is installed.
+
+    Args:
+        model: ``model(task) -> scores`` of shape (n_query, n_way), higher is closer; any ``nn.Module``.
+        inner_lr: step size α of the inner step (the paper: 0.01), or the initial one if it is learned.
+        first_order: treat the inner gradient as a constant: the meta-gradient loses its Hessian term.
+        learn_inner_lr: ``False``; ``"scalar"``: one learned α; ``"tensor"``: one per parameter tensor;
+            ``"element"``: one per element (Meta-SGD, Li et al. 2017).
+        inner_steps: inner steps on T_i taken by ``forward``.
+        loss_fn: ``loss_fn(scores, query_y) -> ()``; by default the model's own ``loss_fn``, else cross-entropy.
+
+    Raises:
+        FitError: for an unknown option, or a model without trainable parameters.
+
+    Example:
+        >>> import torch
+        >>> from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
+        >>> l2g = L2GWrapper(MetricModel(Conv4(1), PrototypicalHead()), inner_lr=0.01)
+        >>> x, y = torch.randn(2, 10, 1, 16, 16), torch.arange(10) % 5
+        >>> task_i, task_j = (Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in (0, 1))
+        >>> loss = l2g(task_i, task_j)
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: float | StepSizes,
+        *,
+        first_order: bool = False,
+        learn_inner_lr: LearnInnerLR = False,
+        inner_steps: int = 1,
+        loss_fn: LossFn | None = None,
+    ):
+        super().__init__()
+        if inner_steps < 0:
+            raise FitError(f"need inner_steps of at least 0, got {inner_steps}")
+        self.module = model
+        self.inner_lr = inner_lr if isinstance(inner_lr, StepSizes) else StepSizes(model, inner_lr, learn_inner_lr)
+        self.first_order, self.inner_steps = first_order, inner_steps
+        self._loss_fn = loss_fn
+        self.source: nn.Module | None = None
+        self.adapted_steps = 0
+        self.updates: dict[str, Tensor] = {}
+        self.inner_loss: Tensor | None = None
+
+    def forward(self, task_i: Task, task_j: Task) -> Tensor:  # ()
+        """Outer loss L(θ'; T_j) after ``inner_steps`` steps on ``task_i``, with its graph."""
+        return self.adapted(task_i).loss(task_j)
+
+    def adapted(self, task_i: Task) -> L2GWrapper:
+        """A learner that has taken the inner steps on ``task_i``."""
+        learner = self.clone()
+        for _ in range(self.inner_steps):
+            learner.adapt(learner.loss(task_i))
+        return learner
+
+    def clone(self) -> L2GWrapper:
+        """A learner: the model with parameters that are differentiable copies, and the same step sizes.
+
+        Until its first ``adapt`` a learner's passes write the model's buffers (running statistics), afterwards
+        private copies, so that statistics are those under θ and are updated once per inner task.
+        """
+        clone_module, _ = backend()
+        learner = L2GWrapper(
+            clone_module(self.module),
+            self.inner_lr,
+            first_order=self.first_order,
+            inner_steps=self.inner_steps,
+            loss_fn=self._loss_fn,
+        )
+        # Not a submodule: the learner's parameters are the clone's alone.
+        object.__setattr__(learner, "source", self.module)
+        return learner
+
+    def adapt(self, loss: Tensor) -> L2GWrapper:
+        r"""One inner step on a learner, in place: :math:`\theta' = \theta - \alpha \nabla_\theta` loss (eq. 3).
+
+        Frozen parameters, and those that the loss does not depend on, stay as they are; afterwards ``updates`` holds
+        θ' − θ by name for the others, and ``inner_loss`` the loss.
+
+        Args:
+            loss: a scalar computed with this learner.
+
+        Returns:
+            The learner.
+
+        Raises:
+            FitError: on a wrapper that is no learner, or if the loss does not depend on any parameter.
+        """
+        if self.source is None:
+            raise FitError("need a learner to adapt, got the wrapper of the model itself; call clone() first")
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not loss.requires_grad:
+            raise FitError(
+                "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
+                "learner (learner.loss(task)), with gradients enabled, and leave some parameter trainable"
+            )
+        gradients = torch.autograd.grad(
+            loss, list(trainable.values()), create_graph=not self.first_order, allow_unused=True
+        )
+        g = {name: gradient for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+        if not g:
+            raise FitError("need a loss computed with this learner, got one that depends on none of its parameters")
+        self._own_buffers()
+        self.updates = {name: -self.inner_lr(name) * g[name] for name in g}
+        _, update_module = backend()
+        update_module(self.module, [self.updates.get(name) for name, _ in self.module.named_parameters()])
+        self.adapted_steps += 1
+        self.inner_loss = loss.detach()
+        return self
+
+    def loss(self, task: Task) -> Tensor:  # ()
+        """Loss of the current parameters on a task's queries.
+
+        Raises:
+            FitError: if the scores are not (n_query, n_way).
+        """
+        scores = self.module(task)
+        expected = (len(task.query_y), task.n_way)
+        if not isinstance(scores, Tensor) or scores.shape != expected:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise FitError(
+                f"need scores of shape (n_query, n_way) = {expected} from {type(self.module).__name__}.forward(task), "
+                f"got {got}"
+            )
+        return self.loss_fn(scores, task.query_y)
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The argument, else the model's ``loss_fn``, else cross-entropy."""
+        return self._loss_fn or getattr(self.module, "loss_fn", None) or nn.functional.cross_entropy
+
+    def _own_buffers(self) -> None:
+        """At the first step: what passes under θ wrote goes to the model, what follows stays with the learner."""
+        if self.adapted_steps:
+            return
+        assert self.source is not None
+        originals = dict(self.source.named_modules(remove_duplicate=False))
+        private: dict[int, Tensor] = {}  # one copy of a buffer that several modules share
+        for path, child in self.module.named_modules(remove_duplicate=False):
+            original = originals[path]
+            for name, buffer in child._buffers.items():
+                if buffer is None:
+                    continue
+                if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
+                    original._buffers[name] = buffer.detach()
+                child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
+
+
+class StepSizes(nn.Module):
+    r"""Inner step sizes α: one number, or learned per model, per tensor or per element (Meta-SGD).
+
+    Keys of the state dict are ``value`` for one number, else those of the model's parameters.
+
+    Args:
+        model: the module whose trainable parameters get a step size.
+        value: (initial) step size, a finite number.
+        learn: see ``L2GWrapper``.
+
+    Example:
+        >>> alpha = StepSizes(nn.Linear(2, 1), 0.1, "tensor")
+        >>> sorted(alpha.state_dict()), alpha("bias").item() == torch.tensor(0.1).item()
+        (['bias', 'weight'], True)
+    """
+
+    def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False):
+        super().__init__()
+        if learn not in (False, "scalar", "tensor", "element"):
+            raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
+        self.learn = learn
+        if learn in ("tensor", "element"):
+            for name, p in trainable:
+                alpha = torch.full(p.shape if learn == "element" else (), value, dtype=p.dtype, device=p.device)
+                self._node(name, create=True)._parameters[name.rpartition(".")[2]] = nn.Parameter(alpha)
+        elif learn == "scalar":
+            like = trainable[0][1]
+            self.value = nn.Parameter(torch.tensor(value, dtype=like.dtype, device=like.device))
+        else:
+            # float64, to be the given number in float64 models; without dimensions it promotes nothing.
+            self.register_buffer("value", torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, name: str) -> Tensor:
+        """Step size of the parameter ``name``: () or of the parameter's shape."""
+        if self.learn in (False, "scalar"):
+            return self.value
+        node = self._node(name)
+        key = name.rpartition(".")[2]
+        if node is None or key not in node._parameters:
+            raise FitError(
+                f"need a step size for {name!r}, which was frozen or missing when the wrapper was made; make the "
+                "wrapper after choosing which parameters train"
+            )
+        return node._parameters[key]
+
+    def _node(self, name: str, *, create: bool = False) -> Any:
+        # A tree of plain modules, so that keys equal the model's; names may hold dots, which attributes may not.
+        node: nn.Module | None = self
+        for part in name.split(".")[:-1]:
+            if create:
+                node._modules.setdefault(part, nn.Module())  # type: ignore[union-attr]
+            node = None if node is None else node._modules.get(part)
+        return node
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepSizes:
+        # A fixed step size stays in float64 on the CPU, where it acts as a number, whatever the model is cast to.
+        return self if self.learn is False else super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Arguments, for printing."""
+        return f"learn={self.learn!r}"

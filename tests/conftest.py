@@ -1,0 +1,31 @@
+"""Shared fixtures: tiny tasks and models, and the switch between learn2learn and the built-in clone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Tests never read or write the user's converted data; one folder serves the whole run.
+os.environ.setdefault("L2G_CACHE", tempfile.mkdtemp(prefix="l2g-tests-"))
+
+import pytest
+import torch
+
+from l2g_meta import clone
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["learn2learn", "built-in"])
+def either_backend(request, monkeypatch):
+    """Runs a test with learn2learn's clone and with the built-in one."""
+    clone.backend.cache_clear()
+    if request.param == "built-in":
+        monkeypatch.setattr(clone, "has_learn2learn", lambda: False)
+    else:
+        pytest.importorskip("learn2learn", reason="learn2learn is not installed")
+    yield request.param
+    clone.backend.cache_clear()

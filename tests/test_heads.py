@@ -1,0 +1,134 @@
+import pytest
+import torch
+from torch import nn
+
+from l2g_meta import MatchingHead, PrototypicalHead, RelationHead
+from l2g_meta import functional as f
+from l2g_meta.errors import FitError
+from l2g_meta.heads import HEADS
+from l2g_meta.testing import LAWS, check_head
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_every_head_obeys_the_laws(head, either_backend):
+    assert len(check_head(head)) == len(LAWS)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        PrototypicalHead(distance="squared"),
+        PrototypicalHead(distance="squared", dims="mean", learn_temperature=True),
+        PrototypicalHead(dims="mean", reduction="sum"),
+        PrototypicalHead(distance="cosine", temperature=0.1),
+        MatchingHead(temperature=0.1, learn_temperature=True, reduction="sum"),
+        RelationHead(4, (4, 4), hidden=3, reduction="sum"),
+    ],
+    ids=lambda head: repr(head)[:60],
+)
+def test_options_obey_the_laws(head):
+    check_head(head)
+
+
+@pytest.mark.parametrize("head", [PrototypicalHead, MatchingHead])
+def test_vectors_are_taken_too(head):
+    check_head(head, feature_shape=(6,))
+
+
+def test_prototypical_scores_are_minus_the_distance_to_the_mean():
+    support, query, y = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1, 0, 1])
+    c = torch.stack([(support[0] + support[2]) / 2, (support[1] + support[3]) / 2])
+    expected = -torch.cdist(query, c)
+    torch.testing.assert_close(PrototypicalHead(eps=0.0)(support, y, query, 2), expected)
+    torch.testing.assert_close(PrototypicalHead(eps=0.0, temperature=2.0)(support, y, query, 2), expected / 2)
+
+
+def test_matching_scores_are_log_attention_mass_by_a_loop():
+    support, query, y = torch.randn(5, 3), torch.randn(2, 3), torch.tensor([0, 1, 0, 1, 1])
+    scores = MatchingHead(eps=0.0)(support, y, query, 2)
+    for i in range(2):
+        attention = torch.cosine_similarity(query[i : i + 1], support).softmax(0)
+        for c in range(2):
+            torch.testing.assert_close(scores[i, c].exp(), attention[y == c].sum())
+
+
+def test_relation_scores_pair_by_pair():
+    head = RelationHead(3, 4).eval()
+    support, query, y = torch.randn(4, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.tensor([1, 0, 1, 0])
+    scores = head(support, y, query, 2)
+    for i in range(3):
+        for c in range(2):
+            pair = torch.cat([support[y == c].sum(0), query[i]])  # eq. 9: the class's maps are summed
+            torch.testing.assert_close(scores[i, c], head.relation(pair[None])[0, 0])
+    assert ((scores > 0) & (scores < 1)).all()
+
+
+def test_reduction_is_a_factor():
+    s, y = torch.randn(6, 3), torch.arange(6) % 3
+    for head, factor in ((PrototypicalHead, 6), (MatchingHead, 6)):
+        torch.testing.assert_close(head(reduction="sum").loss_fn(s, y), factor * head().loss_fn(s, y))
+    torch.testing.assert_close(
+        RelationHead(4, 4, reduction="sum").loss_fn(s, y), 18 * RelationHead(4, 4).loss_fn(s, y)
+    )
+
+
+def test_bad_arguments_say_what_is_needed():
+    with pytest.raises(FitError, match="distance to be one of euclidean, squared, cosine; got 'manhattan'"):
+        PrototypicalHead(distance="manhattan")
+    with pytest.raises(FitError, match="temperature above 0"):
+        MatchingHead(temperature=0.0)
+    with pytest.raises(FitError, match="reduction"):
+        PrototypicalHead(reduction="none")
+    with pytest.raises(FitError, match=r"at least 4×4 .* got 1×1; use the relation\s+embedding"):
+        RelationHead(64, 1)
+    with pytest.raises(FitError, match=r"needs feature maps \(8, 5, 5\), the encoder gives \(8, 4, 4\)"):
+        RelationHead(8, 5)(torch.randn(2, 8, 4, 4), torch.arange(2), torch.randn(2, 8, 4, 4), 2)
+
+
+class _Stale(nn.Module):
+    """Remembers the first prototypes: the bug that the contract forbids."""
+
+    def __init__(self):
+        super().__init__()
+        self.prototypes = None
+
+    def forward(self, support, support_y, query, n_way):
+        if self.prototypes is None or len(self.prototypes) != n_way:
+            self.prototypes = f.prototypes(support.flatten(1), support_y, n_way)
+        return -f.squared_euclidean(query.flatten(1), self.prototypes)
+
+
+class _Detached(nn.Module):
+    def forward(self, support, support_y, query, n_way):
+        c = f.prototypes(support.flatten(1), support_y, n_way)
+        return -f.squared_euclidean(query.flatten(1), c.detach())
+
+
+class _Sorted(nn.Module):
+    def forward(self, support, support_y, query, n_way):
+        return (-f.euclidean(query.flatten(1), f.prototypes(support.flatten(1), support_y, n_way))).sort(-1)[0]
+
+
+class _Cusp(nn.Module):
+    def forward(self, support, support_y, query, n_way):
+        return -f.euclidean(query.flatten(1), f.prototypes(support.flatten(1), support_y, n_way), eps=0.0)
+
+
+class _Transposed(nn.Module):
+    def forward(self, support, support_y, query, n_way):
+        return -f.euclidean(f.prototypes(support.flatten(1), support_y, n_way), query.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("head", "complaint"),
+    [
+        (_Stale, "after relabelling|before and after"),
+        (_Detached, "(?i)jacobian|finite differences"),
+        (_Sorted, "relabelling"),
+        (_Cusp, "not finite where a query equals a support"),
+        (_Transposed, r"need scores \(n_query, n_way\)"),
+    ],
+)
+def test_the_laws_catch_broken_heads(head, complaint):
+    with pytest.raises((AssertionError, RuntimeError), match=complaint):
+        check_head(head)

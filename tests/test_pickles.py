@@ -1,0 +1,197 @@
+"""Published pickles are read; a pickle that asks for anything but arrays is refused before it acts."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from l2g_meta.data.pickles import load_pickle
+from l2g_meta.errors import DataError
+
+U8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1I00\nI01\ntR"  # protocol 0 and 1 instructions, readable with pickletools.dis
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntC\x01btR"
+ARRAYS = {
+    "uint8": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
+    "large": np.arange(77_000, dtype=np.uint32).astype(np.uint8),
+    "high bytes": np.full(77_000, 255, np.uint8),
+    "int64": np.arange(3),
+    "float32": np.linspace(0, 1, 5, dtype=np.float32),
+    "big-endian": np.arange(3, dtype=">i4"),
+    "bool": np.array([True, False]),
+    "text": np.array(["n01", "n0234"]),
+    "bytes": np.array([b"ab", b"c"]),
+    "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+    "transposed": np.arange(24).reshape(2, 3, 4).transpose(0, 2, 1),
+    "0-d": np.array(7),
+    "scalar": np.int64(7),
+}
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call[0], self.call[1:]
+
+
+def write(folder: Path, data: bytes) -> Path:
+    path = folder / "some.pkl"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_come_back(tmp_path: Path, name: str, protocol: int) -> None:
+    value = {"x": ARRAYS[name], "list": [1, -(2**70), 0.5, None, True, "ü", (1, 2)]}
+    got = load_pickle(write(tmp_path, pickle.dumps(value, protocol=protocol)))
+    assert got["list"] == value["list"]
+    assert type(got["x"]) is type(value["x"]) and got["x"].dtype.name == value["x"].dtype.name  # of any byte order
+    np.testing.assert_array_equal(got["x"], value["x"])
+
+
+@pytest.mark.parametrize("core", [b"numpy.core.", b"numpy._core."])
+def test_numpy_1_and_2_names(tmp_path: Path, core: bytes) -> None:
+    data = pickle.dumps([np.arange(3), np.float32(2)], protocol=2)
+    data = data.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", core)
+    array, scalar = load_pickle(write(tmp_path, data))
+    assert array.tolist() == [0, 1, 2] and scalar == 2
+
+
+def test_python_2_pickle(tmp_path: Path) -> None:
+    data = (
+        b"\x80\x02}q\x00U\x0elabel_specificq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03"
+        b"K\x00\x85U\x01b\x87R(K\x01K\x03\x85cnumpy\ndtype\nU\x02i2K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89U\x06\x01\x00\xff\x00\x02\x00tbs."
+    )
+    assert load_pickle(write(tmp_path, data))["label_specific"].tolist() == [1, 255, 2]
+
+
+def object_state(dtype: bytes) -> bytes:
+    """An innocent array that is then given a state with another dtype."""
+    return ARRAY + b"(I1\n(I1\nt" + dtype + b"I00\n(lp9\nI1\natb."
+
+
+HOSTILE = {
+    "os.system": lambda s: pickle.dumps(Call(os.system, f"touch {s}")),
+    "builtins.eval": lambda s: pickle.dumps(Call(eval, f"open({s!r}, 'w')")),
+    "builtins.exec, protocol 0": lambda s: pickle.dumps(Call(exec, f"open({s!r}, 'w')"), protocol=0),
+    "nested": lambda s: pickle.dumps({"image_data": [(1, Call(len, Call(eval, f"open({s!r}, 'w')")))]}),
+    "dotted name": lambda s: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
+    "dotted module": lambda s: b"\x80\x04\x8c\x02os\x8c\x0bpath.os.abc\x93.",
+    "numpy.load": lambda s: b"cnumpy\nload\n(V" + s.encode() + b"\ntR.",
+    "numpy.save": lambda s: b"cnumpy\nsave\n(V" + s.encode() + b"\nI1\ntR.",
+    "numpy.testing": lambda s: b"cnumpy.testing._private.utils\nrunstring\n(V1\n(dtR.",
+    "numpy.core.multiarray.fromfile": lambda s: b"cnumpy.core.multiarray\nfromfile\n(V" + s.encode() + b"\ntR.",
+    "functools.partial": lambda s: pickle.dumps(functools.partial(os.system, f"touch {s}")),
+    "copyreg._reconstructor": lambda s: pickle.dumps(Call(copyreg._reconstructor, dict, object, None)),
+    "a class": lambda s: pickle.dumps(Path(s)),
+    "OrderedDict": lambda s: pickle.dumps(OrderedDict(a=1)),
+    "complex": lambda s: pickle.dumps(1j),
+    "object array": lambda s: pickle.dumps(np.array([Call(eval, f"open({s!r}, 'w')")], dtype=object)),
+    "plain object array": lambda s: pickle.dumps(np.array([1, None], dtype=object)),
+    "structured array": lambda s: pickle.dumps(np.zeros(2, dtype=[("a", "O"), ("b", "i4")])),
+    "object dtype by state": lambda s: object_state(b"cnumpy\ndtype\n(VO8\nI00\nI01\ntR"),
+    "fields by state": lambda s: object_state(U8 + b"(I3\nV|\nN(Va\nt(dVa\nNsI8\nI8\nI63\ntb"),
+    "metadata by state": lambda s: object_state(U8 + b"(I4\nV|\nNNNI-1\nI-1\nI0\n(dtb"),
+    "state of a function": lambda s: b"cnumpy.core.multiarray\n_reconstruct\n(N(dV__name__\nVx\nstb.",
+    "state of a dict": lambda s: b"(d(dV__class__\nVx\nsb.",
+    "call of an array type": lambda s: b"cnumpy\nndarray\n(I9\ntR.",
+    "call of text": lambda s: b"Vos.system\n(Vls\ntR.",
+    "other codec": lambda s: b"c_codecs\nencode\n(Vabc\nVrot13\ntR.",
+    "persistent id": lambda s: b"Psome\n.",
+    "binary persistent id": lambda s: b"Vsome\nQ.",
+    "INST": lambda s: b"(Vtouch " + s.encode() + b"\nios\nsystem\n.",
+    "OBJ": lambda s: b"(cnumpy\ndtype\nVu1\no.",
+    "NEWOBJ": lambda s: b"\x80\x02cnumpy\ndtype\n)\x81.",
+    "extension registry": lambda s: b"\x80\x02\x82\x01.",
+    "out-of-band buffer": lambda s: b"\x80\x05\x97.",
+    "a set": lambda s: pickle.dumps({1, 2}),
+    "the same bytes many times": lambda s: (
+        b"(lp0\nV" + 5000 * b"a" + b"\np1\na" + 99 * b"c_codecs\nencode\n(g1\nVlatin1\ntRa" + b"."
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(tmp_path: Path, name: str) -> None:
+    sentinel = tmp_path / "executed"
+    path = write(tmp_path, HOSTILE[name](str(sentinel)))
+    with pytest.raises(DataError, match=r"need NumPy arrays and builtin containers, got .*some\.pkl"):
+        load_pickle(path)
+    assert not sentinel.exists()
+
+
+def test_the_hostile_files_are_live(tmp_path: Path) -> None:
+    sentinel = tmp_path / "executed"
+    pickle.loads(HOSTILE["os.system"](str(sentinel)))
+    assert sentinel.exists()
+
+
+def test_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"a reference to {os.system.__module__}\.system in "):
+        load_pickle(write(tmp_path, HOSTILE["os.system"]("x")))
+    with pytest.raises(DataError, match="the pickle instruction BINPERSID"):
+        load_pickle(write(tmp_path, HOSTILE["binary persistent id"]("x")))
+    with pytest.raises(DataError, match="dtype 'O8'"):
+        load_pickle(write(tmp_path, HOSTILE["plain object array"]("x")))
+
+
+WHOLE = pickle.dumps({"image_data": np.arange(4000, dtype=np.uint8)}, protocol=4)
+DAMAGED = {
+    "empty": b"",
+    "truncated": WHOLE[:-10],
+    "truncated early": WHOLE[:30],
+    "without end": WHOLE[:-1],
+    "text": b"hello, this is no pickle\n",
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "zeros": bytes(100),
+    "stack underflow": b"0.",
+    "unknown memo entry": b"g7\n.",
+    "array larger than the file": ARRAY + b"(I1\n(I1000000000000\nt" + U8 + b"I00\nC\x03abctb.",
+    "array of nothing": ARRAY + b"(I1\n(I1000000000000\nt" + U8.replace(b"u1", b"S0") + b"I00\nC\x00tb.",
+    "negative shape": ARRAY + b"(I1\n(I-1\nI-3\nt" + U8 + b"I00\nC\x03abctb.",
+    "bytes longer than the file": b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc.",
+    "bytearray longer than the file": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
+    "text longer than the file": b"\x80\x04\x8d" + (2**50).to_bytes(8, "little") + b"abc.",
+    "frame longer than the file": b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.",
+    "protocol 9": b"\x80\x09N.",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"need .*some\.pkl.*; .*get it again"):
+        load_pickle(write(tmp_path, DAMAGED[name]))
+
+
+def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
+    assert load_pickle(write(tmp_path, b"\x80\x02Nr\xff\xff\xff\xff.")) is None
+
+
+def test_huge_first_shape_takes_no_memory(tmp_path: Path) -> None:
+    assert load_pickle(write(tmp_path, ARRAY.replace(b"(I0\n", b"(I1000000000000\n") + b".")).size == 0
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>", b"\n  <html>", b"\xef\xbb\xbf<?xml version='1.0'?>"])
+def test_html_page(tmp_path: Path, page: bytes) -> None:
+    with pytest.raises(DataError, match=r"some\.pkl: this is an HTML page, a failed download"):
+        load_pickle(write(tmp_path, page))
+
+
+def test_missing_and_too_large(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a file"):
+        load_pickle(tmp_path / "none.pkl")
+    with pytest.raises(DataError, match="at most 10 bytes"):
+        load_pickle(write(tmp_path, WHOLE), max_bytes=10)
