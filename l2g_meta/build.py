@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def build_model(config: Config, image_shape: tuple[int, ...]) -> MetricModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        encoder = _call(_named(config.backbone or "conv4", BACKBONES, "backbone"), image_shape[0])
+        encoder = _call(_named(config.backbone, BACKBONES, "backbone"), image_shape[0])
         head = _named(config.head, HEADS, "head")
         shape = feature_shape(encoder, image_shape)
         try:
@@ -70,15 +71,14 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs:
     """The training stream of the config."""
-    queries = config.queries or 15
     return TaskPairs(
         dataset,
         ways=config.ways,
         shots=config.shots,
-        queries=2 * queries if config.fresh_queries else queries,
+        queries=2 * config.queries if config.fresh_queries else config.queries,
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
-        outer_queries=config.outer_queries or queries,
+        outer_queries=config.outer_queries or config.queries,
         seed=config.seed,
         device=device,
     )
@@ -122,7 +122,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
         )
     wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))
     load_weights(path, wrapper)
-    config = config if device is None else Config(**{**vars(config), "device": device})
+    config = config if device is None else replace(config, device=device)
     return wrapper.to(build_device(config)).eval(), config
 
 

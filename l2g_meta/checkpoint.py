@@ -42,9 +42,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
 
 
-def save_training(
-    folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]
-) -> None:
+def save_training(folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
     """``last.safetensors`` (the wrapper's state dict) and, beside it, what resuming needs besides.
 
     The second file is written first under a name of its own, which the first one's header refers to: renaming

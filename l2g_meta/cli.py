@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from l2g_meta.checkpoint import load_tensors
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -38,11 +39,8 @@ def _train(args: argparse.Namespace) -> int:
     else:
         config = Config(**given).resolved()
         out = args.out or Path("runs") / f"{config.data}-{config.method}-{config.head}-seed{config.seed}"
-    wrapper = train(config, out, resume=args.resume is not None)
-    del wrapper
-    from l2g_meta.checkpoint import load_tensors
-
-    best = load_tensors(out / "best.safetensors")[1]
+    train(config, out, resume=args.resume is not None)
+    _, best = load_tensors(out / "best.safetensors")
     print(
         f"{out}: best validation {best['val_accuracy']:.2f} % at update {best['iteration']}, BatchNorm {config.bn}, "
         f"reduction {config.reduction or 'mean'}"
@@ -57,13 +55,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     results = []
     for run in args.run:
         wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
-        config = Config(**{**vars(config), "root": args.root or config.root})
+        config = replace(config, root=args.root or config.root)
         result = evaluate(
             wrapper,
             build_data(config, args.split),
             ways=args.ways or config.ways,
             shots=args.shots or config.shots,
-            queries=args.queries or config.queries or 15,
+            queries=args.queries or config.queries,
             episodes=args.episodes,
             runs=args.runs,
             bn=args.bn,

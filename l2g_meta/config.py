@@ -23,7 +23,9 @@ def _flag(default: Any, help: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. ``None`` means the data set's or the head's default; ``resolved()`` fills it in.
+    """A training run; a field per flag of ``l2g train``.
+
+    Where the default is ``None``, the data set or the head has one of its own, which ``resolved()`` fills in.
 
     Example:
         >>> Config(method="episodic").resolved().backbone
@@ -32,13 +34,13 @@ class Config:
 
     data: str = _flag("glyphs", "data set", choices=DATASETS)
     root: str | None = _flag(None, "folder that holds the data (not needed for glyphs)")
-    image_size: int | None = _flag(None, "pixels; another size than the data set's own is another benchmark")
+    image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
     download: bool = _flag(False, "let learn2learn download missing data")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
 
     method: str = _flag("l2g", "training objective", choices=tuple(OBJECTIVES))
     head: str = _flag("prototypical", f"metric head: {', '.join(HEADS)}, or package.module:Class")
-    backbone: str | None = _flag(None, f"encoder: {', '.join(BACKBONES)}, or package.module:Class")
+    backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, or package.module:Class")
     distance: str | None = _flag(None, "prototypical: distance", choices=("euclidean", "squared", "cosine"))
     dims: str | None = _flag(None, "prototypical: sum or mean over dimensions", choices=("sum", "mean"))
     temperature: float | None = _flag(None, "prototypical, matching: scores are divided by it")
@@ -47,7 +49,7 @@ class Config:
 
     ways: int = _flag(5, "classes of a task (T_i)")
     shots: int = _flag(1, "supports per class")
-    queries: int | None = _flag(None, "queries per class")
+    queries: int = _flag(None, "queries per class")
     outer_ways: int | None = _flag(None, "classes of T_j; as T_i by default, and so for the next two")
     outer_shots: int | None = _flag(None, "supports per class of T_j")
     outer_queries: int | None = _flag(None, "queries per class of T_j")
@@ -60,12 +62,12 @@ class Config:
     fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
     lr: float = _flag(1e-3, "step size of Adam")
-    lr_halve_every: int | None = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
-    pairs: int | None = _flag(None, "pairs of tasks per update")
+    lr_halve_every: int = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
+    pairs: int = _flag(None, "pairs of tasks per update")
     tasks_per_update: int | None = _flag(None, "episodic, maml: tasks per update, instead of 2 × pairs and pairs")
-    iterations: int | None = _flag(None, "updates")
-    eval_every: int | None = _flag(None, "updates between validations; checkpoints are written then")
-    eval_episodes: int | None = _flag(None, "validation episodes")
+    iterations: int = _flag(None, "updates")
+    eval_every: int = _flag(None, "updates between validations; checkpoints are written then")
+    eval_episodes: int = _flag(None, "validation episodes")
     bn: str = _flag("running", "BatchNorm statistics at validation", choices=("running", "batch"))
     seed: int = _flag(0, "of the initial weights and of the stream of tasks")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps …")
@@ -110,7 +112,7 @@ class Config:
     @property
     def episodes_per_update(self) -> int:
         """Outer tasks per update, the unit of the learning rate's schedule; equal for methods with equal ``pairs``."""
-        return self.tasks_per_update or self.pairs or PAPER["pairs"]
+        return self.tasks_per_update or self.pairs
 
     @property
     def head_options(self) -> dict[str, Any]:

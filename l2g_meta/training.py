@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2g_meta.build import (
-    build_data,
-    build_device,
-    build_model,
-    build_pairs,
-    build_wrapper,
-    tasks_of_update,
-)
+from l2g_meta.build import build_data, build_device, build_model, build_pairs, build_wrapper, tasks_of_update
 from l2g_meta.checkpoint import load_training, save_tensors, save_training
 from l2g_meta.config import Config
-from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import task_source
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
@@ -62,44 +54,40 @@ def train(
     device = build_device(config)
     if data is None:
         data, validation = build_data(config, "train"), build_data(config, "validation")
-    image_shape = data.image_shape if isinstance(data, ClassDataset) and model is None else None
-    wrapper = build_wrapper(config, model or build_model(config, image_shape or _image_shape(data))).to(device)
     pairs = build_pairs(config, data, device)
+    image_shape = tuple(pairs[0][0].support_x.shape[1:])
+    wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     optimizer = torch.optim.Adam(wrapper.parameters(), lr=config.lr)
-    start, best = 0, -math.inf
+    info: dict[str, Any] = {"iteration": 0, "best": -math.inf}
+    if model is None:  # what load_run needs to build it again
+        info["image_shape"] = image_shape
     if resume:
         info = load_training(out, wrapper, optimizer)
-        start, best = info["iteration"], info["best"]
     else:
         _new_folder(out)
         config.save(out / "config.json")
 
-    with RunLog(out, config, start=start, progress=progress) as log:
-        for k in range(start, config.iterations or 0):
-            optimizer.param_groups[0]["lr"] = learning_rate(config, k)
+    with RunLog(out, config, start=info["iteration"], progress=progress) as log:
+        for k in range(info["iteration"], config.iterations):
             wrapper.train()
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = learning_rate(config, k)
             began = time.perf_counter()
             batch = tasks_of_update(config, pairs, k)
             stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
             if not math.isfinite(stats.loss):
                 raise L2GError(f"the loss of update {k} is {stats.loss}; lower --inner-lr or --lr, or use --dims mean")
             optimizer.step()  # eq. 5
-            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "tasks": _count(batch)}
-            row["seconds"] = time.perf_counter() - began
+            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k)}
+            row |= {"tasks": sum(map(len, batch)), "seconds": time.perf_counter() - began}
 
-            if (k + 1) % (config.eval_every or 1) == 0 or k + 1 == config.iterations:
+            due = (k + 1) % config.eval_every == 0 or k + 1 == config.iterations
+            if due:
                 result = validate(wrapper, config, validation, device)
                 row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
-                info = {"iteration": k + 1, "val_accuracy": result.accuracy_mean, "best": max(best, result.accuracy_mean)}  # noqa: E501
-                info |= {"image_shape": image_shape} if image_shape else {}
-                if result.accuracy_mean > best:
-                    best = result.accuracy_mean
-                    save_tensors(out / "best.safetensors", wrapper.state_dict(), info)
-                log.write(row)
-                save_training(out, wrapper, optimizer, info)
-            else:
-                log.write(row)
+            log.write(row)  # before saving: rows past the checkpoint are dropped on resuming, missing ones are lost
+            if due:
+                info = _save(out, wrapper, optimizer, info, k + 1, result.accuracy_mean)
     return wrapper
 
 
@@ -111,7 +99,7 @@ def learning_rate(config: Config, k: int) -> float:
         >>> learning_rate(config, 1999), learning_rate(config, 2000)
         (0.001, 0.0005)
     """
-    return config.lr * 0.5 ** (k * config.episodes_per_update // (config.lr_halve_every or 10_000))
+    return config.lr * 0.5 ** (k * config.episodes_per_update // config.lr_halve_every)
 
 
 def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:
@@ -122,12 +110,24 @@ def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.de
         dataset,
         ways=config.ways if sizes is None else min(config.ways, len(sizes)),
         shots=config.shots,
-        queries=config.queries or 15,
-        episodes=config.eval_episodes or 600,
+        queries=config.queries,
+        episodes=config.eval_episodes,
         bn=config.bn,  # type: ignore[arg-type]
         episode_seed=VALIDATION_SEED,
         device=device,
     )
+
+
+def _save(
+    out: Path, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: dict[str, Any], iteration: int, val: float
+) -> dict[str, Any]:
+    """The last checkpoint, and the best on validation so far; returns the header of both."""
+    improved = val > info["best"]
+    info = {**info, "iteration": iteration, "val_accuracy": val, "best": max(val, info["best"])}
+    if improved:
+        save_tensors(out / "best.safetensors", wrapper.state_dict(), info)
+    save_training(out, wrapper, optimizer, info)
+    return info
 
 
 def _new_folder(out: Path) -> None:
@@ -137,14 +137,3 @@ def _new_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"need a folder for the run, cannot make {out}: {error.strerror}") from error
-
-
-def _image_shape(data: Any) -> tuple[int, ...]:
-    """Shape of one input, from a task: for data that does not say."""
-    from l2g_meta.data.pairs import Episodes
-
-    return tuple(Episodes(data, ways=2, shots=1, queries=1)[0].support_x.shape[1:])
-
-
-def _count(batch: list[Any]) -> int:
-    return sum(len(tasks) for tasks in batch)

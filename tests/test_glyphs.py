@@ -64,7 +64,7 @@ LOOK_ALIKES = [
     "xX\u0445\u0425",
     "pP\u0440\u0420\u03c1",
     "Il\u0406\u04c0",
-    "\u140a\u140b\u140c",  # Canadian syllabics a, aa, we: with and without a dot
+    "\u140a\u140b\u1418",  # Canadian syllabics a, aa, wa: without and with a dot
 ]
 
 

@@ -67,9 +67,7 @@ def test_reduction_is_a_factor():
     s, y = torch.randn(6, 3), torch.arange(6) % 3
     for head, factor in ((PrototypicalHead, 6), (MatchingHead, 6)):
         torch.testing.assert_close(head(reduction="sum").loss_fn(s, y), factor * head().loss_fn(s, y))
-    torch.testing.assert_close(
-        RelationHead(4, 4, reduction="sum").loss_fn(s, y), 18 * RelationHead(4, 4).loss_fn(s, y)
-    )
+    torch.testing.assert_close(RelationHead(4, 4, reduction="sum").loss_fn(s, y), 18 * RelationHead(4, 4).loss_fn(s, y))
 
 
 def test_bad_arguments_say_what_is_needed():

@@ -10,7 +10,6 @@ from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationH
 from l2g_meta.errors import FitError
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.testing import functional_meta_loss, random_task, second_order_is_kept
-from l2g_meta.wrapper import StepSizes
 
 IMAGE = (2, 16, 16)
 

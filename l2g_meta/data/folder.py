@@ -14,7 +14,7 @@ from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
-DEFAULTS: dict[str, Any] = dict(image_size=84, channels=3)
+DEFAULTS: dict[str, Any] = {"image_size": 84}
 MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
 LAYOUTS = ("<split>/<class>/*.{jpg,jpeg,png}", "<class>/*.{jpg,jpeg,png}")
 

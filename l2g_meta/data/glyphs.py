@@ -28,7 +28,10 @@ from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")
-DEFAULTS: dict[str, Any] = {"image_size": 28, "channels": 1}
+# Sizes of the demo: minutes on two cores.
+DEFAULTS: dict[str, Any] = {
+    "image_size": 28, "queries": 5, "pairs": 2, "iterations": 300, "eval_every": 50, "eval_episodes": 200,
+}  # fmt: skip
 
 VERSION = 1  # of the images: raise it when anything below changes them
 SEED = 20240601
@@ -69,11 +72,7 @@ THRESHOLD = 0.87  # correlation above which two characters look alike, chosen by
 
 
 def load(
-    split: str,
-    *,
-    root: Path | str | None = None,
-    image_size: int | None = None,
-    download: bool = False,
+    split: str, *, root: Path | str | None = None, image_size: int | None = None, download: bool = False
 ) -> ClassDataset:
     """One split of ``glyphs``: uint8 images (n, image_size, image_size, 1), 30 per class, built on the first call.
 
@@ -84,7 +83,7 @@ def load(
         download: unused, as nothing is downloaded.
 
     Raises:
-        DataError: if there is no such split.
+        DataError: if there is no such split, or the images would be smaller than 8 x 8.
 
     Example:
         >>> load("test").gather([0, 1]).shape  # doctest: +SKIP
@@ -97,13 +96,8 @@ def load(
     size = DEFAULTS["image_size"] if image_size is None else image_size
     if size < 8:
         raise DataError(f"need images of at least 8 pixels a side, got image_size={size}; 28 is the default")
-    fingerprint = {
-        "version": VERSION,
-        "split": split,
-        "size": size,
-        "matplotlib": matplotlib.__version__,
-        "pillow": PIL.__version__,
-    }
+    versions = {"glyphs": VERSION, "matplotlib": matplotlib.__version__, "pillow": PIL.__version__}
+    fingerprint = {**versions, "split": split, "size": size}
     folder = cached(f"glyphs-{split}-{size}", fingerprint, lambda folder: build(folder, split, size))
     return open_dataset(folder, name="glyphs", split=split, mean=MEAN, std=STD)
 

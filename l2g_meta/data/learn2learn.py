@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from l2g_meta.clone import require_learn2learn
+from l2g_meta.data.pairs import split_classes
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -45,10 +46,8 @@ class MetaDatasetSource:
     def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[Task, ...]:
         """One task for each (ways, shots, queries), without a common class."""
         data = require_learn2learn().data
-        ways = [n for n, _, _ in shapes]
-        chosen = rng.choice(len(self.labels), sum(ways), replace=False)
         tasks = []
-        for picks, (n, shots, queries) in zip(np.split(chosen, np.cumsum(ways)[:-1]), shapes, strict=True):
+        for picks, (n, shots, queries) in zip(split_classes(rng, len(self.labels), shapes), shapes, strict=True):
             subset = self._subset([self.labels[pick] for pick in picks])
             taskset = data.Taskset(
                 subset,

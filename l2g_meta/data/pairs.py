@@ -49,8 +49,8 @@ class TaskShape(NamedTuple):
     def checked(self, name: str) -> TaskShape:
         """The shape itself, if its numbers are positive."""
         for field, choice in zip(self._fields, self, strict=True):
-            values = _values(choice)
-            if not values or not all(isinstance(v, int | np.integer) for v in values) or min(values) < 1:
+            values = _values(choice) if isinstance(choice, int | np.integer | Sequence) else []
+            if not values or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
                 raise DataError(f"need {name}{field} to be a positive integer or a set of them, got {choice!r}")
         return self
 
@@ -189,13 +189,15 @@ class IndexedSource:
     def __init__(self, dataset: ClassIndexed):
         self.dataset = dataset
 
+    def classes(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        """Classes of each task, drawn as one set of distinct ones, then split."""
+        return split_classes(rng, len(self.dataset.index), shapes)
+
     def rows(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common class, one for each (ways, shots, queries)."""
         index = self.dataset.index
-        ways = [n for n, _, _ in shapes]
-        classes = rng.choice(len(index), sum(ways), replace=False)
         tasks = []
-        for chosen, (n, shots, queries) in zip(np.split(classes, np.cumsum(ways)[:-1]), shapes, strict=True):
+        for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
             drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
             tasks.append(
                 TaskRows(
@@ -222,6 +224,12 @@ class IndexedSource:
         n = len(rows.support)
         support_y, query_y = (torch.from_numpy(y).to(x.device) for y in (rows.support_y, rows.query_y))
         return Task(x[:n], support_y, x[n:], query_y, len(rows.classes))
+
+
+def split_classes(rng: np.random.Generator, n_classes: int, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+    """Distinct classes for tasks of the given (ways, shots, queries), (ways,) for each task."""
+    ways = [n for n, _, _ in shapes]
+    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])
 
 
 def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:

@@ -17,7 +17,7 @@ from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
-DEFAULTS: dict[str, Any] = dict(image_size=84, channels=3)
+DEFAULTS: dict[str, Any] = {"image_size": 84}
 MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
 LAYOUTS = (
     "tiered-imagenet/{train,val,test}_images_png.pkl with {train,val,test}_labels.pkl",

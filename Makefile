@@ -1,0 +1,35 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both use the environment .venv, made here once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# learn2learn 0.2.0 ships C from an old Cython; build_ext generates it anew. From Python 3.13 on one of its
+# dependencies (qpth) has no NumPy to install with: there the library uses its built-in clone and update instead.
+EXTRAS := $(shell $(PYTHON) -c 'import sys; print("dev" if sys.version_info >= (3, 13) else "dev,learn2learn")')
+
+.PHONY: demo test slow lint docs clean
+
+demo: .venv/installed
+	$(BIN)/python examples/quickstart.py
+
+test: lint docs
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --config-settings=--build-option=build_ext --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info docs/_build

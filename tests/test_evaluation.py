@@ -1,0 +1,122 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from l2g_meta import Conv4, L2GWrapper, MatchingHead, MetricModel, PrototypicalHead, RelationHead
+from l2g_meta import evaluation as evaluation_module
+from l2g_meta.data import ClassDataset
+from l2g_meta.evaluation import evaluate, over_models, paired_difference
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(1)
+    centres = torch.randn(6, 1, 1, 16, 16, dtype=torch.float64)
+    images = (centres + 4 * torch.randn(6, 8, 1, 16, 16, dtype=torch.float64)).flatten(0, 1)
+    return ClassDataset(images, np.arange(48) // 8, name="noise", split="test")
+
+
+def models():
+    return [
+        MetricModel(Conv4(1, 4), PrototypicalHead()),
+        MetricModel(Conv4(1, 4), MatchingHead()),
+        MetricModel(Conv4(1, 4, pools=2), RelationHead(4, 4)),
+    ]
+
+
+class Opaque(nn.Module):
+    """A user's model: only forward(task)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, task):
+        return self.model(task)
+
+
+@pytest.mark.parametrize("model", models(), ids=["prototypical", "matching", "relation"])
+def test_embedding_once_equals_embedding_per_episode(model, data, monkeypatch):
+    model = model.double()
+    model(next(iter(_tasks(data))))
+    once = evaluate(model, data, ways=3, shots=2, queries=3, episodes=20, runs=2)
+    each = evaluate(Opaque(model), data, ways=3, shots=2, queries=3, episodes=20, runs=2)
+    assert once.accuracies == each.accuracies
+    monkeypatch.setattr(evaluation_module, "EMBED_BYTES", 100)  # too large to keep: embedded per episode
+    assert evaluate(model, data, ways=3, shots=2, queries=3, episodes=20, runs=2).accuracies == once.accuracies
+
+
+def _tasks(data):
+    from l2g_meta.data import Episodes
+
+    yield Episodes(data, ways=3, shots=1, queries=3)[0]
+
+
+def test_each_image_is_embedded_once(data):
+    seen = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            seen.extend(x.flatten(1).sum(1).tolist())
+            return x
+
+    evaluate(MetricModel(Counting(), PrototypicalHead()), data, ways=3, queries=3, episodes=50, runs=2)
+    assert len(seen) == len(set(seen)) <= len(data)
+
+
+@pytest.mark.parametrize("bn", ["running", "batch"])
+def test_model_buffers_modes_and_generators_are_untouched(bn, data):
+    model = MetricModel(Conv4(1, 4), PrototypicalHead()).double().train()
+    wrapper = L2GWrapper(model, 0.1)
+    before, state = copy.deepcopy(wrapper.state_dict()), torch.get_rng_state()
+    result = evaluate(wrapper, data, ways=3, queries=3, episodes=5, bn=bn)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), wrapper.state_dict().values(), strict=True))
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state) and result.bn == bn
+
+
+def test_accuracy_by_a_plain_loop(data):
+    from l2g_meta.data import Episodes
+
+    model = MetricModel(nn.Flatten(), PrototypicalHead(distance="squared")).eval()
+    stream = Episodes(data, ways=4, shots=1, queries=2, seed=(9, 0))
+    expected = []
+    for k in range(30):
+        task = stream[k]
+        nearest = torch.cdist(task.query_x.flatten(1), task.support_x.flatten(1)).argmin(1)
+        expected.append(100 * (task.support_y[nearest] == task.query_y).double().mean().item())
+    result = evaluate(model, data, ways=4, queries=2, episodes=30, episode_seed=9)
+    assert result.accuracies == pytest.approx(expected)
+    assert result.accuracy_mean == pytest.approx(np.mean(expected)) and result.accuracy_mean > 40
+    assert result.ci95_runs is None and "one model" in str(result) and result.split == "test"
+
+
+def test_streams_depend_on_the_episode_seed_alone(data):
+    model = MetricModel(nn.Flatten(), PrototypicalHead())
+    options = dict(ways=3, queries=3, episodes=20)
+    a = evaluate(model, data, **options, episode_seed=1)
+    torch.manual_seed(99)
+    assert evaluate(model, data, **options, episode_seed=1).accuracies == a.accuracies
+    assert evaluate(model, data, **options, episode_seed=2).accuracies != a.accuracies
+    assert evaluate(model, data, **options, episode_seed=1, runs=2).accuracies[:20] == a.accuracies
+
+
+def test_several_models_give_the_papers_interval_and_pairs_can_be_compared(data):
+    results = [
+        evaluate(MetricModel(nn.Flatten(), head), data, ways=3, queries=3, episodes=20)
+        for head in (PrototypicalHead(), MatchingHead())
+    ]
+    both = over_models(results)
+    means = [r.accuracy_mean for r in results]
+    assert both.run_means == means and both.accuracy_mean == pytest.approx(np.mean(means))
+    assert both.ci95_runs == pytest.approx(12.7062 * np.std(means, ddof=1) / 2**0.5)
+    assert "2 trained models, Student t" in str(both)
+    mean, half = paired_difference(*results)
+    assert mean == pytest.approx(means[0] - means[1]) and half >= 0
+    with pytest.raises(ValueError, match="same episodes"):
+        paired_difference(
+            results[0], evaluate(MetricModel(nn.Flatten(), MatchingHead()), data, ways=2, queries=3, episodes=20)
+        )

@@ -1,0 +1,143 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
+from l2g_meta.data.pairs import generator
+from l2g_meta.errors import DataError
+
+
+def numbered(n_classes, size, **options):
+    """Each input is its own row number, so that a task says which rows it holds."""
+    n = n_classes * size
+    return ClassDataset(torch.arange(float(n))[:, None], torch.arange(n) // size, **options)
+
+
+def classes_of(task, size):
+    return set((torch.cat([task.support_x, task.query_x]).flatten() // size).long().tolist())
+
+
+def test_no_shared_class_in_100_000_draws():
+    pairs = TaskPairs(numbered(12, 2), ways=5, outer_ways=(2, 7), shots=1, queries=1)
+    for k in range(100_000):
+        rng = generator(pairs.seed, k)
+        shapes = pairs.inner.draw(rng), pairs.outer.draw(rng)
+        chosen_i, chosen_j = pairs.source.classes(rng, shapes)
+        assert len(np.unique(np.concatenate([chosen_i, chosen_j]))) == shapes[0][0] + shapes[1][0]
+
+
+def test_loaded_pairs_are_disjoint_and_well_formed():
+    pairs = TaskPairs(numbered(12, 9), ways=4, shots=2, queries=3, outer_ways=6, outer_shots=1, outer_queries=5)
+    for k in range(50):
+        task_i, task_j = pairs[k]
+        assert classes_of(task_i, 9).isdisjoint(classes_of(task_j, 9))
+        for task, (n, shots, queries) in ((task_i, (4, 2, 3)), (task_j, (6, 1, 5))):
+            task.check()
+            assert task.n_way == n and len(task.support_y) == n * shots and len(task.query_y) == n * queries
+            rows = torch.cat([task.support_x, task.query_x]).flatten()
+            assert len(rows.unique()) == len(rows)  # no image twice
+            labels = torch.cat([task.support_y, task.query_y])
+            for c in range(n):  # one class of the data set behind each label
+                assert len((rows[labels == c] // 9).unique()) == 1
+
+
+def test_the_same_pair_for_the_same_seed_and_index_in_any_order():
+    data = numbered(12, 6)
+    options = dict(ways=(3, 4, 5), shots=(1, 2), queries=2)
+    forward = [TaskPairs(data, **options, seed=3)[k] for k in range(10)]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    backward = TaskPairs(data, **options, seed=3)
+    for k in reversed(range(10)):
+        for a, b in zip(forward[k], backward[k], strict=True):
+            assert a.n_way == b.n_way and all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    other = TaskPairs(data, **options, seed=4)
+    assert any(
+        other[k][0].n_way != forward[k][0].n_way or not torch.equal(other[k][0].support_x, forward[k][0].support_x)
+        for k in range(3)
+    )
+
+
+def test_no_global_generator_is_used():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    TaskPairs(numbered(10, 4), ways=5, shots=1, queries=2)[0]
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_sets_to_draw_from_are_all_used():
+    pairs = TaskPairs(numbered(14, 8), ways=5, shots=5, queries=2, outer_ways=(5, 7, 9), outer_shots=(1, 5))
+    drawn = {(j.n_way, len(j.support_y) // j.n_way) for _, j in (pairs[k] for k in range(80))}
+    assert drawn == {(w, s) for w in (5, 7, 9) for s in (1, 5)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(ways=10), r"a disjoint pair needs 20 classes, the split has 16; lower ways to 8 each"),
+        (dict(queries=9), r"needs 10 examples of every class, 16 of 16 .*lower shots \+ queries to 6"),
+        (dict(ways=0), "ways to be a positive integer"),
+        (dict(outer_shots=[]), "outer_shots to be a positive integer or a set"),
+        (dict(shots=1.5), "shots"),
+    ],
+)
+def test_too_little_data_says_what_would_fit(options, message):
+    with pytest.raises((DataError, TypeError), match=message):
+        TaskPairs(numbered(16, 6), **{**dict(ways=5, shots=1, queries=2), **options})
+
+
+def test_episodes_give_single_tasks_and_their_rows():
+    episodes = Episodes(numbered(5, 6), ways=5, shots=2, queries=3, seed=(7, 1))
+    task, rows = episodes[4], episodes.rows(4)
+    assert task.support_x.flatten().tolist() == rows.support.tolist()
+    assert task.query_x.flatten().tolist() == rows.query.tolist()
+    with pytest.raises(DataError, match="a task needs 6 classes, the split has 5; lower ways to 5$"):
+        Episodes(numbered(5, 6), ways=6, shots=1, queries=1)
+    with pytest.raises(IndexError):
+        episodes[-1]
+
+
+class Letters(Dataset):
+    targets = ["b", "a", "b", "a", "c", "c"]
+
+    def __getitem__(self, i):
+        return torch.full((1, 2, 2), float(i)), self.targets[i]
+
+    def __len__(self):
+        return 6
+
+
+def test_any_map_style_data_set_plugs_in():
+    task_i, task_j = TaskPairs(Letters(), ways=1, outer_ways=2, shots=1, queries=1)[0]
+    assert task_i.support_x.shape == (1, 1, 2, 2) and task_j.n_way == 2
+    data = MapDataset(Letters())
+    assert data.class_names == ("a", "b", "c") and [r.tolist() for r in data.index] == [[1, 3], [0, 2], [4, 5]]
+    with pytest.raises(DataError, match="neither `targets` nor `labels`"):
+        TaskPairs([(1, 2)], ways=1, shots=1, queries=1)
+
+
+def test_uint8_images_are_normalised_when_gathered():
+    images = torch.randint(0, 256, (4, 5, 6, 3), dtype=torch.uint8)
+    data = ClassDataset(images, [0, 0, 1, 1], mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    x = data.gather([2])
+    expected = (images[2].permute(2, 0, 1) / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor(
+        [0.5, 0.6, 0.7]
+    )[:, None, None]
+    torch.testing.assert_close(x[0], expected)
+    assert data.image_shape == (3, 5, 6) and len(data) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0, 1], (), "one label per image"),
+        ([0, 0, 2], (), "none of class 1; number the classes without gaps"),
+        ([0, 0, -1], (), "integer labels from 0"),
+        ([0, 0, 1], ("a",), "one name per class"),
+    ],
+)
+def test_class_dataset_errors(labels, names, message):
+    with pytest.raises(DataError, match=message):
+        ClassDataset(torch.randn(3, 1), labels, names)

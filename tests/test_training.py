@@ -1,0 +1,254 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
+from l2g_meta.build import build_model, load_run, tasks_of_update
+from l2g_meta.checkpoint import load_tensors, save_tensors
+from l2g_meta.cli import main
+from l2g_meta.config import Config
+from l2g_meta.data import ClassDataset, TaskPairs
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.training import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder data set: 12 classes of 8 noisy blobs for every split."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("blobs"), np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        for c in range(12):
+            centre = rng.integers(0, 200, (4, 4, 3))
+            target = root / split / f"class{c:02d}"
+            target.mkdir(parents=True)
+            for k in range(8):
+                pixels = np.kron(centre + rng.integers(0, 56, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+                Image.fromarray(pixels).save(target / f"{k}.png")
+    return root
+
+
+def flags(folder, out, *more, iterations=4):
+    return [
+        "train", "--data", "folder", "--root", str(folder), "--image-size", "16", "--ways", "3", "--queries", "2",
+        "--pairs", "2", "--iterations", str(iterations), "--eval-every", "2", "--eval-episodes", "10",
+        "--device", "cpu", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def rows(out):
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "l2g"],
+        ["--method", "episodic"],
+        ["--method", "episodic", "--tasks-per-update", "3"],
+        ["--method", "maml", "--fresh-queries"],
+        ["--method", "maml", "--tasks-per-update", "1", "--first-order"],
+        ["--head", "relation", "--reduction", "sum", "--bn", "batch"],
+        ["--head", "matching", "--learn-inner-lr", "element", "--temperature", "0.1", "--learn-temperature"],
+        ["--outer-ways", "5", "--outer-shots", "2", "--inner-steps", "2", "--distance", "squared", "--dims", "mean"],
+    ],
+    ids=" ".join,
+)
+def test_every_method_trains_logs_saves_and_evaluates(more, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(flags(folder, out, *more)) == 0
+    names = {p.name for p in out.iterdir()}
+    assert names >= {"config.json", "log.csv", "last.safetensors", "best.safetensors", "curve.png"}
+    log = rows(out)
+    assert [int(row["iteration"]) for row in log] == [1, 2, 3, 4]
+    assert [bool(row["val_accuracy"]) for row in log] == [False, True, False, True]
+    assert all(bool(row["alignment"]) != ("episodic" in more) for row in log)
+    wrapper, config = load_run(out, checkpoint="last")
+    wrapper.load_state_dict(load_file(out / "last.safetensors"), strict=True)
+    build_model(config, (3, 16, 16)).load_state_dict(wrapper.module.state_dict(), strict=True)
+    assert main(["evaluate", str(out), "--episodes", "5", "--queries", "2", "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {"accuracy_mean", "ci95_episodes", "ci95_runs", "bn", "split"} <= set(result)
+    assert 0 <= result["accuracy_mean"] <= 100 and result["ci95_runs"] is None and result["split"] == "test"
+    assert "best validation" in capsys.readouterr().out
+
+
+def test_resuming_gives_the_same_bits_and_a_finished_run_exits_0(folder, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--learn-inner-lr", "tensor"]
+    assert main(flags(folder, whole, *options, iterations=6)) == 0
+    assert main(flags(folder, parts, *options, iterations=4)) == 0
+    config = json.loads((parts / "config.json").read_text())
+    (parts / "config.json").write_text(json.dumps({**config, "iterations": 6}))
+    assert main(["train", "--resume", str(parts)]) == 0
+    for name in ("last.safetensors", "best.safetensors"):
+        a, b = load_file(whole / name), load_file(parts / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    drop = ("seconds",)
+    assert [{k: v for k, v in r.items() if k not in drop} for r in rows(whole)] == [
+        {k: v for k, v in r.items() if k not in drop} for r in rows(parts)
+    ]
+    assert len(list(parts.glob("resume-*"))) == 1
+    before = (parts / "last.safetensors").read_bytes()
+    assert main(["train", "--resume", str(parts)]) == 0
+    assert (parts / "last.safetensors").read_bytes() == before and len(rows(parts)) == 6
+
+
+def test_several_runs_are_seeds(folder, tmp_path, capsys):
+    outs = [tmp_path / str(seed) for seed in (1, 2)]
+    for seed, out in zip((1, 2), outs, strict=True):
+        assert main(flags(folder, out, "--seed", str(seed), iterations=2)) == 0
+    json_file = tmp_path / "deep" / "r.json"
+    assert main(["evaluate", *map(str, outs), "--episodes", "5", "--queries", "2", "--json", str(json_file)]) == 0
+    result = json.loads(json_file.read_text())
+    assert result["ci95_runs"] > 0 or result["run_means"][0] == result["run_means"][1]
+    assert "over 2 trained models" in capsys.readouterr().out
+
+
+def test_training_learns(folder, tmp_path):
+    config = Config(
+        data="folder", root=str(folder), image_size=16, ways=3, queries=2, pairs=2, iterations=30, eval_every=30,
+        eval_episodes=50, device="cpu", method="episodic",
+    )  # fmt: skip
+    train(config, tmp_path / "run", progress=False)
+    losses = [float(row["loss"]) for row in rows(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_own_data_and_model_from_python(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = MetricModel(Conv4(1, 4), PrototypicalHead())
+
+        def forward(self, task):
+            return self.net(task)
+
+    data = ClassDataset(torch.randn(60, 1, 16, 16), torch.arange(60) // 6)
+    config = Config(ways=3, queries=2, iterations=2, eval_every=2, eval_episodes=3, device="cpu")
+    wrapper = train(config, tmp_path / "own", data=data, validation=data, model=Own(), progress=False)
+    assert isinstance(wrapper, L2GWrapper) and isinstance(wrapper.module, Own)
+    with pytest.raises(CheckpointError, match="from Python on its own model or data"):
+        load_run(tmp_path / "own")
+    train(config, tmp_path / "own-data", data=data, validation=data, progress=False)
+    assert load_run(tmp_path / "own-data")[0].module.encoder.blocks[0].conv.in_channels == 1
+
+
+def test_methods_share_one_stream():
+    data = ClassDataset(torch.arange(96.0)[:, None], torch.arange(96) // 6)
+    pairs = TaskPairs(data, ways=2, shots=1, queries=2, seed=3)
+
+    def rows_of(config, k=1):
+        return [[t.support_x.flatten().tolist() for t in tasks] for tasks in tasks_of_update(config, pairs, k)]
+
+    l2g = rows_of(Config(pairs=2).resolved())
+    assert rows_of(Config(method="episodic", pairs=2).resolved()) == l2g
+    assert rows_of(Config(method="maml", pairs=2).resolved()) == [[tasks[0]] for tasks in l2g]
+    singles = rows_of(Config(method="episodic", pairs=2, tasks_per_update=4).resolved())
+    assert sum(singles, []) == sum(l2g, [])
+    fresh = tasks_of_update(Config(method="maml", pairs=2, fresh_queries=True).resolved(), pairs, 1)
+    assert all(len(tasks) == 2 and tasks[0].n_way == 2 for tasks in fresh)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ways", "7"], "a disjoint pair needs 14 classes, the split has 12; lower ways to 6 each"),
+        (["--tasks-per-update", "3"], "need --pairs for --method l2g"),
+        (["--fresh-queries"], "belongs to --method maml"),
+        (["--pairs", "0"], "--pairs to be at least 1, got 0"),
+        (["--seed", "-1"], "--seed"),
+        (["--lr", "0"], "--lr above 0"),
+        (["--head", "nothing"], "--head to be one of prototypical, relation, matching or package.module:Class"),
+        (["--head", "nowhere.at_all:Head"], "cannot load --head nowhere.at_all:Head"),
+        (["--head", "relation", "--distance", "cosine"], "--head relation does not take these options"),
+        (["--backbone", "conv4", "--head", "relation"], "at least 4×4"),
+        (["--root", "/nowhere"], "/nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_exits_2_with_one_line(more, message, folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("l2g: ") and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "run", iterations=1)) == 0
+    assert main(flags(folder, tmp_path / "run", iterations=1)) == 2
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "run"), "--seed", "3"]) == 2
+    assert "need --resume RUN alone" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert main(["evaluate", str(tmp_path / "nothing")]) == 2
+    (tmp_path / "file").write_text("")
+    assert main(flags(folder, tmp_path / "file" / "run", iterations=1)) == 2
+    assert "cannot make" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    data = ClassDataset(torch.full((60, 1, 16, 16), float("nan")), torch.arange(60) // 6)
+    config = Config(ways=3, queries=2, iterations=2, device="cpu")
+    with pytest.raises(L2GError, match="the loss of update 0 is nan"):
+        train(config, tmp_path / "run", data=data, validation=data, progress=False)
+
+
+def test_users_own_parts_by_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from l2g_meta import PrototypicalHead\n"
+        "class Head(nn.Module):\n"
+        "    def __init__(self, dim):\n"
+        "        super().__init__(); self.fc = nn.Linear(dim, 5); self.inner = PrototypicalHead()\n"
+        "    def forward(self, s, y, q, n):\n"
+        "        return self.inner(self.fc(s.flatten(1)), y, self.fc(q.flatten(1)), n)\n"
+        "class Backbone(nn.Module):\n"
+        "    def __init__(self, in_channels):\n"
+        "        super().__init__(); self.conv = nn.Conv2d(in_channels, 3, 3, stride=4)\n"
+        "    def forward(self, x):\n"
+        "        return self.conv(x)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+    assert main(flags(folder, out, "--head", "mine:Head", "--backbone", "mine:Backbone", iterations=2)) == 0
+    assert type(load_run(out)[0].module.head).__name__ == "Head"
+    assert main(flags(folder, tmp_path / "x", "--backbone", "torch.nn:Conv2d")) == 2
+
+
+def test_damaged_and_foreign_checkpoints(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(flags(folder, out, iterations=1)) == 0
+    save_tensors(out / "best.safetensors", {"x": torch.ones(2)}, load_tensors(out / "best.safetensors")[1])
+    assert main(["evaluate", str(out)]) == 2
+    assert "belongs to another model" in capsys.readouterr().err
+    (out / "best.safetensors").write_bytes(b"torn")
+    assert main(["evaluate", str(out)]) == 2
+    assert "need a checkpoint in" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_the_same_numbers(folder, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert main(flags(folder, tmp_path / "run", "--tensorboard", iterations=2)) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("alignment")] == pytest.approx(
+        [float(row["alignment"]) for row in rows(tmp_path / "run")], rel=1e-5
+    )
+
+
+def test_the_module_is_the_command(capsys):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "l2g_meta", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--learn-inner-lr" in capsys.readouterr().out
