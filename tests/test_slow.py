@@ -1,0 +1,44 @@
+"""Full-length variants, left out of the CI set: `make slow`."""
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
+from l2g_meta.heads import HEADS
+from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.testing import check_head
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_laws_hold_for_other_weights_and_tasks(head, seed):
+    check_head(head, seed=seed)
+
+
+def test_resident_memory_is_flat_over_200_full_size_meta_steps():
+    wrapper = L2GWrapper(MetricModel(Conv4(3), PrototypicalHead()), 0.01)
+    x, y = torch.randn(2, 20, 3, 84, 84), torch.arange(20) % 5
+    pair = tuple(Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in range(2))
+    peaks = []
+    for step in range(200):
+        wrapper.zero_grad()
+        meta_gradient(l2g, wrapper, [pair])
+        if step in (20, 199):
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+    assert peaks[1] - peaks[0] < 20_000
+
+
+def test_the_demo_learns_to_tell_unseen_characters_apart(tmp_path):
+    quickstart = Path(__file__).parent.parent / "examples" / "quickstart.py"
+    done = subprocess.run([sys.executable, quickstart], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for name in ("Episodic", "L2G"):
+        five, twenty = map(float, re.findall(r"([\d.]+) ±", re.search(f"^{name}.*", done.stdout, re.M)[0]))
+        assert five > 50 and twenty > 20, done.stdout  # chance: 20 and 5
