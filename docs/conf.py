@@ -29,15 +29,22 @@ napoleon_custom_sections = ["Shapes"]
 
 
 def list_config_fields(app, what, name, obj, options, lines):
-    """The fields of ``Config`` say what they are in their metadata, which the command line prints: print it here too."""
+    """What the fields of ``Config`` are is in their metadata, which the command line prints: print it here too."""
     if obj is Config:
-        defaults = {f.name: "" if f.default is None else f" Default: ``{f.default!r}``." for f in fields(Config)}
         lines += ["", "Args:"]
         for f in fields(Config):
+            kind = str(f.type) if f.default is not None or "None" in str(f.type) else f"{f.type} | None"
             choices = f.metadata.get("choices")
             among = f" ({', '.join(f'``{c}``' for c in choices)})" if choices else ""
-            lines.append(f"    {f.name} ({f.type}): {f.metadata['help']}{among}.{defaults[f.name]}")
+            default = "" if f.default is None else f" Default: ``{f.default!r}``."
+            lines.append(f"    {f.name} ({kind}): {f.metadata['help']}{among}.{default}")
+
+
+def name_the_fields_once(app, what, name, obj, options, signature, returns):
+    """The signature of ``Config`` would repeat the list above."""
+    return ("(**fields)", None) if obj is Config else None
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", list_config_fields, priority=400)  # before napoleon, at 500
+    app.connect("autodoc-process-signature", name_the_fields_once)

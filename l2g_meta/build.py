@@ -25,12 +25,20 @@ from l2g_meta.wrapper import L2GWrapper
 
 
 def build_device(config: Config) -> torch.device:
-    """The device named, or for ``auto`` the best there is."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device named, or for ``auto`` the best there is.
+
+    Raises:
+        FitError: if there is no such device here.
+    """
+    if config.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FitError(f"cannot use --device {config.device}: {reason}; choose auto, cpu, cuda or mps") from error
 
 
 def build_data(config: Config, split: str) -> ClassDataset:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ def _train(args: argparse.Namespace) -> int:
     train(config, out, resume=args.resume is not None)
     _, best = load_tensors(out / "best.safetensors")
     print(
-        f"{out}: best validation {best['val_accuracy']:.2f} % at update {best['iteration']}, BatchNorm {config.bn}, "
-        f"reduction {config.reduction or 'mean'}"
+        f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({best['val_ways']}-way "
+        f"{config.shots}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
     return 0
 
@@ -69,7 +69,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             device=build_device(config),
         )
         results.append(result)
-        print(f"{run}: {result}")
+        print(f"{run}: {_describe(config)}: {result}")
     total = results[0]
     if len(results) > 1:
         total = over_models(results)
@@ -77,10 +77,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"checkpoints": [str(run) for run in args.run], **total.to_json()}, indent=2) + "\n",
+            json.dumps({"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(total)}, indent=2)
+            + "\n",
             encoding="utf-8",
         )
     return 0
+
+
+def _describe(config: Config) -> str:
+    """What a result belongs to, in a few words."""
+    options = {"reduction": "mean", **config.head_options}
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"{config.method} {config.head} ({settings}), {config.data} at {config.image_size} px"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,10 +47,6 @@ class Evaluation:
     run_means: list[float]
     accuracies: list[float] = field(repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, per cent, for a JSON file."""
-        return asdict(self)
-
     def __str__(self) -> str:
         """One line that says what the intervals are over."""
         head = (

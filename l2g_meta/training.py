@@ -54,6 +54,8 @@ def train(
     device = build_device(config)
     if data is None:
         data, validation = build_data(config, "train"), build_data(config, "validation")
+    if validation is None:
+        raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
     pairs = build_pairs(config, data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
@@ -87,7 +89,7 @@ def train(
                 row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
             log.write(row)  # before saving: rows past the checkpoint are dropped on resuming, missing ones are lost
             if due:
-                info = _save(out, wrapper, optimizer, info, k + 1, result.accuracy_mean)
+                info = _save(out, wrapper, optimizer, info, k + 1, result)
     return wrapper
 
 
@@ -119,11 +121,17 @@ def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.de
 
 
 def _save(
-    out: Path, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: dict[str, Any], iteration: int, val: float
+    out: Path,
+    wrapper: L2GWrapper,
+    optimizer: torch.optim.Optimizer,
+    info: dict[str, Any],
+    iteration: int,
+    val: Evaluation,
 ) -> dict[str, Any]:
     """The last checkpoint, and the best on validation so far; returns the header of both."""
-    improved = val > info["best"]
-    info = {**info, "iteration": iteration, "val_accuracy": val, "best": max(val, info["best"])}
+    improved = val.accuracy_mean > info["best"]
+    info = {**info, "iteration": iteration, "val_accuracy": val.accuracy_mean, "val_ways": val.ways}
+    info["best"] = max(info["best"], val.accuracy_mean)
     if improved:
         save_tensors(out / "best.safetensors", wrapper.state_dict(), info)
     save_training(out, wrapper, optimizer, info)

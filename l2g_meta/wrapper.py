@@ -70,7 +70,7 @@ class L2GWrapper(nn.Module):
         self.module = model
         self.inner_lr = inner_lr if isinstance(inner_lr, StepSizes) else StepSizes(model, inner_lr, learn_inner_lr)
         self.first_order, self.inner_steps = first_order, inner_steps
-        self._loss_fn = loss_fn
+        self._loss_fn, self._checked = loss_fn, False
         self.source: nn.Module | None = None
         self.adapted_steps = 0
         self.updates: dict[str, Tensor] = {}
@@ -78,6 +78,7 @@ class L2GWrapper(nn.Module):
 
     def forward(self, task_i: Task, task_j: Task) -> Tensor:  # ()
         """Outer loss L(θ'; T_j) after ``inner_steps`` steps on ``task_i``, with its graph."""
+        self._check_first(task_i, task_j)
         return self.adapted(task_i).loss(task_j)
 
     def adapted(self, task_i: Task) -> L2GWrapper:
@@ -147,7 +148,10 @@ class L2GWrapper(nn.Module):
 
         Raises:
             FitError: if the scores are not (n_query, n_way).
+            DataError: if the first task that the wrapper sees has labels out of range, or of another type.
         """
+        if self.source is None:
+            self._check_first(task)
         scores = self.module(task)
         expected = (len(task.query_y), task.n_way)
         if not isinstance(scores, Tensor) or scores.shape != expected:
@@ -162,6 +166,13 @@ class L2GWrapper(nn.Module):
     def loss_fn(self) -> LossFn:
         """The argument, else the model's ``loss_fn``, else cross-entropy."""
         return self._loss_fn or getattr(self.module, "loss_fn", None) or nn.functional.cross_entropy
+
+    def _check_first(self, *tasks: Task) -> None:
+        # Once: reading labels waits for the device.
+        if not self._checked:
+            for task in tasks:
+                task.check()
+            self._checked = True
 
     def _own_buffers(self) -> None:
         """At the first step: what passes under θ wrote goes to the model, what follows stays with the learner."""

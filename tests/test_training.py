@@ -252,3 +252,17 @@ def test_the_module_is_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "--learn-inner-lr" in capsys.readouterr().out
+
+
+def test_devices_that_are_not_there(folder, tmp_path, capsys):
+    for device in ("cuda:7", "gpu"):
+        arguments = flags(folder, tmp_path / "run")
+        arguments[arguments.index("cpu")] = device
+        assert main(arguments) == 2
+        assert f"cannot use --device {device}" in capsys.readouterr().err
+
+
+def test_validation_data_is_needed_beside_data(tmp_path):
+    data = ClassDataset(torch.randn(60, 1, 16, 16), torch.arange(60) // 6)
+    with pytest.raises(L2GError, match="need validation data beside data"):
+        train(Config(device="cpu"), tmp_path / "run", data=data)
