@@ -13,7 +13,7 @@ from torch import nn
 
 from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
-from l2g_meta.checkpoint import load_tensors, load_weights
+from l2g_meta.checkpoint import load_weights, read_info
 from l2g_meta.config import Config
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
@@ -122,10 +122,10 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
     run = Path(run)
     config = Config.load(run / "config.json")
     path = run / f"{checkpoint}.safetensors"
-    _, info = load_tensors(path)
-    if "image_shape" not in info:
+    info = read_info(path)
+    if "model" in info.get("given", []):
         raise CheckpointError(
-            f"{path} was trained from Python on its own model or data; build that model and call "
+            f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
         )
     wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,25 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing, damaged or of another kind.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, read_info(path)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The JSON values that ``save_tensors`` wrote, without the tensors.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or of another kind.
+    """
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get("info", "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+            yield file
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
 

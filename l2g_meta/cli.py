@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from l2g_meta.checkpoint import read_info
 from l2g_meta.config import Config
 from l2g_meta.errors import L2GError
 from l2g_meta.norm import POLICIES
@@ -28,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from l2g_meta.checkpoint import load_tensors
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -36,11 +37,12 @@ def _train(args: argparse.Namespace) -> int:
         if given or args.out is not None:
             raise L2GError("need --resume RUN alone: a run continues with its own config")
         config, out = Config.load(args.resume / "config.json"), args.resume
+        _refuse_given(out / "last.safetensors", "continue it with l2g_meta.training.train(..., resume=True)")
     else:
         config = Config(**given).resolved()
         out = args.out or Path("runs") / f"{config.data}-{config.method}-{config.head}-seed{config.seed}"
     train(config, out, resume=args.resume is not None)
-    _, best = load_tensors(out / "best.safetensors")
+    best = read_info(out / "best.safetensors")
     print(
         f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({best['val_ways']}-way "
         f"{config.shots}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
@@ -55,6 +57,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     results = []
     for run in args.run:
         wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
+        _refuse_given(run / f"{args.checkpoint}.safetensors", "evaluate it with l2g_meta.evaluation.evaluate")
         config = replace(config, root=args.root or config.root)
         result = evaluate(
             wrapper,
@@ -77,11 +80,23 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(total)}, indent=2)
-            + "\n",
+            _json({"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(total)}),
             encoding="utf-8",
         )
     return 0
+
+
+def _refuse_given(path: Path, remedy: str) -> None:
+    given = read_info(path).get("given")
+    if given:
+        raise L2GError(
+            f"need a run that its config describes, {path} was given its {' and '.join(given)} from Python; {remedy}"
+        )
+
+
+def _json(values: dict[str, Any]) -> str:
+    """Readable JSON; unknown numbers (NaN) as null."""
+    return json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n"
 
 
 def _describe(config: Config) -> str:
@@ -127,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--episodes", type=_positive, default=600, help="per stream (default: 600)")
     evaluate.add_argument("--runs", type=_positive, default=1, help="streams of episodes for each model (default: 1)")
     evaluate.add_argument("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
-    evaluate.add_argument("--episode-seed", type=int, default=0, help="of the episodes (default: 0)")
+    evaluate.add_argument("--episode-seed", type=_natural, default=0, help="of the episodes (default: 0)")
     evaluate.add_argument("--checkpoint", default="best", choices=("best", "last"))
     evaluate.add_argument("--root", help="folder of the data, if it has moved since training")
     evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
@@ -136,8 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def _natural(text: str, *, least: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"need at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"need at least {least}, got {value}")
     return value
+
+
+_positive = partial(_natural, least=1)

@@ -44,11 +44,14 @@ def require_learn2learn() -> ModuleType:
 
 @functools.cache
 def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Sequence[Tensor | None]], nn.Module]]:
-    """``(clone_module, update_module)`` of learn2learn where it is installed, else those below."""
-    if not has_learn2learn():
-        return _quiet(clone_module), _quiet(update_module)
-    utils = require_learn2learn().utils
-    return _quiet(utils.clone_module), _quiet(utils.update_module)
+    """``(clone_module, update_module)`` of learn2learn where it is installed and imports, else those below."""
+    if has_learn2learn():
+        try:
+            utils = require_learn2learn().utils
+            return _quiet(utils.clone_module), _quiet(utils.update_module)
+        except ImportError as error:  # a partial installation: the built-in gives the same bits
+            warnings.warn(f"using the built-in clone and update: {error}", stacklevel=2)
+    return _quiet(clone_module), _quiet(update_module)
 
 
 def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:

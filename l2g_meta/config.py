@@ -118,7 +118,8 @@ class Config:
     def head_options(self) -> dict[str, Any]:
         """The head's arguments that were given."""
         names = ("distance", "dims", "temperature", "learn_temperature", "reduction")
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def save(self, path: Path) -> None:
         """Writes JSON."""

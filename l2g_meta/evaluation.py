@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import Episodes, IndexedSource, TaskRows
+from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import Policy, batchnorm_policy
 from l2g_meta.wrapper import L2GWrapper
@@ -123,6 +124,9 @@ def evaluate(
 def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Several trained models (seeds) as one result: the interval over run means is the paper's ± figure.
 
+    Raises:
+        L2GError: if they did not see the same episodes.
+
     Example:
         >>> a = Evaluation(50.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [50.0], [40.0, 60.0])
         >>> b = Evaluation(52.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [52.0], [42.0, 62.0])
@@ -131,6 +135,8 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
         (51.0, 12.7)
     """
     first = evaluations[0]
+    for other in evaluations:
+        _check_same_episodes(first, other)
     means = [e.accuracy_mean for e in evaluations]
     accuracies = [a for e in evaluations for a in e.accuracies]
     return Evaluation(
@@ -149,14 +155,20 @@ def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
     """Mean of a − b over the same episodes, in points, and its 95% half width.
 
     Raises:
-        ValueError: if the two did not see the same episodes.
+        L2GError: if the two did not see the same episodes.
     """
-    if (a.ways, a.shots, a.queries, a.episode_seed, len(a.accuracies), a.split) != (
-        b.ways, b.shots, b.queries, b.episode_seed, len(b.accuracies), b.split
-    ):  # fmt: skip
-        raise ValueError("need evaluations on the same episodes: equal ways, shots, queries, seed, number and split")
+    _check_same_episodes(a, b)
     difference = np.subtract(a.accuracies, b.accuracies)
     return float(difference.mean()), f.confidence_interval(torch.from_numpy(difference))
+
+
+def _check_same_episodes(a: Evaluation, b: Evaluation) -> None:
+    for name in ("split", "ways", "shots", "queries", "episodes", "runs", "episode_seed"):
+        if getattr(a, name) != getattr(b, name):
+            raise L2GError(
+                f"need evaluations on the same episodes, got {name} {getattr(a, name)} and {getattr(b, name)}; "
+                "evaluate both alike"
+            )
 
 
 def _scores(

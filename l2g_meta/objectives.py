@@ -1,5 +1,7 @@
 r"""Algorithm 1 of L2G, and what it is compared with, on one screen.
 
+::
+
     for each of B = 5 pairs:                                 # Algorithm 1 (Lee et al., arXiv 1908.01457)
         T_i, T_j ~ tasks with disjoint classes
         θ'  = θ − α ∇_θ L(θ; T_i)                            # eq. 3, one differentiable step
@@ -73,8 +75,8 @@ def meta_gradient(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Seq
         batch: the tasks of each of the B pairs (or of each task, for ``maml`` and ``episodic``).
 
     Returns:
-        Mean losses, and the alignment :math:`\sum_k \alpha_k g_{i,k} g_{j,k} / L(\theta'; T_j)`: near 0 the inner step
-        does nothing, above about 1 it is unstable.
+        Mean losses, and the alignment :math:`\sum_k \alpha_k g_{i,k} g_{j,k} / L(\theta'; T_j)`. Near 0 the inner step
+        does nothing for T_j, above about 1 it is unstable, below 0 it went too far or the wrong way.
     """
     totals = []
     for tasks in batch:

@@ -52,22 +52,23 @@ def train(
     """
     config, out = config.resolved(), Path(out)
     device = build_device(config)
-    if data is None:
-        data, validation = build_data(config, "train"), build_data(config, "validation")
-    if validation is None:
+    if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
-    pairs = build_pairs(config, data, device)
+    if data is None:
+        validation = build_data(config, "validation")
+    pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     optimizer = torch.optim.Adam(wrapper.parameters(), lr=config.lr)
-    info: dict[str, Any] = {"iteration": 0, "best": -math.inf}
-    if model is None:  # what load_run needs to build it again
-        info["image_shape"] = image_shape
+    given = [name for name, value in (("data", data), ("model", model)) if value is not None]
     if resume:
         info = load_training(out, wrapper, optimizer)
     else:
         _new_folder(out)
         config.save(out / "config.json")
+        # What it takes to build the model again, and what of the run is not in its config.
+        info = {"iteration": 0, "best": -1.0, "image_shape": image_shape, "given": given}
+        save_training(out, wrapper, optimizer, info)
 
     with RunLog(out, config, start=info["iteration"], progress=progress) as log:
         for k in range(info["iteration"], config.iterations):

@@ -98,3 +98,15 @@ def test_gyms_banner_stays_unseen():
     code = "from l2g_meta.clone import backend; backend()"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert "Gym" not in done.stdout + done.stderr
+
+
+def test_a_broken_learn2learn_is_replaced_with_a_warning(monkeypatch):
+    def broken():
+        raise ImportError("this needs learn2learn (broken)")
+
+    clone.backend.cache_clear()
+    monkeypatch.setattr(clone, "has_learn2learn", lambda: True)
+    monkeypatch.setattr(clone, "require_learn2learn", broken)
+    with pytest.warns(UserWarning, match="using the built-in clone and update: .*broken"):
+        assert clone.backend()[0].__wrapped__ is clone.clone_module
+    clone.backend.cache_clear()

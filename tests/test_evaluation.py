@@ -8,6 +8,7 @@ from torch import nn
 from l2g_meta import Conv4, L2GWrapper, MatchingHead, MetricModel, PrototypicalHead, RelationHead
 from l2g_meta import evaluation as evaluation_module
 from l2g_meta.data import ClassDataset
+from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate, over_models, paired_difference
 
 
@@ -116,7 +117,7 @@ def test_several_models_give_the_papers_interval_and_pairs_can_be_compared(data)
     assert "2 trained models, Student t" in str(both)
     mean, half = paired_difference(*results)
     assert mean == pytest.approx(means[0] - means[1]) and half >= 0
-    with pytest.raises(ValueError, match="same episodes"):
+    with pytest.raises(L2GError, match="same episodes, got ways 3 and 2"):
         paired_difference(
             results[0], evaluate(MetricModel(nn.Flatten(), MatchingHead()), data, ways=2, queries=3, episodes=20)
         )

@@ -122,7 +122,7 @@ def test_training_learns(folder, tmp_path):
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
-def test_own_data_and_model_from_python(tmp_path):
+def test_own_data_and_model_from_python(tmp_path, capsys):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -135,10 +135,13 @@ def test_own_data_and_model_from_python(tmp_path):
     config = Config(ways=3, queries=2, iterations=2, eval_every=2, eval_episodes=3, device="cpu")
     wrapper = train(config, tmp_path / "own", data=data, validation=data, model=Own(), progress=False)
     assert isinstance(wrapper, L2GWrapper) and isinstance(wrapper.module, Own)
-    with pytest.raises(CheckpointError, match="from Python on its own model or data"):
+    with pytest.raises(CheckpointError, match="holds a model given from Python"):
         load_run(tmp_path / "own")
     train(config, tmp_path / "own-data", data=data, validation=data, progress=False)
     assert load_run(tmp_path / "own-data")[0].module.encoder.blocks[0].conv.in_channels == 1
+    for command in (["evaluate", str(tmp_path / "own-data")], ["train", "--resume", str(tmp_path / "own-data")]):
+        assert main(command) == 2
+        assert "was given its data from Python" in capsys.readouterr().err
 
 
 def test_methods_share_one_stream():
@@ -166,6 +169,7 @@ def test_methods_share_one_stream():
         (["--pairs", "0"], "--pairs to be at least 1, got 0"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr above 0"),
+        (["--temperature", "0"], "temperature above 0, got 0.0"),
         (["--head", "nothing"], "--head to be one of prototypical, relation, matching or package.module:Class"),
         (["--head", "nowhere.at_all:Head"], "cannot load --head nowhere.at_all:Head"),
         (["--head", "relation", "--distance", "cosine"], "--head relation does not take these options"),
@@ -266,3 +270,24 @@ def test_validation_data_is_needed_beside_data(tmp_path):
     data = ClassDataset(torch.randn(60, 1, 16, 16), torch.arange(60) // 6)
     with pytest.raises(L2GError, match="need validation data beside data"):
         train(Config(device="cpu"), tmp_path / "run", data=data)
+
+
+def test_a_run_stopped_before_its_first_validation_resumes(folder, tmp_path, monkeypatch):
+    import l2g_meta.training as training
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "validate", stop)
+        main(flags(folder, tmp_path / "run"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert [int(row["iteration"]) for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_one_episode_has_no_interval_and_the_json_is_valid(folder, tmp_path):
+    assert main(flags(folder, tmp_path / "run", iterations=1)) == 0
+    path = tmp_path / "r.json"
+    assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--queries", "2", "--json", str(path)]) == 0
+    result = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result["ci95_episodes"] is None
