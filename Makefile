@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # learn2learn 0.2.0 ships C from an old Cython; build_ext generates it anew. From Python 3.13 on one of its
 # dependencies (qpth) has no NumPy to install with: there the library uses its built-in clone and update instead.
-EXTRAS := $(shell $(PYTHON) -c 'import sys; print("dev" if sys.version_info >= (3, 13) else "dev,learn2learn")')
+LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
 .PHONY: demo test slow lint docs clean
 
@@ -28,7 +28,10 @@ docs: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --config-settings=--build-option=build_ext --editable ".[$(EXTRAS)]"
+ifneq ($(LEARN2LEARN),)
+	$(BIN)/python -m pip install --quiet --config-settings=--build-option=build_ext $(LEARN2LEARN)
+endif
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:

@@ -3,11 +3,13 @@
     python examples/quickstart.py            # the demo; run again, it continues or shows the table again
     python examples/quickstart.py --smoke    # seconds, to see that everything works
 
-Both methods see the same pairs of tasks in the same order and take the same number of updates: episodic training learns
-from both tasks of each pair, L2G from T_j after an inner step on T_i.
+All take the same number of updates on one stream of pairs of tasks. L2G learns to classify T_j after an inner step on
+T_i. Episodic training is given as many outer tasks per update as L2G (the paper's way of counting), and as many images
+(both tasks of each pair).
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from l2g_meta.build import build_data, load_run
@@ -17,7 +19,13 @@ from l2g_meta.logs import read_log
 from l2g_meta.plots import learning_curve, tsne
 from l2g_meta.training import train
 
-METHODS = {"episodic": "Episodic", "l2g": "L2G"}
+# Config() is 5-way 1-shot with a Conv4-64 Prototypical Network on glyphs, 2 pairs of tasks per update.
+METHODS = {
+    "Episodic, 2 tasks": Config(method="episodic", tasks_per_update=2),
+    "Episodic, 4 tasks": Config(method="episodic"),
+    "L2G, 2 pairs": Config(method="l2g"),
+}
+L2G = "L2G, 2 pairs"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, help="folder of the runs and pictures (default: runs/quickstart)")
@@ -27,37 +35,37 @@ out = args.out or Path("runs/quickstart-smoke" if args.smoke else "runs/quicksta
 size = {"iterations": 2, "eval_every": 1, "eval_episodes": 10} if args.smoke else {}
 episodes = 10 if args.smoke else 600
 
-# Train. Config() is 5-way 1-shot with a Conv4-64 Prototypical Network on glyphs, 2 pairs of tasks per update.
-runs = {method: out / method for method in METHODS}
-for method, run in runs.items():
-    train(Config(method=method, **size), run, resume=(run / "last.safetensors").exists())
+# Train.
+runs = {title: out / title.lower().replace(", ", "-").replace(" ", "-") for title in METHODS}
+for title, run in runs.items():
+    train(replace(METHODS[title], **size), run, resume=(run / "config.json").exists())
 
 # Evaluate on characters of scripts that neither training nor validation has seen.
-models = {method: load_run(run)[0] for method, run in runs.items()}
-config = load_run(runs["l2g"])[1]
-test = build_data(config, "test")
+models = {title: load_run(run)[0] for title, run in runs.items()}
+test = build_data(Config().resolved(), "test")
 scores = {
-    (method, ways): evaluate(model, test, ways=ways, shots=1, queries=5, episodes=episodes, device=None)
-    for method, model in models.items()
+    (title, ways): evaluate(
+        model, test, ways=ways, shots=1, queries=5, episodes=episodes, device=next(model.parameters()).device
+    )
+    for title, model in models.items()
     for ways in (5, 20)
 }
 
 # One table: mean accuracy in %, ± 95% confidence interval over the test episodes of this one trained model.
-seconds = {method: sum(float(row["seconds"]) for row in read_log(run)) for method, run in runs.items()}
-updates = len(read_log(runs["l2g"]))
-print(f"\n1-shot accuracy on unseen scripts (%), ± 95% over {episodes} episodes; {updates} updates each, one seed\n")
-print(f"{'':12} {'5-way':>16} {'20-way':>16} {'training':>12}")
-for method, title in METHODS.items():
-    cells = (f"{scores[method, ways].accuracy_mean:.2f} ± {scores[method, ways].ci95_episodes:.2f}" for ways in (5, 20))
-    print(f"{title:12} {next(cells):>16} {next(cells):>16} {seconds[method]:>10.0f} s")
-differences = (paired_difference(scores["l2g", ways], scores["episodic", ways]) for ways in (5, 20))
-cells = (f"{mean:+.2f} ± {half:.2f}" for mean, half in differences)
-print(f"{'difference':12} {next(cells):>16} {next(cells):>16}")
-print("chance              20.00             5.00".replace("20.00 ", "20.00"))
+logs = {title: read_log(run) for title, run in runs.items()}
+print(f"\n1-shot accuracy on unseen scripts (%), ± 95% over {episodes} episodes; {len(logs[L2G])} updates, one seed\n")
+line = "{:24} {:>15} {:>15} {:>12}".format
+print(line("", "5-way", "20-way", "training"))
+for title, log in logs.items():
+    cells = [f"{scores[title, ways].accuracy_mean:.2f} ± {scores[title, ways].ci95_episodes:.2f}" for ways in (5, 20)]
+    print(line(title, *cells, f"{sum(float(row['seconds']) for row in log):.0f} s"))
+print(line("chance", "20.00       ", "5.00       ", ""))
+for title in list(METHODS)[:2]:
+    gains = [paired_difference(scores[L2G, ways], scores[title, ways]) for ways in (5, 20)]
+    print(line(f"L2G − {title}", *(f"{mean:+.2f} ± {half:.2f}" for mean, half in gains), ""))
 
 # Pictures.
-curve = learning_curve(list(runs.values()), out / "convergence.png", labels=list(METHODS.values()))
-picture = tsne(
-    {METHODS[method]: model for method, model in models.items()}, test, out / "tsne.png", ways=8, shots=5, queries=20
-)
+curve = learning_curve(list(runs.values()), out / "convergence.png", labels=list(runs))
+shown = {title: models[title] for title in list(METHODS)[1:]}
+picture = tsne(shown, test, out / "tsne.png", ways=8, shots=5, queries=20, device=next(models[L2G].parameters()).device)
 print(f"\npictures: {curve}, {picture}")
