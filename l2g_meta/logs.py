@@ -1,4 +1,4 @@
-"""What a run leaves to look at: log.csv, a progress bar, TensorBoard events and the learning curve."""
+"""What a run says of itself while it trains: log.csv, a progress bar, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 class RunLog:
-    """Writes one row per update; as a context manager it closes its files and draws ``curve.png`` at the end.
+    """Writes one row per update; a context manager, which closes its files.
 
     Args:
         out: run directory.
@@ -73,10 +73,6 @@ class RunLog:
         self.bar.close()
         if self.board is not None:
             self.board.close()
-        if kind is None:
-            from l2g_meta.plots import learning_curve
-
-            learning_curve([self.out], self.out / "curve.png")
 
 
 def read_log(run: Path) -> list[dict[str, str]]:

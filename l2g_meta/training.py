@@ -18,6 +18,7 @@ from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.logs import RunLog
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.plots import learning_curve
 from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
@@ -91,6 +92,7 @@ def train(
             log.write(row)  # before saving: rows past the checkpoint are dropped on resuming, missing ones are lost
             if due:
                 info = _save(out, wrapper, optimizer, info, k + 1, result)
+    learning_curve([out], out / "curve.png")
     return wrapper
 
 

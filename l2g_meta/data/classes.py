@@ -153,3 +153,14 @@ def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
         )
     order = np.argsort(labels, kind="stable")
     return tuple(np.split(order, np.cumsum(counts)[:-1]))
+
+
+def draw_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
+    """Classes for tasks of the given ways, (ways,) each: drawn as one set of distinct classes, then split.
+
+    Example:
+        >>> first, second = draw_classes(np.random.default_rng(0), 10, [5, 5])
+        >>> len({*first.tolist(), *second.tolist()})
+        10
+    """
+    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2g_meta.data.classes import ClassDataset, MapDataset
+from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -191,7 +191,7 @@ class IndexedSource:
 
     def classes(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """Classes of each task, drawn as one set of distinct ones, then split."""
-        return split_classes(rng, len(self.dataset.index), shapes)
+        return draw_classes(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
 
     def rows(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common class, one for each (ways, shots, queries)."""
@@ -224,12 +224,6 @@ class IndexedSource:
         n = len(rows.support)
         support_y, query_y = (torch.from_numpy(y).to(x.device) for y in (rows.support_y, rows.query_y))
         return Task(x[:n], support_y, x[n:], query_y, len(rows.classes))
-
-
-def split_classes(rng: np.random.Generator, n_classes: int, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-    """Distinct classes for tasks of the given (ways, shots, queries), (ways,) for each task."""
-    ways = [n for n, _, _ in shapes]
-    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])
 
 
 def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:
