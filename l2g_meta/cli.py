@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2g_meta.checkpoint import read_info
 from l2g_meta.config import Config
 from l2g_meta.errors import L2GError
 from l2g_meta.norm import POLICIES
+
+if TYPE_CHECKING:
+    from l2g_meta.evaluation import Evaluation
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
@@ -51,11 +54,27 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from l2g_meta.evaluation import paired_difference
+
+    result, config = _evaluate_runs(args, args.run)
+    values = {"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(result)}
+    if args.against:
+        mean, half = paired_difference(result, _evaluate_runs(args, args.against)[0])
+        print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
+        values |= {"against": list(map(str, args.against)), "difference_mean": mean, "difference_ci95_episodes": half}
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(_json(values), encoding="utf-8")
+    return 0
+
+
+def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Evaluation, Config]:
+    """The evaluation of one trained run, or of several as seeds, printed."""
     from l2g_meta.build import build_data, build_device, load_run
     from l2g_meta.evaluation import evaluate, over_models
 
     results = []
-    for run in args.run:
+    for run in runs:
         wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
         _refuse_given(run / f"{args.checkpoint}.safetensors", "evaluate it with l2g_meta.evaluation.evaluate")
         config = replace(config, root=args.root or config.root)
@@ -73,17 +92,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
         results.append(result)
         print(f"{run}: {_describe(config)}: {result}")
-    total = results[0]
-    if len(results) > 1:
-        total = over_models(results)
-        print(total)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            _json({"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(total)}),
-            encoding="utf-8",
-        )
-    return 0
+    if len(results) == 1:
+        return results[0], config
+    print(over_models(results))
+    return over_models(results), config
 
 
 def _refuse_given(path: Path, remedy: str) -> None:
@@ -135,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluates one trained run, or several as trained seeds: only then an interval over runs is given.",
     )
     evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
+    evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--ways", type=_positive, help="classes per episode (default: as trained)")
     evaluate.add_argument("--shots", type=_positive, help="supports per class (default: as trained)")

@@ -152,12 +152,14 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
-    """Mean of a − b over the same episodes, in points, and its 95% half width.
+    """Mean of a − b over the same episodes (of each model), in points, and its 95% half width over episodes.
 
     Raises:
         L2GError: if the two did not see the same episodes.
     """
     _check_same_episodes(a, b)
+    if len(a.accuracies) != len(b.accuracies):
+        raise L2GError(f"need as many trained models on both sides, got {len(a.run_means)} and {len(b.run_means)}")
     difference = np.subtract(a.accuracies, b.accuracies)
     return float(difference.mean()), f.confidence_interval(torch.from_numpy(difference))
 

@@ -106,10 +106,15 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
     for seed, out in zip((1, 2), outs, strict=True):
         assert main(flags(folder, out, "--seed", str(seed), iterations=2)) == 0
     json_file = tmp_path / "deep" / "r.json"
-    assert main(["evaluate", *map(str, outs), "--episodes", "5", "--queries", "2", "--json", str(json_file)]) == 0
+    options = ["--episodes", "5", "--queries", "2", "--json", str(json_file)]
+    assert main(["evaluate", *map(str, outs), *options, "--against", str(outs[0])]) == 2
+    assert "need as many trained models on both sides, got 2 and" in capsys.readouterr().err
+    assert main(["evaluate", *map(str, outs), *options, "--against", *map(str, reversed(outs))]) == 0
     result = json.loads(json_file.read_text())
     assert result["ci95_runs"] > 0 or result["run_means"][0] == result["run_means"][1]
-    assert "over 2 trained models" in capsys.readouterr().out
+    assert result["difference_mean"] == pytest.approx(0) and len(result["against"]) == 2
+    printed = capsys.readouterr().out
+    assert "over 2 trained models" in printed and "difference, paired over the same episodes: +0.00" in printed
 
 
 def test_training_learns(folder, tmp_path):
