@@ -108,7 +108,8 @@ def _refuse_given(path: Path, remedy: str) -> None:
 
 def _json(values: dict[str, Any]) -> str:
     """Readable JSON; unknown numbers (NaN) as null."""
-    return json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n"
+    rounded = {**values, "accuracies": [round(a, 4) for a in values["accuracies"]]}
+    return json.dumps({k: None if v != v else v for k, v in rounded.items()}, indent=2) + "\n"
 
 
 def _describe(config: Config) -> str:

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
 from l2g_meta.data.pairs import generator
@@ -114,6 +114,10 @@ def test_any_map_style_data_set_plugs_in():
     assert task_i.support_x.shape == (1, 1, 2, 2) and task_j.n_way == 2
     data = MapDataset(Letters())
     assert data.class_names == ("a", "b", "c") and [r.tolist() for r in data.index] == [[1, 3], [0, 2], [4, 5]]
+    tensors = TensorDataset(torch.arange(6.0)[:, None], torch.tensor([1, 0, 1, 0, 5, 5]))
+    assert [r.tolist() for r in MapDataset(tensors).index] == [[1, 3], [0, 2], [4, 5]]
+    subset = MapDataset(Subset(Letters(), [4, 0, 5, 2]))
+    assert subset.class_names == ("b", "c") and subset.gather([1]).unique() == 0
     with pytest.raises(DataError, match="neither `targets` nor `labels`"):
         TaskPairs([(1, 2)], ways=1, shots=1, queries=1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
 from l2g_meta.errors import DataError
 
@@ -96,8 +97,8 @@ class ClassDataset:
 class MapDataset:
     """Any map-style data set (``dataset[i] -> (x, label)``) by class; labels come from its label list.
 
-    Reads ``dataset.targets`` or ``dataset.labels`` (torchvision's and most others' convention) unless ``labels`` is
-    given, so that no image is decoded just to learn its class.
+    Reads ``dataset.targets`` or ``dataset.labels`` (torchvision's and most others' convention), also through ``Subset``,
+    or the second tensor of a ``TensorDataset``, unless ``labels`` is given: no image is decoded to learn its class.
 
     Args:
         dataset: items (x, label) with x a tensor, all of one shape.
@@ -113,9 +114,7 @@ class MapDataset:
     index: tuple[np.ndarray, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        labels = self.labels
-        if labels is None:
-            labels = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
+        labels = label_list(self.dataset) if self.labels is None else self.labels
         if labels is None:
             raise DataError(
                 f"need a label list to index {type(self.dataset).__name__} by class, got neither `targets` nor "
@@ -134,6 +133,16 @@ class MapDataset:
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Inputs of the given rows, stacked: (len(rows), ...)."""
         return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows])
+
+
+def label_list(dataset: Any) -> Any:
+    """The labels of a map-style data set, (n,), without loading its items; ``None`` where it has no list of them."""
+    if isinstance(dataset, Subset):
+        labels = label_list(dataset.dataset)
+        return None if labels is None else [labels[i] for i in dataset.indices]
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return dataset.tensors[1]
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
 
 
 def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
