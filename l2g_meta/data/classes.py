@@ -97,7 +97,7 @@ class ClassDataset:
 class MapDataset:
     """Any map-style data set (``dataset[i] -> (x, label)``) by class; labels come from its label list.
 
-    Reads ``dataset.targets`` or ``dataset.labels`` (torchvision's and most others' convention), also through ``Subset``,
+    Reads ``dataset.targets`` or ``dataset.labels`` (the convention of torchvision and most), also through ``Subset``,
     or the second tensor of a ``TensorDataset``, unless ``labels`` is given: no image is decoded to learn its class.
 
     Args:
