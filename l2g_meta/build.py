@@ -60,10 +60,7 @@ def build_model(config: Config, image_shape: tuple[int, ...]) -> MetricModel:
         encoder = _call(_named(config.backbone, BACKBONES, "backbone"), image_shape[0])
         head = _named(config.head, HEADS, "head")
         shape = feature_shape(encoder, image_shape)
-        try:
-            return MetricModel(encoder, build_head(head, shape, **config.head_options), image_shape=image_shape)
-        except TypeError as error:
-            raise FitError(f"--head {config.head} does not take these options: {error}") from error
+        return MetricModel(encoder, build_head(head, shape, **config.head_options), image_shape=image_shape)
 
 
 def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
@@ -79,14 +76,15 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs:
     """The training stream of the config."""
+    parts = 2 if config.fresh_queries else 1  # split_queries halves them
     return TaskPairs(
         dataset,
         ways=config.ways,
         shots=config.shots,
-        queries=2 * config.queries if config.fresh_queries else config.queries,
+        queries=parts * config.queries,
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
-        outer_queries=config.outer_queries or config.queries,
+        outer_queries=parts * (config.outer_queries or config.queries),
         seed=config.seed,
         device=device,
     )
@@ -143,10 +141,10 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
         raise FitError(f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's module raises
         raise FitError(
-            f"cannot load --{kind} {name}: {error}; the module must be importable from here (install it, or set "
-            "PYTHONPATH to its folder)"
+            f"cannot load --{kind} {name}: {error}; the module must import without error from this folder, "
+            "PYTHONPATH or an installed package"
         ) from error
 
 

@@ -25,6 +25,8 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 unusable input."""
     args = _parser().parse_args(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
     try:
         return args.command(args)
     except (L2GError, ImportError) as error:
@@ -37,13 +39,16 @@ def _train(args: argparse.Namespace) -> int:
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if args.resume is not None:
-        if given or args.out is not None:
-            raise L2GError("need --resume RUN alone: a run continues with its own config")
-        config, out = Config.load(args.resume / "config.json"), args.resume
+        if args.out is not None or given.keys() - {"root", "device"}:
+            raise L2GError("need --resume RUN alone, or with --root and --device: a run continues with its own config")
+        config, out = replace(Config.load(args.resume / "config.json"), **given), args.resume
         _refuse_given(out / "last.safetensors", "continue it with l2g_meta.training.train(..., resume=True)")
     else:
         config = Config(**given).resolved()
-        out = args.out or Path("runs") / f"{config.data}-{config.method}-{config.head}-seed{config.seed}"
+        out = (
+            args.out
+            or Path("runs") / f"{config.data}-{config.method}-{config.head.rpartition(':')[2]}-seed{config.seed}"
+        )
     train(config, out, resume=args.resume is not None)
     best = read_info(out / "best.safetensors")
     print(
@@ -56,23 +61,31 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from l2g_meta.evaluation import paired_difference
 
-    result, config = _evaluate_runs(args, args.run)
-    values = {"checkpoints": list(map(str, args.run)), "config": asdict(config), **asdict(result)}
+    if args.json is not None:
+        _check_writable(args.json)
+    result, configs = _evaluate_runs(args, args.run)
+    values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for c in configs], **asdict(result)}
     if args.against:
-        mean, half = paired_difference(result, _evaluate_runs(args, args.against)[0])
+        other, others = _evaluate_runs(args, args.against)
+        _check_alike([configs[0], others[0]], ("data", "image_size", "split_seed"), "to compare on the same episodes")
+        mean, half = paired_difference(result, other)
         print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
         values |= {"against": list(map(str, args.against)), "difference_mean": mean, "difference_ci95_episodes": half}
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(_json(values), encoding="utf-8")
     return 0
 
 
-def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Evaluation, Config]:
+def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Evaluation, list[Config]]:
     """The evaluation of one trained run, or of several as seeds, printed."""
     from l2g_meta.build import build_data, build_device, load_run
     from l2g_meta.evaluation import evaluate, over_models
 
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise L2GError("need different runs, each a trained seed; got one of them twice")
+    configs = [Config.load(run / "config.json") for run in runs]
+    same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard"}
+    _check_alike(configs, sorted(same), "to be seeds of one experiment")
     results = []
     for run in runs:
         wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
@@ -93,9 +106,31 @@ def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Eval
         results.append(result)
         print(f"{run}: {_describe(config)}: {result}")
     if len(results) == 1:
-        return results[0], config
+        return results[0], configs
     print(over_models(results))
-    return over_models(results), config
+    return over_models(results), configs
+
+
+def _published(config: Config) -> dict[str, Any]:
+    """The config without what belongs to one machine."""
+    return {name: value for name, value in asdict(config).items() if name not in ("root", "device")}
+
+
+def _check_alike(configs: Sequence[Config], names: Sequence[str], purpose: str) -> None:
+    for config in configs[1:]:
+        for name in names:
+            a, b = getattr(configs[0], name), getattr(config, name)
+            if a != b:
+                raise L2GError(f"need runs with the same {name} {purpose}, got {a} and {b}; evaluate them one by one")
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}") from error
 
 
 def _refuse_given(path: Path, remedy: str) -> None:
@@ -114,8 +149,7 @@ def _json(values: dict[str, Any]) -> str:
 
 def _describe(config: Config) -> str:
     """What a result belongs to, in a few words."""
-    options = {"reduction": "mean", **config.head_options}
-    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    settings = ", ".join(f"{name} {value}" for name, value in config.head_options.items())
     return f"{config.method} {config.head} ({settings}), {config.data} at {config.image_size} px"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from l2g_meta.objectives import OBJECTIVES
 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
+
+
+HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
+TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 def _flag(default: Any, help: str, **options: Any) -> Any:
@@ -87,6 +93,14 @@ class Config:
             filled["backbone"] = "conv4-relation" if self.head == "relation" else "conv4"
         if self.lr_halve_every is None:
             filled["lr_halve_every"] = 100_000 if self.head == "relation" else 10_000
+        for name in ("ways", "shots"):
+            filled[f"outer_{name}"] = getattr(self, f"outer_{name}") or getattr(self, name)
+        filled["outer_queries"] = self.outer_queries or self.queries or filled["queries"]
+        if self.head in HEADS:  # stored, so that another version's defaults do not change what a run was
+            defaults = {name: p.default for name, p in inspect.signature(HEADS[self.head]).parameters.items()}
+            filled |= {name: defaults[name] for name in HEAD_FLAGS if getattr(self, name) is None and name in defaults}
+        if self.root is not None:
+            filled["root"] = str(Path(self.root).expanduser().absolute())
         config = replace(self, **filled)
         config._check()
         return config
@@ -95,6 +109,8 @@ class Config:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             flag = "--" + f.name.replace("_", "-")
+            if value is not None and type(value) not in TYPES[str(f.type).removesuffix(" | None")]:
+                raise L2GError(f"need {flag} to be of type {f.type}, got {value!r}")
             if choices and value is not None and value not in choices:
                 raise L2GError(f"need {flag} to be one of {', '.join(choices)}; got {value!r}")
             counted = f.type in ("int", "int | None") and f.name not in ("seed", "split_seed", "inner_steps")
@@ -102,8 +118,10 @@ class Config:
                 raise L2GError(f"need {flag} to be at least 1, got {value}")
         if self.seed < 0 or self.split_seed < 0 or self.inner_steps < 0:
             raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
-        if not self.lr > 0:
-            raise L2GError(f"need --lr above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise L2GError(f"need --lr above 0 and finite, got {self.lr}")
+        if not 0 <= self.inner_lr < math.inf:
+            raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
         if self.tasks_per_update is not None and self.method == "l2g":
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
         if self.fresh_queries and self.method != "maml":
@@ -117,8 +135,7 @@ class Config:
     @property
     def head_options(self) -> dict[str, Any]:
         """The head's arguments that were given."""
-        names = ("distance", "dims", "temperature", "learn_temperature", "reduction")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in HEAD_FLAGS}
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def save(self, path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
@@ -28,10 +29,11 @@ class Evaluation:
 
     Args:
         accuracy_mean: mean over all episodes.
-        ci95_episodes: half width of its 95% interval over all episodes: how well these episodes measure this model.
+        ci95_episodes: half width of its 95% interval over all episodes: how well these episodes measure this model
+            (of several models: their mean, episode by episode).
         ci95_runs: half width over trained models (Student t over run means), the paper's; ``None`` for one model.
         run_means: mean of each stream, or of each trained model.
-        accuracies: of every episode, (runs · episodes,).
+        accuracies: of every episode, (models · runs · episodes,).
     """
 
     accuracy_mean: float
@@ -52,7 +54,7 @@ class Evaluation:
         """One line that says what the intervals are over."""
         head = (
             f"{self.ways}-way {self.shots}-shot, {self.split}, BatchNorm {self.bn}: "
-            f"{self.accuracy_mean:.2f} ± {self.ci95_episodes:.2f} % (95% over {len(self.accuracies)} episodes"
+            f"{self.accuracy_mean:.2f} ± {self.ci95_episodes:.2f} % (95% over {self.runs * self.episodes} episodes"
         )
         if self.ci95_runs is not None:
             return head + f"; ± {self.ci95_runs:.2f} over {len(self.run_means)} trained models, Student t)"
@@ -94,16 +96,19 @@ def evaluate(
 
     Raises:
         DataError: if the split has too few classes or images.
+        L2GError: if scores are NaN, or there is nothing to evaluate on.
     """
     model = model.module if isinstance(model, L2GWrapper) else model
+    if episodes < 1 or runs < 1:
+        raise L2GError(f"need at least 1 episode and 1 run, got episodes={episodes}, runs={runs}")
     dataset = dataset.to(device) if isinstance(dataset, ClassDataset) else dataset
     streams = [
         Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=(episode_seed, run), device=device)
         for run in range(runs)
     ]
     with torch.no_grad(), batchnorm_policy(model, bn):
-        scored = [f.accuracy(scores, y) for scores, y in _scores(model, streams, episodes, bn)]
-    accuracies: list[float] = (100 * torch.stack(scored).double()).tolist()
+        scored = [_accuracy(scores, y) for scores, y in _scores(model, streams, episodes, bn)]
+    accuracies: list[float] = (100 * torch.stack(scored)).tolist()
     return Evaluation(
         accuracy_mean=float(np.mean(accuracies)),
         ci95_episodes=f.confidence_interval(accuracies),
@@ -137,13 +142,15 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
     first = evaluations[0]
     for other in evaluations:
         _check_same_episodes(first, other)
+        if other.bn != first.bn:
+            raise L2GError(f"need one BatchNorm policy, got {first.bn} and {other.bn}; evaluate both alike")
     means = [e.accuracy_mean for e in evaluations]
     accuracies = [a for e in evaluations for a in e.accuracies]
     return Evaluation(
         **{
             **asdict(first),
             "accuracy_mean": float(np.mean(means)),
-            "ci95_episodes": f.confidence_interval(accuracies),
+            "ci95_episodes": f.confidence_interval(np.mean([e.accuracies for e in evaluations], axis=0).tolist()),
             "ci95_runs": f.confidence_interval(means),
             "run_means": means,
             "accuracies": accuracies,
@@ -152,16 +159,25 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
-    """Mean of a − b over the same episodes (of each model), in points, and its 95% half width over episodes.
+    """Mean of a − b over the same episodes, in points, and its 95% half width over episodes.
+
+    Where a side is several trained models, their mean per episode counts; what other seeds would give is not in it.
 
     Raises:
         L2GError: if the two did not see the same episodes.
     """
     _check_same_episodes(a, b)
-    if len(a.accuracies) != len(b.accuracies):
-        raise L2GError(f"need as many trained models on both sides, got {len(a.run_means)} and {len(b.run_means)}")
-    difference = np.subtract(a.accuracies, b.accuracies)
-    return float(difference.mean()), f.confidence_interval(torch.from_numpy(difference))
+    episodes = a.runs * a.episodes  # models of one side are averaged: they share the episodes
+    difference = np.reshape(a.accuracies, (-1, episodes)).mean(0) - np.reshape(b.accuracies, (-1, episodes)).mean(0)
+    return float(difference.mean()), f.confidence_interval(difference.tolist())
+
+
+def _accuracy(scores: Tensor, y: Tensor) -> Tensor:
+    if scores.isnan().any():
+        raise L2GError(
+            "need scores that are numbers, got NaN: the model's weights are not finite or blow up; train again"
+        )
+    return f.accuracy(scores, y)
 
 
 def _check_same_episodes(a: Evaluation, b: Evaluation) -> None:
@@ -178,7 +194,7 @@ def _scores(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores (n_query, n_way) and labels (n_query,) of each episode of each stream."""
     source = streams[0].source
-    if bn == "running" and isinstance(model, MetricModel) and isinstance(source, IndexedSource):
+    if bn == "running" and isinstance(source, IndexedSource) and _scores_from_embeddings(model):
         drawn = [stream.rows(k) for stream in streams for k in range(episodes)]
         features = _embeddings(model, source, drawn, streams[0].device)
         if features is not None:
@@ -188,6 +204,12 @@ def _scores(
         for k in range(episodes):
             task = stream[k]
             yield model(task), task.query_y
+
+
+def _scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:
+    """Whether scores depend on each image's own embedding alone: a plain ``MetricModel`` with running statistics."""
+    plain = type(model).forward is MetricModel.forward and getattr(type(model), "score", None) is MetricModel.score
+    return plain and not any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
 def _embeddings(

@@ -145,7 +145,7 @@ def accuracy(
         >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).item()
         0.5
     """
-    return (scores.argmax(-1) == y).float().mean()
+    return (scores.argmax(-1) == y).double().mean()
 
 
 # Student's t, 97.5% quantile, for 1 … 30 degrees of freedom (any statistics table).

@@ -38,16 +38,21 @@ class RunLog:
 
         self.out, self.path = out, out / "log.csv"
         kept = [row for row in read_log(out) if int(row["iteration"]) <= start] if start else []
-        self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115
+        partial = self.path.with_name(".log.csv.partial")
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writeheader()
+            csv.DictWriter(file, COLUMNS).writerows(kept)
+        partial.replace(self.path)
+        self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
         self.bar = tqdm(
             total=config.iterations, initial=start, desc=f"{config.method} {out.name}", unit="update",
             disable=None if progress else True,
         )  # fmt: skip
         self.shown: dict[str, str] = {}
-        self.board = _tensorboard(out) if config.tensorboard else None
+        self.board = None
+        if config.tensorboard:
+            self.board = require_tensorboard()(out / "tensorboard", purge_step=start + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Logs one update."""
@@ -88,9 +93,14 @@ def read_log(run: Path) -> list[dict[str, str]]:
         raise L2GError(f"need a run's log in {run / 'log.csv'}, got: {error.strerror}") from error
 
 
-def _tensorboard(out: Path) -> Any:
+def require_tensorboard() -> Any:
+    """TensorBoard's ``SummaryWriter``.
+
+    Raises:
+        ImportError: with what to install.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("--tensorboard needs TensorBoard; pip install l2g-meta[tensorboard]") from error
-    return SummaryWriter(out / "tensorboard")
+    return SummaryWriter

@@ -97,7 +97,8 @@ def feature_shape(encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int
             features = encoder(zeros(2, *image_shape))
         except RuntimeError as error:
             raise FitError(
-                f"{type(encoder).__name__} does not take images of shape {tuple(image_shape)}: {error}"
+                f"{type(encoder).__name__} does not take images of shape {tuple(image_shape)}: {error}; use larger "
+                "images, or another encoder"
             ) from error
     return tuple(features.shape[1:])
 
@@ -110,14 +111,26 @@ def build_head(head: Callable[..., nn.Module], shape: tuple[int, ...], **options
         shape: of one image's features, (C, H, W) for maps; ``dim`` is their product.
         options: arguments that are passed on as they are.
 
+    Raises:
+        FitError: if the head needs or takes other arguments.
+
     Example:
         >>> from l2g_meta import RelationHead
         >>> build_head(RelationHead, (8, 4, 4)).feature_shape
         (8, 4, 4)
     """
     known = {"channels": shape[0], "map_size": shape[1:], "dim": math.prod(shape)}
-    wanted = inspect.signature(head).parameters
-    return head(**{name: known[name] for name in known if name in wanted}, **options)
+    signature = inspect.signature(head)
+    arguments = {name: known[name] for name in known if name in signature.parameters} | options
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        name = getattr(head, "__name__", str(head))
+        raise FitError(
+            f"{name} does not take these options: {error}; filled in are channels, map_size and dim where a head takes "
+            f"them, given are {options or 'none'}"
+        ) from error
+    return head(**arguments)
 
 
 @contextmanager

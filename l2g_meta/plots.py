@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from l2g_meta.data.pairs import Episodes
+from l2g_meta.errors import FitError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import batchnorm_policy
@@ -37,7 +38,7 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         left.plot(k[window - 1 :], smooth, label=label)
         done = [row for row in rows if row["val_accuracy"]]
-        mean, half = (np.array([float(row[name]) for row in done]) for name in ("val_accuracy", "val_ci95"))
+        mean, half = (np.array([float(row[name] or "nan") for row in done]) for name in ("val_accuracy", "val_ci95"))
         at = [int(row["iteration"]) for row in done]
         right.plot(at, mean, marker="o", markersize=3, label=label)
         right.fill_between(at, mean - half, mean + half, alpha=0.15)
@@ -63,6 +64,7 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
 
     Raises:
         ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
+        FitError: for a model without an ``encoder``.
     """
     try:
         from sklearn.manifold import TSNE
@@ -72,7 +74,10 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
     figure, axes = _subplots(1, len(models))
     for axis, (title, model) in zip(np.atleast_1d(axes), models.items(), strict=True):
         model = model.module if isinstance(model, L2GWrapper) else model
-        assert isinstance(model, MetricModel)
+        if not isinstance(model, MetricModel):
+            raise FitError(
+                f"need a MetricModel, whose encoder gives embeddings, got {type(model).__name__} for {title!r}"
+            )
         with torch.no_grad(), batchnorm_policy(model, "running"):
             z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
         n = len(task.support_y)

@@ -47,6 +47,10 @@ class Task(NamedTuple):
             ([1.0, 0.0], [0, 0, 1, 1])
         """
         y = torch.as_tensor(y)
+        if y.is_floating_point() and torch.equal(y, y.round()):
+            y = y.long()
+        if y.is_floating_point() or y.is_complex():
+            raise DataError(f"need integer labels, got {y.dtype}; y.long() makes them")
         if y.ndim != 1 or len(x) != len(y):
             raise DataError(f"need one label per input, got x {tuple(x.shape)} and y {tuple(y.shape)}")
         if len(y) and (int(y.min()) < 0 or int(y.max()) >= n_way):
@@ -96,12 +100,17 @@ def split_queries(task: Task) -> tuple[Task, Task]:
 
     Queries must be grouped by class in even numbers, as ``TaskPairs`` draws them.
 
+    Raises:
+        DataError: if they are not.
+
     Example:
         >>> x, y = torch.arange(4.0).view(4, 1), torch.tensor([0, 0, 1, 1])
         >>> a, b = split_queries(Task(x, y, x, y, 2))
         >>> a.query_x.flatten().tolist(), b.query_x.flatten().tolist()
         ([0.0, 2.0], [1.0, 3.0])
     """
+    if not torch.equal(task.query_y[0::2], task.query_y[1::2]):
+        raise DataError("need an even number of queries of each class, grouped by class, to split them in halves")
     inner = task._replace(query_x=task.query_x[0::2], query_y=task.query_y[0::2])
     outer = task._replace(query_x=task.query_x[1::2], query_y=task.query_y[1::2])
     return inner, outer

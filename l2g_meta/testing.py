@@ -44,7 +44,10 @@ def check_head(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             made = copy.deepcopy(head) if isinstance(head, nn.Module) else build_head(head, feature_shape)
-            law(made.double(), feature_shape)
+            try:
+                law(made.double(), feature_shape)
+            except Exception as error:  # whatever a broken head raises
+                raise AssertionError(f"{law.__name__}: {error}") from error
         names.append(law.__name__)
     return tuple(names)
 

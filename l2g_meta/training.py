@@ -12,11 +12,12 @@ from torch import nn
 
 from l2g_meta.build import build_data, build_device, build_model, build_pairs, build_wrapper, tasks_of_update
 from l2g_meta.checkpoint import load_training, save_tensors, save_training
+from l2g_meta.clone import backend
 from l2g_meta.config import Config
-from l2g_meta.data.pairs import task_source
-from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.data.pairs import Episodes, task_source
+from l2g_meta.errors import CheckpointError, DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
-from l2g_meta.logs import RunLog
+from l2g_meta.logs import RunLog, require_tensorboard
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
 from l2g_meta.plots import learning_curve
 from l2g_meta.wrapper import L2GWrapper
@@ -61,6 +62,11 @@ def train(
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     optimizer = torch.optim.Adam(wrapper.parameters(), lr=config.lr)
+    Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
+    if config.tensorboard:
+        require_tensorboard()
+    if config.method != "episodic":
+        backend()  # learn2learn's import takes seconds, which are not the first update's
     given = [name for name, value in (("data", data), ("model", model)) if value is not None]
     if resume:
         info = load_training(out, wrapper, optimizer)
@@ -79,8 +85,7 @@ def train(
             began = time.perf_counter()
             batch = tasks_of_update(config, pairs, k)
             stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
-            if not math.isfinite(stats.loss):
-                raise L2GError(f"the loss of update {k} is {stats.loss}; lower --inner-lr or --lr, or use --dims mean")
+            _check_finite(stats.loss, wrapper, k)
             optimizer.step()  # eq. 5
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k)}
             row |= {"tasks": sum(map(len, batch)), "seconds": time.perf_counter() - began}
@@ -107,20 +112,39 @@ def learning_rate(config: Config, k: int) -> float:
     return config.lr * 0.5 ** (k * config.episodes_per_update // config.lr_halve_every)
 
 
-def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:
-    """Accuracy under θ on validation episodes shaped as training's, on as many ways as the split has."""
+def validation_shape(config: Config, dataset: Any) -> dict[str, Any]:
+    """Ways, shots and queries of validation episodes: as training's, on as many ways as the split has.
+
+    Raises:
+        DataError: if the split has fewer than two classes.
+    """
     sizes = task_source(dataset).class_sizes()
+    ways = config.ways if sizes is None else min(config.ways, len(sizes))
+    if ways < 2:
+        raise DataError("need at least 2 validation classes to choose a checkpoint by, got 1; add classes")
+    return {"ways": ways, "shots": config.shots, "queries": config.queries}
+
+
+def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:
+    """Accuracy under θ on validation episodes, the same in every run."""
     return evaluate(
         wrapper,
         dataset,
-        ways=config.ways if sizes is None else min(config.ways, len(sizes)),
-        shots=config.shots,
-        queries=config.queries,
+        **validation_shape(config, dataset),
         episodes=config.eval_episodes,
         bn=config.bn,  # type: ignore[arg-type]
         episode_seed=VALIDATION_SEED,
         device=device,
     )
+
+
+def _check_finite(loss: float, wrapper: L2GWrapper, k: int) -> None:
+    gradients = [p.grad for p in wrapper.parameters() if p.grad is not None]
+    if not math.isfinite(loss) or not all(torch.stack([g.isfinite().all() for g in gradients]).tolist()):
+        raise L2GError(
+            f"the loss of update {k} is {loss}, or its gradient is not finite; lower --inner-lr or --lr, or use "
+            "--dims mean; the last checkpoint is from before"
+        )
 
 
 def _save(

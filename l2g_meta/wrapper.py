@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -211,6 +212,8 @@ class StepSizes(nn.Module):
         super().__init__()
         if learn not in (False, "scalar", "tensor", "element"):
             raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
+        if isinstance(value, str) or not 0 <= float(value) < math.inf:
+            raise FitError(f"need inner_lr to be a number of at least 0, finite; got {value!r}")
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not trainable:
             raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from l2g_meta import evaluation as evaluation_module
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate, over_models, paired_difference
+from l2g_meta.functional import confidence_interval
 
 
 @pytest.fixture
@@ -113,6 +115,13 @@ def test_several_models_give_the_papers_interval_and_pairs_can_be_compared(data)
     both = over_models(results)
     means = [r.accuracy_mean for r in results]
     assert both.run_means == means and both.accuracy_mean == pytest.approx(np.mean(means))
+    per_episode = np.mean([r.accuracies for r in results], axis=0)
+    assert both.ci95_episodes == pytest.approx(confidence_interval(per_episode.tolist()))
+    twice = over_models([results[0], results[0]])  # one model twice is not more evidence about its episodes
+    assert twice.ci95_episodes == pytest.approx(results[0].ci95_episodes)
+    assert paired_difference(twice, over_models([results[1]] * 2)) == pytest.approx(paired_difference(*results))
+    with pytest.raises(L2GError, match="one BatchNorm policy, got running and batch"):
+        over_models([results[0], replace(results[0], bn="batch")])
     assert both.ci95_runs == pytest.approx(12.7062 * np.std(means, ddof=1) / 2**0.5)
     assert "2 trained models, Student t" in str(both)
     mean, half = paired_difference(*results)
@@ -121,3 +130,25 @@ def test_several_models_give_the_papers_interval_and_pairs_can_be_compared(data)
         paired_difference(
             results[0], evaluate(MetricModel(nn.Flatten(), MatchingHead()), data, ways=2, queries=3, episodes=20)
         )
+
+
+def test_only_plain_models_are_scored_from_embeddings(data):
+    class Reversed(MetricModel):
+        def forward(self, task):
+            return -super().forward(task)
+
+    own = Reversed(nn.Flatten(), PrototypicalHead())
+    options = dict(ways=3, queries=3, episodes=10)
+    assert evaluate(own, data, **options).accuracies == evaluate(Opaque(own), data, **options).accuracies
+    batch = MetricModel(nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten()), PrototypicalHead())
+    batch = batch.double()
+    assert evaluate(batch, data, **options).accuracies == evaluate(Opaque(batch), data, **options).accuracies
+
+
+def test_nan_scores_are_no_result(data):
+    model = MetricModel(Conv4(1, 4), PrototypicalHead()).double()
+    nn.init.constant_(model.encoder.blocks[0].conv.weight, float("nan"))
+    with pytest.raises(L2GError, match="need scores that are numbers, got NaN"):
+        evaluate(model, data, ways=3, queries=3, episodes=2)
+    with pytest.raises(L2GError, match="at least 1 episode"):
+        evaluate(model, data, episodes=0)

@@ -67,6 +67,23 @@ def test_no_global_generator_is_used():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_sets_arrays_and_seeds():
+    data = numbered(8, 6)
+    for ways in ({2, 3}, (2, 3), np.array([2, 3])):
+        assert TaskPairs(data, ways=ways, shots=1, queries=1)[1][0].n_way in (2, 3)
+    with pytest.raises(DataError, match="a seed of integers of at least 0, got -1"):
+        TaskPairs(data, ways=2, shots=1, queries=1, seed=-1)
+
+
+def test_items_that_are_no_tensors_are_explained():
+    class Pictures(Letters):
+        def __getitem__(self, i):
+            return object(), self.targets[i]
+
+    with pytest.raises(DataError, match="tensors x of one shape"):
+        TaskPairs(Pictures(), ways=1, shots=1, queries=1)[0]
+
+
 def test_sets_to_draw_from_are_all_used():
     pairs = TaskPairs(numbered(14, 8), ways=5, shots=5, queries=2, outer_ways=(5, 7, 9), outer_shots=(1, 5))
     drawn = {(j.n_way, len(j.support_y) // j.n_way) for _, j in (pairs[k] for k in range(80))}
@@ -140,8 +157,14 @@ def test_uint8_images_are_normalised_when_gathered():
         ([0, 0, 2], (), "none of class 1; number the classes without gaps"),
         ([0, 0, -1], (), "integer labels from 0"),
         ([0, 0, 1], ("a",), "one name per class"),
+        (["a", "a", "b"], (), "integer labels from 0"),
     ],
 )
 def test_class_dataset_errors(labels, names, message):
     with pytest.raises(DataError, match=message):
         ClassDataset(torch.randn(3, 1), labels, names)
+
+
+def test_channels_come_last_in_uint8_images():
+    with pytest.raises(DataError, match=r"uint8 images of shape \(n, H, W, 1 or 3\), got \(3, 1, 8, 8\)"):
+        ClassDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [0, 0, 1])

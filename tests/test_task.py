@@ -50,6 +50,16 @@ def test_split_queries_shares_supports_and_no_query():
     assert set(inner.query_x.flatten().tolist()).isdisjoint(outer.query_x.flatten().tolist())
 
 
+def test_labels_from_batches_and_uneven_queries():
+    task = Task.from_batch(torch.arange(4.0)[:, None], torch.tensor([0.0, 1.0, 0.0, 1.0]), shots=1, n_way=2)
+    assert task.query_y.dtype == torch.int64
+    with pytest.raises(DataError, match="need integer labels"):
+        Task.from_batch(torch.randn(2, 1), torch.tensor([0.5, 1.0]), shots=1, n_way=2)
+    x, y = torch.randn(4, 1), torch.tensor([0, 0, 0, 1])
+    with pytest.raises(DataError, match="an even number of queries"):
+        split_queries(Task(x, y, x, y, 2))
+
+
 def test_to_moves_every_tensor():
     x, y = torch.randn(2, 1), torch.arange(2)
     task = Task(x, y, x, y, 2).to("meta")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.build import build_model, load_run, tasks_of_update
+from l2g_meta.build import build_model, build_pairs, load_run, tasks_of_update
 from l2g_meta.checkpoint import load_tensors, save_tensors
 from l2g_meta.cli import main
 from l2g_meta.config import Config
@@ -107,8 +107,15 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
         assert main(flags(folder, out, "--seed", str(seed), iterations=2)) == 0
     json_file = tmp_path / "deep" / "r.json"
     options = ["--episodes", "5", "--queries", "2", "--json", str(json_file)]
-    assert main(["evaluate", *map(str, outs), *options, "--against", str(outs[0])]) == 2
-    assert "need as many trained models on both sides, got 2 and" in capsys.readouterr().err
+    assert main(["evaluate", str(outs[0]), str(outs[0])]) == 2
+    assert "need different runs" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert main(flags(folder, other, "--method", "episodic", iterations=2)) == 0
+    assert main(["evaluate", str(outs[0]), str(other)]) == 2
+    assert (
+        "need runs with the same method to be seeds of one experiment, got l2g and episodic" in capsys.readouterr().err
+    )
+    assert main(["evaluate", str(outs[0]), *options, "--against", str(other)]) == 0
     assert main(["evaluate", *map(str, outs), *options, "--against", *map(str, reversed(outs))]) == 0
     result = json.loads(json_file.read_text())
     assert result["ci95_runs"] > 0 or result["run_means"][0] == result["run_means"][1]
@@ -177,7 +184,10 @@ def test_methods_share_one_stream():
         (["--temperature", "0"], "temperature above 0, got 0.0"),
         (["--head", "nothing"], "--head to be one of prototypical, relation, matching or package.module:Class"),
         (["--head", "nowhere.at_all:Head"], "cannot load --head nowhere.at_all:Head"),
-        (["--head", "relation", "--distance", "cosine"], "--head relation does not take these options"),
+        (
+            ["--head", "relation", "--distance", "cosine"],
+            "RelationHead does not take these options: got an unexpected keyword",
+        ),
         (["--backbone", "conv4", "--head", "relation"], "at least 4×4"),
         (["--root", "/nowhere"], "/nowhere"),
     ],
@@ -206,7 +216,7 @@ def test_a_run_is_never_overwritten(folder, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     data = ClassDataset(torch.full((60, 1, 16, 16), float("nan")), torch.arange(60) // 6)
     config = Config(ways=3, queries=2, iterations=2, device="cpu")
-    with pytest.raises(L2GError, match="the loss of update 0 is nan"):
+    with pytest.raises(L2GError, match="the loss of update 0 is nan, or its gradient"):
         train(config, tmp_path / "run", data=data, validation=data, progress=False)
 
 
@@ -296,3 +306,64 @@ def test_one_episode_has_no_interval_and_the_json_is_valid(folder, tmp_path):
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--queries", "2", "--json", str(path)]) == 0
     result = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result["ci95_episodes"] is None
+
+
+def test_the_config_holds_the_heads_defaults(folder, tmp_path):
+    assert main(flags(folder, tmp_path / "run", iterations=1)) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    stored = {name: config[name] for name in ("distance", "dims", "temperature", "reduction", "outer_ways")}
+    assert stored == {"distance": "euclidean", "dims": "sum", "temperature": 1.0, "reduction": "mean", "outer_ways": 3}
+
+
+def test_blown_up_weights_are_never_saved(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(flags(folder, out, "--lr", "1e30", "--eval-every", "1")) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert all(t.isfinite().all() for t in load_file(out / "last.safetensors").values() if t.is_floating_point())
+    for flag in ("--lr", "--inner-lr"):
+        assert main(flags(folder, tmp_path / "x", flag, "inf")) == 2
+
+
+def test_validation_data_is_checked_before_training(tmp_path):
+    data = ClassDataset(torch.randn(60, 1, 16, 16), torch.arange(60) // 6)
+    few = ClassDataset(torch.randn(8, 1, 16, 16), torch.arange(8) // 2)
+    one = ClassDataset(torch.randn(8, 1, 16, 16), torch.zeros(8, dtype=int))
+    config = Config(ways=3, queries=2, device="cpu")
+    for validation, message in ((few, "needs 3 examples of every class"), (one, "need at least 2 validation classes")):
+        with pytest.raises(L2GError, match=message):
+            train(config, tmp_path / "run", data=data, validation=validation)
+        assert not (tmp_path / "run").exists()
+
+
+def test_one_validation_episode_still_gives_a_curve(folder, tmp_path):
+    assert main(flags(folder, tmp_path / "run", "--eval-episodes", "1", iterations=1)) == 0
+    assert (tmp_path / "run" / "curve.png").exists()
+
+
+def test_runs_resume_from_another_folder_and_with_moved_data(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert main(flags(folder.name, tmp_path / "run", iterations=1)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "run"]) == 0
+    assert main(["train", "--resume", "run", "--root", str(folder), "--device", "cpu"]) == 0
+    assert main(["train", "--resume", "run", "--root", "/nowhere"]) == 2
+
+
+def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(flags(folder, out, iterations=1)) == 0
+    assert main(["evaluate", str(out), "--json", str(tmp_path)]) == 2
+    assert "need a file to write for --json" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "ways": "3"}))
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "need --ways to be of type int, got '3'" in capsys.readouterr().err
+    assert main(["evaluate", str(out)]) == 2
+
+
+def test_fresh_queries_of_both_tasks_are_halves():
+    data = ClassDataset(torch.arange(96.0)[:, None], torch.arange(96) // 12)
+    config = Config(method="maml", fresh_queries=True, tasks_per_update=2, queries=3, ways=2).resolved()
+    for inner, outer in tasks_of_update(config, build_pairs(config, data, torch.device("cpu")), 0):
+        assert inner.query_y.tolist() == outer.query_y.tolist() == [0, 0, 0, 1, 1, 1]
+        assert set(inner.query_x.flatten().tolist()).isdisjoint(outer.query_x.flatten().tolist())

@@ -8,6 +8,8 @@ from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, Task, clone
 from l2g_meta.errors import DataError, FitError
+from l2g_meta.heads import HEADS
+from l2g_meta.model import build_head, feature_shape
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.testing import functional_meta_loss, random_task, second_order_is_kept
 
@@ -69,10 +71,12 @@ def test_exact_gradient_of_a_convolutional_network_against_torch_func(pools, eit
     torch.testing.assert_close(actual, torch.cat([g.flatten() for g in expected.values()]), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("first_order", [False, True])
-def test_same_bits_as_learn2learns_own_maml(first_order, tasks):
+def test_same_bits_as_learn2learns_own_maml(head, first_order, tasks):
     learn2learn = clone.require_learn2learn()
-    model = network()
+    encoder = Conv4(2, 4, pools=2)
+    model = MetricModel(encoder, build_head(HEADS[head], feature_shape(encoder, IMAGE))).double()
     twin = copy.deepcopy(model)
     maml = learn2learn.algorithms.MAML(twin, lr=0.1, first_order=first_order)
     learner = maml.clone()
@@ -296,6 +300,9 @@ def test_errors_say_what_to_do(tasks):
         L2GWrapper(nn.Identity(), 0.1)
     with pytest.raises(FitError, match="learn_inner_lr"):
         L2GWrapper(network(), 0.1, learn_inner_lr="all")
+    for alpha in (float("nan"), -1, "0.1"):
+        with pytest.raises(FitError, match="inner_lr to be a number of at least 0"):
+            L2GWrapper(network(), alpha)
     with pytest.raises(FitError, match="inner_steps"):
         L2GWrapper(network(), 0.1, inner_steps=-1)
 

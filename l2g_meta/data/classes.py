@@ -51,9 +51,14 @@ class ClassDataset:
         labels = np.asarray(self.labels.cpu() if isinstance(self.labels, Tensor) else self.labels)
         if labels.shape != (len(images),):
             raise DataError(f"need one label per image ({len(images)}), got labels of shape {labels.shape}")
+        if images.dtype == torch.uint8 and (images.ndim != 4 or images.shape[3] not in (1, 3)):
+            raise DataError(
+                f"need uint8 images of shape (n, H, W, 1 or 3), got {tuple(images.shape)}; permute them, or pass "
+                "floats, which are used as they are"
+            )
         object.__setattr__(self, "images", images)
-        object.__setattr__(self, "labels", labels.astype(np.int64))
         object.__setattr__(self, "index", index_by_class(labels))
+        object.__setattr__(self, "labels", labels.astype(np.int64))
         names = self.class_names or tuple(str(c) for c in range(self.n_classes))
         if len(names) != self.n_classes:
             raise DataError(f"need one name per class ({self.n_classes}), got {len(names)} names")
@@ -132,7 +137,13 @@ class MapDataset:
 
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Inputs of the given rows, stacked: (len(rows), ...)."""
-        return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows])
+        try:
+            return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"need items (x, label) with tensors x of one shape, got: {error}; give the data set a transform "
+                "(torchvision: Resize, CenterCrop, ToTensor)"
+            ) from error
 
 
 def label_list(dataset: Any) -> Any:

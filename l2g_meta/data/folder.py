@@ -62,22 +62,22 @@ def load(
 
 
 def split_classes(names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
-    """Deal class names out to train, validation and test: 64/16/20%, at least one each, sorted by name.
+    """Deal class names out to train, validation and test: 64/16/20%, at least two each, sorted by name.
 
     The order is that of the SHA-256 of seed and name, so it depends on no library's generator and on no file system.
 
     Raises:
-        DataError: if there are fewer than 3 names.
+        DataError: if there are fewer than 6 names.
 
     Example:
         >>> {split: len(names) for split, names in split_classes([f"class {i}" for i in range(100)]).items()}
         {'train': 64, 'validation': 16, 'test': 20}
     """
     n = len(names)
-    if n < 3:
-        raise DataError(f"need 3 classes, one each to train, validate and test, got {n}: {list(names)}; add classes")
+    if n < 6:
+        raise DataError(f"need 6 classes, two each to train, validate and test, got {n}: {list(names)}; add classes")
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
-    n_test, n_validation = max(1, round(0.20 * n)), max(1, round(0.16 * n))
+    n_test, n_validation = max(2, round(0.20 * n)), max(2, round(0.16 * n))
     parts = order[n_test + n_validation :], order[n_test : n_test + n_validation], order[:n_test]
     return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
 

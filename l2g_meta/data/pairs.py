@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
-Choice = int | Sequence[int]  # a number, or a set of them to draw from for each task
+Choice = int | Collection[int]  # a number, or a set of them to draw from for each task
 
 
 class ClassIndexed(Protocol):
@@ -49,7 +49,7 @@ class TaskShape(NamedTuple):
     def checked(self, name: str) -> TaskShape:
         """The shape itself, if its numbers are positive."""
         for field, choice in zip(self._fields, self, strict=True):
-            values = _values(choice) if isinstance(choice, int | np.integer | Sequence) else []
+            values = _values(choice) if isinstance(choice, int | np.integer | np.ndarray | Collection) else []
             if not values or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
                 raise DataError(f"need {name}{field} to be a positive integer or a set of them, got {choice!r}")
         return self
@@ -113,7 +113,7 @@ class TaskPairs:
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
         self.source = task_source(dataset, device)
-        self.seed, self.device = seed, device
+        self.seed, self.device = checked_seed(seed), device
         check_enough(self.source, self.inner, self.outer)
 
     def __getitem__(self, k: int) -> tuple[Task, Task]:
@@ -135,6 +135,9 @@ class Episodes:
         seed: an integer or several (for example episode seed and run), of the stream.
         device: as for ``TaskPairs``.
 
+    Raises:
+        DataError: if the data set has too few classes or images, with what would fit.
+
     Example:
         >>> data = ClassDataset(torch.randn(20, 1, 8, 8), torch.arange(20) // 4)
         >>> Episodes(data, ways=5, shots=1, queries=3)[0].n_way
@@ -153,7 +156,7 @@ class Episodes:
     ):
         self.shape = TaskShape(ways, shots, queries).checked("")
         self.source = task_source(dataset, device)
-        self.seed, self.device = seed, device
+        self.seed, self.device = checked_seed(seed), device
         check_enough(self.source, self.shape)
 
     def __getitem__(self, k: int) -> Task:
@@ -253,24 +256,36 @@ def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
     if sum(ways) > len(sizes):
         raise DataError(
             f"{kind} needs {sum(ways)} classes, the split has {len(sizes)}; "
-            f"lower ways to {len(sizes) // len(shapes)}" + (" each" if len(shapes) > 1 else "")
+            + (f"lower ways to {len(sizes) // len(shapes)}" if len(sizes) >= len(shapes) else "take a larger split")
+            + (" each" if len(sizes) >= len(shapes) > 1 else "")
         )
     examples = max(shape.largest[1] for shape in shapes)
     if sizes.min() < examples:
         small = int((sizes < examples).sum())
         raise DataError(
             f"shots + queries needs {examples} examples of every class, {small} of {len(sizes)} classes have fewer "
-            f"(the smallest has {sizes.min()}); lower shots + queries to {sizes.min()} or leave those classes out"
+            f"(the smallest has {sizes.min()}); "
+            + (f"lower shots + queries to {sizes.min()} or " if sizes.min() > 1 else "")
+            + "leave those classes out"
         )
+
+
+def checked_seed(seed: int | Sequence[int]) -> list[int]:
+    """The seed as a list of integers of at least 0."""
+    seeds = _values(seed)
+    if not seeds or not all(isinstance(s, int | np.integer) and s >= 0 for s in seeds):
+        raise DataError(f"need a seed of integers of at least 0, got {seed!r}")
+    return seeds
 
 
 def generator(seed: int | Sequence[int], k: int) -> np.random.Generator:
     """The generator of position k of a stream."""
     if k < 0:
         raise IndexError(f"need a position of at least 0, got {k}")
-    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
-    return np.random.default_rng([*seeds, k])
+    return np.random.default_rng([*_values(seed), k])
 
 
 def _values(choice: Choice) -> list[int]:
-    return [choice] if isinstance(choice, int | np.integer) else list(choice)
+    if isinstance(choice, int | np.integer):
+        return [int(choice)]
+    return sorted(choice) if isinstance(choice, Set) else list(choice)
