@@ -60,7 +60,7 @@ class Config:
     outer_shots: int | None = _flag(None, "supports per class of T_j")
     outer_queries: int | None = _flag(None, "queries per class of T_j")
 
-    inner_lr: float = _flag(0.01, "α, step size of the inner step")
+    inner_lr: float = _flag(0.003, "α, step size of the inner step; the paper: 0.01")
     inner_steps: int = _flag(1, "inner steps on T_i")
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
