@@ -24,6 +24,8 @@ def class_sums(
 ) -> Tensor:  # (n_way, ...)
     r"""Sum of the embeddings of each class, :math:`\sum_{y_i = c} z_i`.
 
+    Shapes: z (n_support, ...), y (n_support,) -> (n_way, ...).
+
     Example:
         >>> class_sums(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 1, 0]), 2).flatten().tolist()
         [5.0, 2.0]
@@ -38,6 +40,8 @@ def prototypes(
     n_way: int,
 ) -> Tensor:  # (n_way, d)
     r"""Class means (eq. 6): :math:`c_k = \frac{1}{|S_k|} \sum_{(x, y) \in S_k} f_\theta(x)`.
+
+    Shapes: z (n_support, d), y (n_support,) -> (n_way, d).
 
     Example:
         >>> prototypes(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 1, 0]), 2).flatten().tolist()
@@ -56,6 +60,8 @@ def squared_euclidean(
     r"""Squared distances :math:`\|a_i - b_j\|^2`, summed or averaged over the d dimensions.
 
     Taken from differences, which stay exact near zero where a² − 2ab + b² cancels.
+
+    Shapes: a (n, d), b (m, d) -> (n, m).
 
     Example:
         >>> squared_euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]])).item()
@@ -76,6 +82,8 @@ def euclidean(
 
     Without ε neither derivative exists at a_i = b_j (a duplicate image, dead features).
 
+    Shapes: a (n, d), b (m, d) -> (n, m).
+
     Example:
         >>> euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]), eps=0.0).item()
         5.0
@@ -90,6 +98,8 @@ def cosine_similarity(
     eps: float = 1e-6,
 ) -> Tensor:  # (n, m)
     r"""Cosines :math:`a_i \cdot b_j / \sqrt{(\|a_i\|^2 + \epsilon)(\|b_j\|^2 + \epsilon)}`, smooth at zero.
+
+    Shapes: a (n, d), b (m, d) -> (n, m).
 
     Example:
         >>> cosine_similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]), eps=0.0).tolist()
@@ -110,6 +120,8 @@ def nll_loss(
 
     The paper sums over the queries; ``reduction="mean"`` divides by their number, and the inner step with it.
 
+    Shapes: scores (n_query, n_way), y (n_query,) -> ().
+
     Example:
         >>> round(nll_loss(torch.zeros(3, 2), torch.tensor([0, 1, 0]), reduction="sum").item() / 3, 4)
         0.6931
@@ -127,6 +139,8 @@ def relation_loss(
 
     The paper sums over all n_query · n_way scores; ``reduction="mean"`` divides by that number.
 
+    Shapes: scores (n_query, n_way), y (n_query,) -> ().
+
     Example:
         >>> relation_loss(torch.tensor([[1.0, 0.5]]), torch.tensor([0]), reduction="sum").item()
         0.25
@@ -140,6 +154,8 @@ def accuracy(
     y: Tensor,  # (n_query,)
 ) -> Tensor:  # ()
     """Share of queries whose highest score is that of their class, in [0, 1].
+
+    Shapes: scores (n_query, n_way), y (n_query,) -> ().
 
     Example:
         >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).item()
