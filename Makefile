@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # learn2learn 0.2.0 ships C from an old Cython; build_ext generates it anew. From Python 3.13 on one of its
-# dependencies (qpth) has no NumPy to install with: there the library uses its built-in clone and update instead.
+# dependencies (qpth) makes pip compile NumPy 1.26: there the library uses its built-in clone and update instead.
 LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
 .PHONY: demo test slow lint docs clean
