@@ -66,11 +66,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     result, configs = _evaluate_runs(args, args.run)
     values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for c in configs], **asdict(result)}
     if args.against:
-        other, others = _evaluate_runs(args, args.against)
+        others = [Config.load(run / "config.json") for run in args.against]
         _check_alike([configs[0], others[0]], ("data", "image_size", "split_seed"), "to compare on the same episodes")
+        other, others = _evaluate_runs(args, args.against)
         mean, half = paired_difference(result, other)
         print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
-        values |= {"against": list(map(str, args.against)), "difference_mean": mean, "difference_ci95_episodes": half}
+        values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
+        values |= {"against_configs": [_published(c) for c in others], "against_accuracy_mean": other.accuracy_mean}
+        values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}
     if args.json is not None:
         args.json.write_text(_json(values), encoding="utf-8")
     return 0
@@ -84,6 +87,9 @@ def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Eval
     if len({run.resolve() for run in runs}) < len(runs):
         raise L2GError("need different runs, each a trained seed; got one of them twice")
     configs = [Config.load(run / "config.json") for run in runs]
+    seeds = [config.seed for config in configs]
+    if len(set(seeds)) < len(seeds):
+        raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
     same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard"}
     _check_alike(configs, sorted(same), "to be seeds of one experiment")
     results = []
@@ -127,8 +133,11 @@ def _check_alike(configs: Sequence[Config], names: Sequence[str], purpose: str) 
 def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         with open(path, "a", encoding="utf-8"):
             pass
+        if new:
+            path.unlink()
     except OSError as error:
         raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}") from error
 
@@ -184,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
     evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    evaluate.add_argument("--ways", type=_positive, help="classes per episode (default: as trained)")
+    evaluate.add_argument("--ways", type=partial(_natural, least=2), help="classes per episode (default: as trained)")
     evaluate.add_argument("--shots", type=_positive, help="supports per class (default: as trained)")
     evaluate.add_argument("--queries", type=_positive, help="queries per class (default: as trained)")
     evaluate.add_argument("--episodes", type=_positive, default=600, help="per stream (default: 600)")

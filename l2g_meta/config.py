@@ -118,6 +118,8 @@ class Config:
                 raise L2GError(f"need {flag} to be at least 1, got {value}")
         if self.seed < 0 or self.split_seed < 0 or self.inner_steps < 0:
             raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise L2GError(f"need --temperature above 0 and finite, got {self.temperature}")
         if not 0 < self.lr < math.inf:
             raise L2GError(f"need --lr above 0 and finite, got {self.lr}")
         if not 0 <= self.inner_lr < math.inf:

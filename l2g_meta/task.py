@@ -47,10 +47,11 @@ class Task(NamedTuple):
             ([1.0, 0.0], [0, 0, 1, 1])
         """
         y = torch.as_tensor(y)
-        if y.is_floating_point() and torch.equal(y, y.round()):
+        if y.is_floating_point() and y.isfinite().all() and torch.equal(y, y.round()):
             y = y.long()
         if y.is_floating_point() or y.is_complex():
             raise DataError(f"need integer labels, got {y.dtype}; y.long() makes them")
+        y = y.long()  # uint8 would index as a mask
         if y.ndim != 1 or len(x) != len(y):
             raise DataError(f"need one label per input, got x {tuple(x.shape)} and y {tuple(y.shape)}")
         if len(y) and (int(y.min()) < 0 or int(y.max()) >= n_way):

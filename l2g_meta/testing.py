@@ -43,11 +43,12 @@ def check_head(
     for law in LAWS:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made = copy.deepcopy(head) if isinstance(head, nn.Module) else build_head(head, feature_shape)
             try:
+                made = copy.deepcopy(head) if isinstance(head, nn.Module) else build_head(head, feature_shape)
                 law(made.double(), feature_shape)
             except Exception as error:  # whatever a broken head raises
-                raise AssertionError(f"{law.__name__}: {error}") from error
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                raise AssertionError(f"{law.__name__}: {kind}{error}") from error
         names.append(law.__name__)
     return tuple(names)
 

@@ -56,7 +56,7 @@ def train(
     device = build_device(config)
     if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
-    if data is None:
+    if validation is None:
         validation = build_data(config, "validation")
     pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
@@ -121,7 +121,9 @@ def validation_shape(config: Config, dataset: Any) -> dict[str, Any]:
     sizes = task_source(dataset).class_sizes()
     ways = config.ways if sizes is None else min(config.ways, len(sizes))
     if ways < 2:
-        raise DataError("need at least 2 validation classes to choose a checkpoint by, got 1; add classes")
+        raise DataError(
+            f"need validation on at least 2 ways to choose a checkpoint by, got {ways}; add validation classes or ways"
+        )
     return {"ways": ways, "shots": config.shots, "queries": config.queries}
 
 

@@ -212,7 +212,7 @@ class StepSizes(nn.Module):
         super().__init__()
         if learn not in (False, "scalar", "tensor", "element"):
             raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
-        if isinstance(value, str) or not 0 <= float(value) < math.inf:
+        if value is None or isinstance(value, str) or not 0 <= float(value) < math.inf:
             raise FitError(f"need inner_lr to be a number of at least 0, finite; got {value!r}")
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not trainable:

@@ -53,6 +53,7 @@ def test_split_queries_shares_supports_and_no_query():
 def test_labels_from_batches_and_uneven_queries():
     task = Task.from_batch(torch.arange(4.0)[:, None], torch.tensor([0.0, 1.0, 0.0, 1.0]), shots=1, n_way=2)
     assert task.query_y.dtype == torch.int64
+    assert Task.from_batch(torch.randn(4, 1), torch.tensor([0, 1, 0, 1]).to(torch.uint8), shots=1, n_way=2).check()
     with pytest.raises(DataError, match="need integer labels"):
         Task.from_batch(torch.randn(2, 1), torch.tensor([0.5, 1.0]), shots=1, n_way=2)
     x, y = torch.randn(4, 1), torch.tensor([0, 0, 0, 1])

@@ -109,6 +109,10 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
     options = ["--episodes", "5", "--queries", "2", "--json", str(json_file)]
     assert main(["evaluate", str(outs[0]), str(outs[0])]) == 2
     assert "need different runs" in capsys.readouterr().err
+    twin = tmp_path / "twin"
+    assert main(flags(folder, twin, "--seed", "1", iterations=2)) == 0
+    assert main(["evaluate", str(outs[0]), str(twin), "--json", str(tmp_path / "no.json")]) == 2
+    assert "need runs with different seeds" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
     other = tmp_path / "other"
     assert main(flags(folder, other, "--method", "episodic", iterations=2)) == 0
     assert main(["evaluate", str(outs[0]), str(other)]) == 2
@@ -120,6 +124,7 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
     result = json.loads(json_file.read_text())
     assert result["ci95_runs"] > 0 or result["run_means"][0] == result["run_means"][1]
     assert result["difference_mean"] == pytest.approx(0) and len(result["against"]) == 2
+    assert [c["seed"] for c in result["against_configs"]] == [2, 1] and len(result["against_run_means"]) == 2
     printed = capsys.readouterr().out
     assert "over 2 trained models" in printed and "difference, paired over the same episodes: +0.00" in printed
 
@@ -181,7 +186,7 @@ def test_methods_share_one_stream():
         (["--pairs", "0"], "--pairs to be at least 1, got 0"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr above 0"),
-        (["--temperature", "0"], "temperature above 0, got 0.0"),
+        (["--temperature", "0"], "--temperature above 0 and finite, got 0.0"),
         (["--head", "nothing"], "--head to be one of prototypical, relation, matching or package.module:Class"),
         (["--head", "nowhere.at_all:Head"], "cannot load --head nowhere.at_all:Head"),
         (
@@ -329,7 +334,7 @@ def test_validation_data_is_checked_before_training(tmp_path):
     few = ClassDataset(torch.randn(8, 1, 16, 16), torch.arange(8) // 2)
     one = ClassDataset(torch.randn(8, 1, 16, 16), torch.zeros(8, dtype=int))
     config = Config(ways=3, queries=2, device="cpu")
-    for validation, message in ((few, "needs 3 examples of every class"), (one, "need at least 2 validation classes")):
+    for validation, message in ((few, "needs 3 examples of every class"), (one, "need validation on at least 2 ways")):
         with pytest.raises(L2GError, match=message):
             train(config, tmp_path / "run", data=data, validation=validation)
         assert not (tmp_path / "run").exists()
