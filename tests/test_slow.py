@@ -25,7 +25,7 @@ def test_the_laws_hold_for_other_weights_and_tasks(head, seed):
 
 def test_resident_memory_is_flat_over_200_full_size_meta_steps():
     wrapper = L2GWrapper(MetricModel(Conv4(3), PrototypicalHead()), 0.01)
-    x, y = torch.randn(2, 20, 3, 84, 84), torch.arange(20) % 5
+    x, y = torch.randn(2, 10, 3, 84, 84), torch.arange(10) % 5
     pair = tuple(Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in range(2))
     peaks = []
     for step in range(200):
