@@ -2,7 +2,7 @@
 
     python examples/own_head.py [--smoke]
 
-From the command line the same head is ``l2g train --head own_head:ManhattanHead`` with this folder on PYTHONPATH.
+From the command line, in this folder, the same head is ``l2g train --head own_head:ManhattanHead``.
 """
 
 import argparse
