@@ -47,7 +47,13 @@ class Conv4(nn.Module):
 
 
 def relation_embedding(in_channels: int = 3, channels: int = 64) -> Conv4:
-    """The Relation Network's embedding: ``Conv4`` with pooling in the first two blocks only."""
+    """The Relation Network's embedding: ``Conv4`` with pooling in the first two blocks only.
+
+    Example:
+        >>> import torch
+        >>> relation_embedding(1)(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 64, 7, 7])
+    """
     return Conv4(in_channels, channels, pools=2)
 
 

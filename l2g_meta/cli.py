@@ -18,6 +18,7 @@ from l2g_meta.norm import POLICIES
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation
+    from l2g_meta.wrapper import L2GWrapper
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
@@ -63,58 +64,68 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if args.json is not None:
         _check_writable(args.json)
-    result, configs = _evaluate_runs(args, args.run)
-    values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for c in configs], **asdict(result)}
-    if args.against:
-        others = [Config.load(run / "config.json") for run in args.against]
-        _check_alike([configs[0], others[0]], ("data", "image_size", "split_seed"), "to compare on the same episodes")
-        other, others = _evaluate_runs(args, args.against)
+    trained, others = _load_runs(args, args.run), _load_runs(args, args.against or [])
+    if others:
+        both = [trained[0][1], others[0][1]]
+        _check_alike(both, ("data", "image_size", "split_seed"), "to compare on the same episodes")
+    result = _evaluate_runs(args, args.run, trained)
+    values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for _, c in trained], **asdict(result)}
+    if others:
+        other = _evaluate_runs(args, args.against, others)
         mean, half = paired_difference(result, other)
         print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
         values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
-        values |= {"against_configs": [_published(c) for c in others], "against_accuracy_mean": other.accuracy_mean}
+        values |= {"against_configs": [_published(c) for _, c in others], "against_accuracy_mean": other.accuracy_mean}
         values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}
     if args.json is not None:
         args.json.write_text(_json(values), encoding="utf-8")
     return 0
 
 
-def _evaluate_runs(args: argparse.Namespace, runs: Sequence[Path]) -> tuple[Evaluation, list[Config]]:
-    """The evaluation of one trained run, or of several as seeds, printed."""
-    from l2g_meta.build import build_data, build_device, load_run
-    from l2g_meta.evaluation import evaluate, over_models
+def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
+    """Trained runs that are seeds of one experiment."""
+    from l2g_meta.build import load_run
 
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise L2GError("need different runs, each a trained seed; got one of them twice")
-    configs = [Config.load(run / "config.json") for run in runs]
-    seeds = [config.seed for config in configs]
+    loaded = [load_run(run, checkpoint=args.checkpoint, device=args.device) for run in runs]
+    seeds = [config.seed for _, config in loaded]
     if len(set(seeds)) < len(seeds):
         raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
     same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard"}
-    _check_alike(configs, sorted(same), "to be seeds of one experiment")
-    results = []
+    _check_alike([config for _, config in loaded], sorted(same), "to be seeds of one experiment")
     for run in runs:
-        wrapper, config = load_run(run, checkpoint=args.checkpoint, device=args.device)
         _refuse_given(run / f"{args.checkpoint}.safetensors", "evaluate it with l2g_meta.evaluation.evaluate")
-        config = replace(config, root=args.root or config.root)
-        result = evaluate(
-            wrapper,
-            build_data(config, args.split),
-            ways=args.ways or config.ways,
-            shots=args.shots or config.shots,
-            queries=args.queries or config.queries,
-            episodes=args.episodes,
-            runs=args.runs,
-            bn=args.bn,
-            episode_seed=args.episode_seed,
-            device=build_device(config),
+    return loaded
+
+
+def _evaluate_runs(
+    args: argparse.Namespace, runs: Sequence[Path], loaded: Sequence[tuple[L2GWrapper, Config]]
+) -> Evaluation:
+    """The evaluation of one trained run, or of several as seeds, printed."""
+    from l2g_meta.build import build_data, build_device
+    from l2g_meta.evaluation import evaluate, over_models
+
+    results = []
+    for run, (wrapper, config) in zip(runs, loaded, strict=True):
+        results.append(
+            evaluate(
+                wrapper,
+                build_data(replace(config, root=args.root or config.root), args.split),
+                ways=args.ways or config.ways,
+                shots=args.shots or config.shots,
+                queries=args.queries or config.queries,
+                episodes=args.episodes,
+                runs=args.runs,
+                bn=args.bn,
+                episode_seed=args.episode_seed,
+                device=build_device(config),
+            )
         )
-        results.append(result)
-        print(f"{run}: {_describe(config)}: {result}")
+        print(f"{run}: {_describe(config)}: {results[-1]}")
     if len(results) == 1:
-        return results[0], configs
-    print(over_models(results))
-    return over_models(results), configs
+        return results[0]
+    together = over_models(results)
+    print(together)
+    return together
 
 
 def _published(config: Config) -> dict[str, Any]:
@@ -159,7 +170,8 @@ def _json(values: dict[str, Any]) -> str:
 def _describe(config: Config) -> str:
     """What a result belongs to, in a few words."""
     settings = ", ".join(f"{name} {value}" for name, value in config.head_options.items())
-    return f"{config.method} {config.head} ({settings}), {config.data} at {config.image_size} px"
+    head = f"{config.head} ({settings})" if settings else config.head
+    return f"{config.method} {head}, {config.data} at {config.image_size} px"
 
 
 def _parser() -> argparse.ArgumentParser:

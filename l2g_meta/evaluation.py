@@ -78,8 +78,8 @@ def evaluate(
     """Accuracy under θ (no inner step) on episodes that depend on ``episode_seed`` alone.
 
     Every model sees the same episodes, so differences between methods can be paired. Under ``bn="running"`` a
-    ``MetricModel`` embeds each image once and episodes are drawn from the embeddings. Modes, buffers and generators are
-    as before afterwards.
+    ``MetricModel`` embeds each image once and episodes are drawn from the embeddings, which takes an encoder whose
+    output for an image depends on that image alone. Modes, buffers and generators are as before afterwards.
 
     Args:
         model: ``model(task) -> scores``, or its wrapper.
@@ -97,6 +97,13 @@ def evaluate(
     Raises:
         DataError: if the split has too few classes or images.
         L2GError: if scores are NaN, or there is nothing to evaluate on.
+
+    Example:
+        >>> from l2g_meta import Conv4, MetricModel, PrototypicalHead
+        >>> data = ClassDataset(torch.randn(40, 1, 16, 16), torch.arange(40) // 8, split="test")
+        >>> result = evaluate(MetricModel(Conv4(1, 8), PrototypicalHead()), data, ways=3, queries=5, episodes=20)
+        >>> 0 <= result.accuracy_mean <= 100, result.ci95_runs
+        (True, None)
     """
     model = model.module if isinstance(model, L2GWrapper) else model
     if episodes < 1 or runs < 1:
@@ -165,6 +172,12 @@ def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
 
     Raises:
         L2GError: if the two did not see the same episodes.
+
+    Example:
+        >>> a = Evaluation(50.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [50.0], [40.0, 60.0])
+        >>> b = Evaluation(48.0, 1.0, None, "running", "test", 5, 1, 15, 2, 1, 0, [48.0], [38.0, 58.0])
+        >>> paired_difference(a, b)
+        (2.0, 0.0)
     """
     _check_same_episodes(a, b)
     episodes = a.runs * a.episodes  # models of one side are averaged: they share the episodes
@@ -175,7 +188,8 @@ def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
 def _accuracy(scores: Tensor, y: Tensor) -> Tensor:
     if scores.isnan().any():
         raise L2GError(
-            "need scores that are numbers, got NaN: the model's weights are not finite or blow up; train again"
+            "need scores that are numbers, got NaN: the model's weights are not finite or blow up; train with a "
+            "lower --lr or --inner-lr"
         )
     return f.accuracy(scores, y)
 

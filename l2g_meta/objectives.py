@@ -77,6 +77,15 @@ def meta_gradient(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Seq
     Returns:
         Mean losses, and the alignment :math:`\sum_k \alpha_k g_{i,k} g_{j,k} / L(\theta'; T_j)`. Near 0 the inner step
         does nothing for T_j, above about 1 it is unstable, below 0 it went too far or the wrong way.
+
+    Example:
+        >>> from l2g_meta import Conv4, MetricModel, PrototypicalHead
+        >>> wrapper = L2GWrapper(MetricModel(Conv4(1, 8), PrototypicalHead()), 0.01)
+        >>> x, y = torch.randn(2, 10, 1, 16, 16), torch.arange(10) % 5
+        >>> pair = [Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in (0, 1)]
+        >>> stats = meta_gradient(l2g, wrapper, [pair])
+        >>> stats.loss > 0, all(p.grad is not None for p in wrapper.parameters())
+        (True, True)
     """
     totals = []
     for tasks in batch:

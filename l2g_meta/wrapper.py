@@ -66,8 +66,8 @@ class L2GWrapper(nn.Module):
         loss_fn: LossFn | None = None,
     ):
         super().__init__()
-        if inner_steps < 0:
-            raise FitError(f"need inner_steps of at least 0, got {inner_steps}")
+        if not isinstance(inner_steps, int) or inner_steps < 0:
+            raise FitError(f"need inner_steps to be an integer of at least 0, got {inner_steps!r}")
         self.module = model
         self.inner_lr = inner_lr if isinstance(inner_lr, StepSizes) else StepSizes(model, inner_lr, learn_inner_lr)
         self.first_order, self.inner_steps = first_order, inner_steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import sys
@@ -202,8 +201,6 @@ def test_tiered_agrees_with_folders(tmp_path: Path, shape: tuple[int, ...]) -> N
         assert same(data, tiered_imagenet.load(split, root=tmp_path / "a" / "tiered-imagenet"))
     want = {"n10": "b", "n11": "a", "n12": "a"}
     assert tiered_imagenet.super_categories("validation", root=tmp_path / "a") == want
-    stored = next((tmp_path / "cache").glob("tiered-imagenet-validation-84-*/super.json"))
-    assert json.loads(stored.read_text()) == want
     with pytest.raises(DataError, match="need the label file"):
         tiered_imagenet.super_categories("train", root=source.parent)
 

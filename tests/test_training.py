@@ -108,7 +108,7 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
     json_file = tmp_path / "deep" / "r.json"
     options = ["--episodes", "5", "--queries", "2", "--json", str(json_file)]
     assert main(["evaluate", str(outs[0]), str(outs[0])]) == 2
-    assert "need different runs" in capsys.readouterr().err
+    assert "need runs with different seeds" in capsys.readouterr().err
     twin = tmp_path / "twin"
     assert main(flags(folder, twin, "--seed", "1", iterations=2)) == 0
     assert main(["evaluate", str(outs[0]), str(twin), "--json", str(tmp_path / "no.json")]) == 2

@@ -303,8 +303,9 @@ def test_errors_say_what_to_do(tasks):
     for alpha in (float("nan"), -1, "0.1"):
         with pytest.raises(FitError, match="inner_lr to be a number of at least 0"):
             L2GWrapper(network(), alpha)
-    with pytest.raises(FitError, match="inner_steps"):
-        L2GWrapper(network(), 0.1, inner_steps=-1)
+    for steps in (-1, 1.5):
+        with pytest.raises(FitError, match="inner_steps"):
+            L2GWrapper(network(), 0.1, inner_steps=steps)
 
     class Wrong(nn.Module):
         def __init__(self):

@@ -111,6 +111,11 @@ class MapDataset:
 
     Raises:
         DataError: if there is no label list.
+
+    Example:
+        >>> data = MapDataset(TensorDataset(torch.randn(4, 3), torch.tensor([7, 9, 7, 9])))
+        >>> data.class_names, [rows.tolist() for rows in data.index]
+        (('7', '9'), [[0, 2], [1, 3]])
     """
 
     dataset: Any

@@ -15,7 +15,6 @@ from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
 DEFAULTS: dict[str, Any] = {"image_size": 84}
-MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
 LAYOUTS = ("<split>/<class>/*.{jpg,jpeg,png}", "<class>/*.{jpg,jpeg,png}")
 
 

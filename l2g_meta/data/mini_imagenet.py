@@ -17,7 +17,6 @@ from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
 DEFAULTS: dict[str, Any] = {"image_size": 84}
-MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
 LAYOUTS = ("mini-imagenet/<split>/<class>/*.jpg", "<split>/<class>/*.jpg", "mini-imagenet-cache-<split>.pkl")
 URL = "https://zenodo.org/record/7978538/files/"  # where learn2learn's MiniImagenet downloads from
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
 DEFAULTS: dict[str, Any] = {"image_size": 84}
-MEAN, STD = images.IMAGENET_MEAN, images.IMAGENET_STD
 LAYOUTS = (
     "tiered-imagenet/{train,val,test}_images_png.pkl with {train,val,test}_labels.pkl",
     "the same files directly",
@@ -34,7 +32,6 @@ def load(
 
     The first call decodes each image of the published files ``{train,val,test}_images_png.pkl`` once; it needs memory
     for that file (encoded images), not for the result. Classes come from the label file and are sorted by name.
-    Super-categories, where the label file has them, are stored beside the array as ``super.json``.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -90,7 +87,7 @@ def _find_pickles(root: Path, split: str) -> tuple[Path, Path] | None:
 
 def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path) -> None:
     """Convert the list of PNG files, each a uint8 array (bytes,) or (bytes, 1), and their labels."""
-    classes, categories = _read_labels(labels_path)
+    classes, _ = _read_labels(labels_path)
     encoded = load_pickle(images_path)
     n = sum(len(rows) for rows in classes.values())
     if not isinstance(encoded, list) or len(encoded) != n:
@@ -104,8 +101,6 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
         return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
 
     images.convert(classes, read, images.stretch, size, out)
-    if categories:
-        (out / "super.json").write_text(json.dumps(categories), encoding="utf-8")
 
 
 def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
