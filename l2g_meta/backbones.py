@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from torch import Tensor, nn
 
+from l2g_meta.blocks import ConvBlock
 from l2g_meta.errors import FitError
 
 
@@ -13,13 +12,13 @@ class Conv4(nn.Module):
     """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 max-pool (Vinyals et al. 2016; Snell et al. 2017).
 
     With ``pools=2`` only the first two blocks pool: the Relation Network's embedding (Sung et al. 2018), whose maps
-    are large enough for its relation module. Convolutions pad by 1 and have no bias, since a norm follows: the bias's
-    gradient would be exactly zero and Adam would turn its rounding noise into steps.
+    are large enough for its relation module.
 
     Args:
         in_channels: channels of the images.
         channels: channels of every block ("Conv4-64").
         pools: how many of the blocks, from the first, end in a pooling.
+        fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
 
     Shapes:
         (n, in_channels, H, W) -> (n, channels, H // 2**pools, W // 2**pools).
@@ -33,12 +32,12 @@ class Conv4(nn.Module):
         (torch.Size([2, 64, 5, 5]), torch.Size([2, 64, 21, 21]))
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, *, pools: int = 4):
+    def __init__(self, in_channels: int = 3, channels: int = 64, *, pools: int = 4, fused: bool = True):
         super().__init__()
         if not 0 <= pools <= 4:
             raise FitError(f"need pools in 0 … 4, got {pools}")
         self.blocks = nn.Sequential(
-            *(_block(in_channels if k == 0 else channels, channels, pool=k < pools) for k in range(4))
+            *(ConvBlock(in_channels if k == 0 else channels, channels, pool=k < pools, fused=fused) for k in range(4))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,17 +54,6 @@ def relation_embedding(in_channels: int = 3, channels: int = 64) -> Conv4:
         torch.Size([2, 64, 7, 7])
     """
     return Conv4(in_channels, channels, pools=2)
-
-
-def _block(inputs: int, outputs: int, *, pool: bool) -> nn.Sequential:
-    layers = OrderedDict(
-        conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        norm=nn.BatchNorm2d(outputs),
-        relu=nn.ReLU(),
-    )
-    if pool:
-        layers["pool"] = nn.MaxPool2d(2)
-    return nn.Sequential(layers)
 
 
 BACKBONES = {"conv4": Conv4, "conv4-relation": relation_embedding}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta import functional as f
+from l2g_meta.blocks import ConvBlock
 from l2g_meta.errors import FitError
 
 
@@ -153,6 +154,7 @@ class RelationHead(nn.Module):
         map_size: their height and width; at least 4, for two 2×2 poolings.
         hidden: width of the first fully connected layer.
         reduction: ``"mean"`` over all scores, or ``"sum"`` as eq. 11 is written.
+        fused: as of ``ConvBlock``.
 
     Shapes:
         support (n_support, C, H, W), support_y (n_support,), query (n_query, C, H, W) -> scores (n_query, n_way).
@@ -167,7 +169,13 @@ class RelationHead(nn.Module):
     """
 
     def __init__(
-        self, channels: int, map_size: int | tuple[int, int], *, hidden: int = 8, reduction: f.Reduction = "mean"
+        self,
+        channels: int,
+        map_size: int | tuple[int, int],
+        *,
+        hidden: int = 8,
+        reduction: f.Reduction = "mean",
+        fused: bool = True,
     ):
         super().__init__()
         height, width = (map_size, map_size) if isinstance(map_size, int) else map_size
@@ -179,8 +187,8 @@ class RelationHead(nn.Module):
         self.feature_shape = (channels, height, width)
         self.reduction = _reduction(reduction)
         self.relation = nn.Sequential(
-            _relation_block(2 * channels, channels),
-            _relation_block(channels, channels),
+            ConvBlock(2 * channels, channels, pool=True, fused=fused),
+            ConvBlock(channels, channels, pool=True, fused=fused),
             nn.Flatten(),
             nn.Linear(channels * (height // 4) * (width // 4), hidden),
             nn.ReLU(),
@@ -209,12 +217,6 @@ class RelationHead(nn.Module):
     def loss_fn(self, scores: Tensor, query_y: Tensor) -> Tensor:
         """Eq. 11."""
         return f.relation_loss(scores, query_y, reduction=self.reduction)
-
-
-def _relation_block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
-    )
 
 
 class Temperature(nn.Module):

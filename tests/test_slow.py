@@ -23,17 +23,19 @@ def test_the_laws_hold_for_other_weights_and_tasks(head, seed):
     check_head(head, seed=seed)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to measure memory")
 def test_resident_memory_is_flat_over_200_full_size_meta_steps():
     wrapper = L2GWrapper(MetricModel(Conv4(3), PrototypicalHead()), 0.01)
     x, y = torch.randn(2, 10, 3, 84, 84), torch.arange(10) % 5
     pair = tuple(Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in range(2))
-    peaks = []
-    for step in range(200):
+    resident = []  # pages
+    for _ in range(200):
         wrapper.zero_grad()
         meta_gradient(l2g, wrapper, [pair])
-        if step in (20, 199):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
-    assert peaks[1] - peaks[0] < 20_000
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    # The lowest of a window: where the allocator puts a graph, and so the peak, wanders from step to step.
+    growth = (min(resident[180:]) - min(resident[20:40])) * resource.getpagesize()
+    assert growth < 20e6
 
 
 def test_the_demo_learns_to_tell_unseen_characters_apart(tmp_path):

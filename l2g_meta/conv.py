@@ -1,0 +1,136 @@
+r"""Convolution whose double backward runs convolution's own kernels.
+
+With y = w * x, the backward pass gives gx = wᵀ * g and gw = x ⋆ g; for cotangents (vx, vw) of those two, its own
+backward is more convolutions of the same kind,
+
+.. math:: \bar g = w * v_x + v_w * x, \qquad \bar x = v_w^T * g, \qquad \bar w = v_x \star g.
+
+PyTorch computes the last by a convolution with a kernel as large as the feature map, and always copies channels-last
+tensors to the other layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.modules.utils import _pair
+
+
+class Geometry(NamedTuple):
+    """How the kernel moves over the image."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a fast double backward: same arguments, same state dict, same values.
+
+    Exact to any order. Padding by name, padding modes other than zeros and images without a batch dimension are
+    PyTorch's own.
+
+    Shapes:
+        (n, in_channels, H, W) -> (n, out_channels, H', W').
+
+    Example:
+        >>> layer = Conv2d(3, 8, 3, padding=1)
+        >>> layer(torch.randn(2, 3, 10, 10)).shape
+        torch.Size([2, 8, 10, 10])
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.padding, str) or self.padding_mode != "zeros" or input.ndim != 4:
+            return super()._conv_forward(input, weight, bias)
+        return conv2d(input, weight, bias, Geometry(self.stride, self.padding, self.dilation, self.groups))
+
+
+def conv2d(
+    x: Tensor,  # (n, c, H, W)
+    w: Tensor,  # (d, c // groups, k, l)
+    b: Tensor | None = None,  # (d,)
+    geometry: Geometry | None = None,
+) -> Tensor:  # (n, d, H', W')
+    """``torch.conv2d`` with a fast double backward; stride 1 and no padding by default.
+
+    Example:
+        >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
+        9.0
+    """
+    if torch.is_autocast_enabled(x.device.type):  # casts belong outside, where they are differentiated
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+    return _Conv.apply(x, w, b, geometry or Geometry(_pair(1), _pair(0), _pair(1), 1))
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+        return torch.conv2d(x, w, b, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, b, ctx.geometry = inputs
+        ctx.save_for_backward(x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None
+        x, w = ctx.saved_tensors
+        return *_ConvBackward.apply(g, x, w, ctx.geometry, ctx.needs_input_grad[:3]), None
+
+
+class _ConvBackward(Function):
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        stride, padding, dilation, groups = geometry
+        gradients = torch.ops.aten.convolution_backward(
+            g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(wanted)
+        )
+        return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        g, x, w, ctx.geometry, _ = inputs
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Any, ...]:
+        g, x, w = ctx.saved_tensors
+        need_g, need_x, need_w = ctx.needs_input_grad[:3]
+        bar_g = bar_x = bar_w = None
+        if need_g:
+            parts = [] if vx is None else [conv2d(vx, w, None, ctx.geometry)]
+            parts += [] if vw is None else [conv2d(x, vw, vb, ctx.geometry)]
+            parts += [] if vb is None or vw is not None else [vb[:, None, None].expand_as(g)]
+            bar_g = sum(parts[1:], parts[0]) if parts else None
+        wanted = (need_x and vw is not None, need_w and vx is not None, False)
+        if any(wanted):
+            bar_x, bar_w, _ = _ConvBackward.apply(
+                g, x if vx is None else vx, w if vw is None else vw, ctx.geometry, wanted
+            )
+        return bar_g, bar_x, bar_w, None, None
+
+
+def convert_conv(model: nn.Module) -> nn.Module:
+    """Gives every ``nn.Conv2d`` of a model the fast double backward, in place; returns the model.
+
+    Parameters, hooks and the state dict stay as they are; subclasses of ``nn.Conv2d`` are left alone.
+
+    Example:
+        >>> type(convert_conv(nn.Sequential(nn.Conv2d(3, 8, 3)))[0])
+        <class 'l2g_meta.conv.Conv2d'>
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
+    return model

@@ -1,0 +1,143 @@
+r"""Passes of batch normalisation, ReLU and pooling in ATen, few of them and in place: for any device.
+
+Notation of every file here: x̂ = r (x − m) per channel, over N = batch · height · width values; y = S(w x̂ + b), where S
+is nothing, ReLU, or ReLU and 2×2 max-pooling (in either order, both being monotone), g the cotangent of y and G = Sᵀg.
+Allocating a feature map costs more than a pass over it (the system maps and clears its pages), so sums are taken
+without intermediate maps, by the kernel of batch normalisation's own backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+def statistics(
+    x: Tensor,  # (n, c, ...)
+    running_mean: Tensor | None,  # (c,)
+    running_var: Tensor | None,  # (c,)
+    momentum: float,
+) -> tuple[Tensor, Tensor]:  # (c,), (c,)
+    """Mean and biased variance of each channel; running statistics are updated in place."""
+    return aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+
+
+def forward(
+    x: Tensor,  # (n, c, ...)
+    w: Tensor,  # (c,)
+    b: Tensor,  # (c,)
+    mean: Tensor,  # (c,)
+    rstd: Tensor,  # (c,)
+    relu: bool,
+    pool: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and where in each map the pooling found its maxima (of y's shape)."""
+    where = None
+    if pool:  # before the scale, on which a negative one turns the largest into the smallest
+        if x.is_cuda or (w < 0).any():  # not asked where the answer would have to travel
+            sign = torch.where(w < 0, -1.0, 1.0).to(x.dtype)
+            chosen, where = F.max_pool2d_with_indices(x * per_channel(sign, x), [2, 2])
+            x = chosen * per_channel(sign, x)
+        else:
+            x, where = F.max_pool2d_with_indices(x, [2, 2])
+    y = _affine(x, w * rstd, b - mean * w * rstd)
+    return (y.relu_() if relu else y), where
+
+
+def backward(
+    g: Tensor,  # of y's shape
+    x: Tensor,  # (n, c, ...)
+    w: Tensor,  # (c,)
+    mean: Tensor,  # (c,)
+    rstd: Tensor,  # (c,)
+    out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
+    where: Tensor | None,  # from the forward pass, of y's shape
+) -> tuple[Tensor, Tensor, Tensor]:  # (n, c, ...), (c,), (c,)
+    """Cotangents of x, w and b: gx = w r (G − Sg/N − x̂ Sh/N), gw = Sh, gb = Sg."""
+    g = g if out is None else aten.threshold_backward(g, out, 0)
+    if where is None:
+        return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
+    sum_g, sum_h = _sums(g, _take(x, where), mean, rstd)
+    a, n = w * rstd, x.numel() / len(w)
+    slope = -a * rstd * sum_h / n
+    gx = _affine(x, slope, -a * sum_g / n - mean * slope)
+    return _add_at(gx, where, g * per_channel(a, g)), sum_h, sum_g
+
+
+def double_backward(
+    v: Tensor,  # cotangent of gx, (n, c, ...)
+    vw: Tensor,  # cotangent of gw, (c,)
+    vb: Tensor,  # cotangent of gb, (c,)
+    g: Tensor,  # of y's shape
+    x: Tensor,  # (n, c, ...)
+    w: Tensor,  # (c,)
+    mean: Tensor,  # (c,)
+    rstd: Tensor,  # (c,)
+    out: Tensor | None,
+    where: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of g, x and w: the closed form of ``l2g_meta.norm``, in three passes of sums and two of output."""
+    g = g if out is None else aten.threshold_backward(g, out, 0)
+    chosen, v_at = (x, v) if where is None else (_take(x, where), _take(v, where))
+    n = x.numel() / len(w)
+    sum_g, sum_h = _sums(g, chosen, mean, rstd)
+    sum_v, sum_vh = _sums(v, x, mean, rstd)
+    _, sum_vg = _sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
+    a = w * rstd
+
+    slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
+    bar_g = _affine(chosen, slope, vb - a * sum_v / n - mean * slope).addcmul_(v_at, per_channel(a, v))
+    bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
+
+    bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
+    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
+    of_xhat = -(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n  # −Σ(h x̂)/N and −q r/N
+    slope = rstd * rstd * of_xhat
+    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
+    bar_x = _affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
+    of_g = per_channel(rstd * of_g, g)
+    return bar_g, bar_x.addcmul_(g, of_g) if where is None else _add_at(bar_x, where, g * of_g), bar_w
+
+
+def _sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ t and Σ t x̂ per channel, in one pass without an intermediate map."""
+    _, with_x, alone = aten.native_batch_norm_backward(
+        t, x, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return alone, with_x
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale x + shift`` per channel, in one pass: what batch normalisation does with mean 0 and variance 1."""
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
+
+
+def per_channel(t: Tensor, like: Tensor) -> Tensor:
+    """(c,) as it broadcasts against ``like`` (n, c, ...)."""
+    return t.view(-1, *[1] * (like.ndim - 2))
+
+
+def _take(x: Tensor, where: Tensor) -> Tensor:
+    """Values of x (n, c, H, W) at the pooling's indices, (n, c, H // 2, W // 2)."""
+    if x.is_contiguous():
+        return x.flatten(2).gather(2, where.flatten(2)).view_as(where)
+    taken = _rows(x).gather(1, _rows(where))
+    return taken.unflatten(1, where.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _add_at(x: Tensor, where: Tensor, t: Tensor) -> Tensor:
+    """Adds t (n, c, H // 2, W // 2) to x (n, c, H, W) at the pooling's indices, in place."""
+    if x.is_contiguous():
+        x.flatten(2).scatter_add_(2, where.flatten(2), t.flatten(2))
+    else:
+        _rows(x).scatter_add_(1, _rows(where), _rows(t))
+    return x
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A channels-last (n, c, H, W) as (n, H W, c), the same memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

@@ -1,0 +1,303 @@
+"""Operators with a fast double backward: equal to PyTorch's own and to finite differences, in every shape and mode."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from l2g_meta import Conv4, L2GWrapper, MetricModel, Task
+from l2g_meta.blocks import ConvBlock
+from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
+from l2g_meta.heads import HEADS
+from l2g_meta.model import build_head, feature_shape
+from l2g_meta.norm import BatchNorm1d, BatchNorm2d, BatchNormReLU2d, batch_norm, batchnorm_policy, convert_batchnorm
+from l2g_meta.objectives import OBJECTIVES, meta_gradient
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+MAPS = [(3, 2, 4, 4), (2, 2, 5, 3)]
+CASES = [(shape, s, "contiguous") for shape in [(5, 2), (3, 2, 3), (2, 2, 2, 3, 2)] for s in ("",)]
+CASES += list(itertools.product(MAPS, ["", "relu", "pool", "relu pool"], FORMATS))
+GEOMETRIES = [
+    Geometry((1, 1), (1, 1), (1, 1), groups=1),
+    Geometry((2, 1), (0, 1), (1, 2), groups=1),
+    Geometry((1, 1), (1, 1), (1, 1), groups=2),
+]
+OPTIONS = [{}, {"first_order": True}, {"inner_steps": 2}, {"learn_inner_lr": "element"}]
+
+
+def leaf(*shape, dtype=torch.float64, memory_format=torch.contiguous_format):
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+
+
+def plain_norm(x, w, b, eps=1e-5, relu=False, pool=False):
+    """Batch normalisation spelled out: PyTorch's own operator has no third derivative."""
+    dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt() * w.view(shape) + b.view(shape)
+    y = y.relu() if relu else y
+    return F.max_pool2d(y, 2) if pool else y
+
+
+def derivatives(function, inputs, orders=3):
+    """Gradients of a chain of scalar functions, one more order each, all concatenated."""
+    outputs, found = function(*inputs), []
+    for _ in range(orders):
+        weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) / t.numel() for t in outputs]
+        total = sum((w * t + w * t.square() / 2).sum() for w, t in zip(weights, outputs, strict=True))
+        outputs = torch.autograd.grad(total, inputs, create_graph=True, materialize_grads=True)
+        found += outputs
+    return found
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("shape, steps, layout", CASES)
+    def test_derivatives_to_third_order(self, shape, steps, layout):
+        torch.manual_seed(0)
+        options = {"relu": "relu" in steps, "pool": "pool" in steps}
+        inputs = leaf(*shape, memory_format=FORMATS[layout]), leaf(2), leaf(2)
+
+        def fast(x, w, b):
+            return batch_norm(x, w, b, **options)
+
+        assert torch.autograd.gradcheck(fast, inputs)
+        assert torch.autograd.gradgradcheck(fast, inputs)
+        found = derivatives(lambda *t: [fast(*t)], inputs)
+        expected = derivatives(lambda *t: [plain_norm(*t, **options)], inputs)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("shape, steps, layout", CASES)
+    def test_the_kernels_are_the_closed_form_as_written(self, shape, steps, layout):
+        """With the graph of a graph asked for, the readable formula runs; without, the kernels."""
+        torch.manual_seed(1)
+        inputs = leaf(*shape, memory_format=FORMATS[layout]), leaf(2), leaf(2)
+        y = batch_norm(*inputs, relu="relu" in steps, pool="pool" in steps)
+        first = torch.autograd.grad(y.cos().sum(), inputs, create_graph=True)
+        total = sum((t**3).sum() for t in first)
+        kernels = torch.autograd.grad(total, inputs, retain_graph=True)
+        readable = torch.autograd.grad(total, inputs, create_graph=True)
+        for k, r in zip(kernels, readable, strict=True):
+            assert r.requires_grad and not k.requires_grad
+            torch.testing.assert_close(k, r, rtol=1e-10, atol=1e-11)
+
+    @pytest.mark.parametrize(
+        "stock, x",
+        [
+            (nn.BatchNorm1d(4), torch.randn(6, 4)),
+            (nn.BatchNorm1d(4, affine=False), torch.randn(3, 4, 5)),
+            (nn.BatchNorm2d(4), torch.randn(3, 4, 5, 6)),
+            (nn.BatchNorm2d(4, momentum=None), torch.randn(3, 4, 5, 6)),
+            (nn.BatchNorm2d(4, momentum=0.5, eps=0.1), torch.randn(3, 4, 5, 6)),
+            (nn.BatchNorm2d(4, affine=False), torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)),
+            (nn.BatchNorm2d(4, track_running_stats=False), torch.randn(3, 4, 5, 6)),
+            (nn.BatchNorm3d(4), torch.randn(2, 4, 2, 3, 3)),
+        ],
+        ids=lambda value: repr(value) if isinstance(value, nn.Module) else "",
+    )
+    def test_drop_in_for_the_stock_layers(self, stock, x):
+        """Values, gradients, running statistics over several passes, evaluation mode, state dict."""
+        stock = copy.deepcopy(stock).double()
+        fast = convert_batchnorm(copy.deepcopy(stock))
+        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        for scale in (1.0, 3.0, 0.5):
+            a, b = ((scale * x.double() + scale).requires_grad_() for _ in range(2))
+            torch.testing.assert_close(fast(a), stock(b))
+            fast(a).exp().sum().backward()
+            stock(b).exp().sum().backward()
+            torch.testing.assert_close(a.grad, b.grad)
+        for f, s in zip(fast.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(f.grad, s.grad)
+        assert list(fast.state_dict()) == list(stock.state_dict())
+        torch.testing.assert_close(fast.state_dict(), stock.state_dict())
+        assert torch.equal(fast.eval()(x.double()), stock.eval()(x.double()))
+        with batchnorm_policy(fast, "batch"), batchnorm_policy(stock, "batch"):
+            torch.testing.assert_close(fast(x.double()), stock(x.double()))
+        torch.testing.assert_close(fast.state_dict(), stock.state_dict())
+
+    @pytest.mark.parametrize("layout", FORMATS)
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
+    def test_other_dtypes_against_float64(self, dtype, tolerance, layout):
+        """Relative error of value, gradient and second derivative: float32 1e-4, bfloat16 3 %, float16 0.4 %."""
+        torch.manual_seed(0)
+        x = (torch.randn(16, 8, 10, 10) * 2 + 1).contiguous(memory_format=FORMATS[layout]).to(dtype)
+        norm = BatchNorm2d(8).double()
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        c = torch.randn(x.shape).to(dtype).double()
+
+        def run(norm, x):
+            x = x.detach().requires_grad_()
+            y = norm(x)
+            first = torch.autograd.grad((y.double() * c).sin().sum(), x, create_graph=True)[0]
+            second = torch.autograd.grad((first.double() * c).square().sum(), [x, norm.weight])
+            return y, first, *second
+
+        expected = run(norm, x.double())
+        for parameters in (dtype, torch.float32):
+            for found, e in zip(run(copy.deepcopy(norm).to(parameters), x), expected, strict=True):
+                assert found.dtype in (dtype, parameters)
+                assert (found.double() - e).norm() < tolerance * e.norm()
+
+    def test_one_value_per_channel_is_refused_as_by_pytorch(self):
+        for norm in (nn.BatchNorm2d(3), BatchNorm2d(3), BatchNormReLU2d(3)):
+            with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+                norm(torch.randn(1, 3, 1, 1))
+        with pytest.raises(ValueError, match="expected 4D input"):
+            BatchNorm2d(3)(torch.randn(2, 3))
+        assert BatchNorm1d(3).eval()(torch.randn(1, 3)).shape == (1, 3)
+
+    def test_negative_and_zero_scales_pool_the_right_value(self):
+        torch.manual_seed(0)
+        block = BatchNormReLU2d(3, pool=True).double()
+        plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)).double()
+        for norm in (block, plain[0]):
+            norm.weight.data = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+            norm.bias.data = torch.tensor([0.2, 0.1, -0.3], dtype=torch.float64)
+        x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+        torch.testing.assert_close(block(x), plain(x))
+
+    def test_converting_keeps_parameters_and_leaves_subclasses_alone(self):
+        class Own(nn.BatchNorm2d):
+            pass
+
+        model = nn.Sequential(nn.BatchNorm2d(2), Own(2), nn.Sequential(nn.BatchNorm1d(2)))
+        before = dict(model.named_parameters())
+        assert convert_batchnorm(model) is model
+        assert [type(m) for m in (model[0], model[1], model[2][0])] == [BatchNorm2d, Own, BatchNorm1d]
+        assert all(p is before[name] for name, p in model.named_parameters())
+
+
+class TestConv:
+    @pytest.mark.parametrize("layout", FORMATS)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_derivatives_to_third_order(self, geometry, bias, layout):
+        torch.manual_seed(0)
+        x = leaf(2, 2, 5, 5, memory_format=FORMATS[layout])
+        inputs = (x, leaf(4, 2 // geometry.groups, 3, 3)) + ((leaf(4),) if bias else ())
+
+        def fast(x, w, b=None):
+            return conv2d(x, w, b, geometry)
+
+        assert torch.autograd.gradcheck(fast, inputs)
+        assert torch.autograd.gradgradcheck(fast, inputs)
+        found = derivatives(lambda *t: [fast(*t)], inputs)
+        expected = derivatives(lambda x, w, b=None: [torch.conv2d(x, w, b, *geometry)], inputs)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+
+    def test_images_need_no_gradient(self):
+        """The first layer: no input gradient is computed, the second derivative is the same."""
+        x, w = torch.randn(2, 2, 5, 5).double(), leaf(3, 2, 3, 3)
+        found = derivatives(lambda w: [conv2d(x, w)], [w])
+        expected = derivatives(lambda w: [torch.conv2d(x, w)], [w])
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize(
+        "stock",
+        [
+            nn.Conv2d(2, 4, 3, padding="same"),
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(2, 4, (3, 1), stride=2, dilation=(1, 2), groups=2),
+        ],
+        ids=str,
+    )
+    def test_drop_in_for_the_stock_layer(self, stock):
+        fast = convert_conv(copy.deepcopy(stock))
+        assert type(fast) is Conv2d
+        for x in (torch.randn(2, 2, 6, 6), torch.randn(2, 6, 6)):
+            torch.testing.assert_close(fast(x), stock(x))
+
+    def test_autocast_computes_in_bfloat16_and_differentiates_in_float32(self):
+        layer, x = Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), layer.weight, create_graph=True)
+        assert gradient.dtype == torch.float32
+        (second,) = torch.autograd.grad(gradient.square().sum(), layer.weight)
+        reference = copy.deepcopy(layer).double()
+        exact = torch.autograd.grad(reference(x.double()).square().sum(), reference.weight, create_graph=True)[0]
+        exact = torch.autograd.grad(exact.square().sum(), reference.weight)[0]
+        assert (second - exact).norm() < 0.03 * exact.norm()
+
+
+class TestUnderTorchFunc:
+    @pytest.mark.parametrize("pool", [False, True])
+    def test_grad_of_grad_and_hessian_vector_products(self, pool):
+        block = ConvBlock(2, 3, pool=pool).double()
+        plain = ConvBlock(2, 3, pool=pool, fused=False).double()
+        plain.load_state_dict(block.state_dict())
+        x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+
+        def meta(model):
+            def loss(parameters):
+                return torch.func.functional_call(model, parameters, x).square().sum()
+
+            def outer(parameters):
+                inner = torch.func.grad(loss)(parameters)
+                return loss({name: p - 0.01 * inner[name] for name, p in parameters.items()})
+
+            with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
+                return torch.func.grad(outer)(dict(model.named_parameters()))
+
+        torch.testing.assert_close(meta(block), meta(plain))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("head", HEADS)
+def test_fast_and_plain_give_the_same_meta_gradient(head, method, options):
+    """Every head, objective and option, in float64: fused operators against stock ones, gradients and buffers."""
+    torch.manual_seed(0)
+    pools = 2 if head == "relation" else 4
+    fast, plain = Conv4(1, 4, pools=pools), Conv4(1, 4, pools=pools, fused=False)
+    shape = feature_shape(fast, (1, 18, 18))
+    head_options = [{"fused": True}, {"fused": False}] if head == "relation" else [{}, {}]
+    heads = [build_head(HEADS[head], shape, **o) for o in head_options]
+    models = [MetricModel(encoder, h).double() for encoder, h in zip((fast, plain), heads, strict=True)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(2, 9, 1, 18, 18, dtype=torch.float64), torch.arange(9) % 3
+    tasks = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+    batch = [tasks if method == "l2g" else tasks[:1]]
+    wrappers = [L2GWrapper(model, 0.05, **options) for model in models]
+    losses = [meta_gradient(OBJECTIVES[method], wrapper, batch).loss for wrapper in wrappers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    for (name, f), p in zip(wrappers[0].named_parameters(), wrappers[1].parameters(), strict=True):
+        if p.grad is None:
+            assert f.grad is None, name
+        else:
+            torch.testing.assert_close(f.grad, p.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(dict(fast.named_buffers()), dict(plain.named_buffers()))
+    for policy in ("running", "batch"):
+        with batchnorm_policy(models[0], policy), batchnorm_policy(models[1], policy):
+            torch.testing.assert_close(models[0](tasks[0]), models[1](tasks[0]))
+
+
+def test_a_users_own_network_converted():
+    """A residual network of stock layers: the same meta-gradient after conversion."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(1, 4, 3, stride=2, bias=True)
+            self.norm = nn.BatchNorm2d(4)
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.out = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = F.gelu(self.norm(self.stem(x)))
+            return (x + self.out(self.conv(x))).mean((2, 3))
+
+    torch.manual_seed(0)
+    plain = MetricModel(Residual(), HEADS["prototypical"]()).double()
+    fast = convert_conv(convert_batchnorm(copy.deepcopy(plain)))
+    x, y = torch.randn(2, 9, 1, 10, 10, dtype=torch.float64), torch.arange(9) % 3
+    pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+    for model in (fast, plain):
+        meta_gradient(OBJECTIVES["l2g"], L2GWrapper(model, 0.1, inner_steps=2), [pair])
+    for (name, f), p in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(f.grad, p.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict())
