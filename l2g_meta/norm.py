@@ -196,13 +196,23 @@ def batch_norm(
     w = x.new_ones(x.shape[1]) if w is None else w.to(wide)
     b = x.new_zeros(x.shape[1]) if b is None else b.to(wide)
     with torch.no_grad():
-        running = [t if t is None else t.to(wide) for t in (running_mean, running_var)]
-        mean, variance = aten.statistics(x, *running, momentum)
+        mean, variance = _statistics(x, running_mean, running_var, momentum)
         rstd = (variance + eps).rsqrt()
-        for narrow, updated in zip((running_mean, running_var), running, strict=True):
-            if narrow is not None and narrow is not updated:
-                narrow.copy_(updated)
     return _Norm.apply(x, w, b, mean, rstd, eps, relu, pool)[0].to(dtype)
+
+
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance in the precision of x, whatever that of the running statistics."""
+    if running_mean is None or running_var is None:
+        return aten.statistics(x, None, None, momentum)
+    wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
+    found = aten.statistics(x, wide_mean, wide_var, momentum)
+    if wide_mean is not running_mean:
+        running_mean.copy_(wide_mean)
+        running_var.copy_(wide_var)
+    return found
 
 
 class _Norm(Function):
