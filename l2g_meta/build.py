@@ -71,6 +71,7 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         first_order=config.first_order,
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
+        recompute=config.recompute,
     )
 
 

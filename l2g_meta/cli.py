@@ -24,7 +24,7 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 unusable input."""
+    """Runs a command; returns the exit code: 0 done, 2 unusable input, 130 interrupted."""
     args = _parser().parse_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (L2GError, ImportError) as error:
         print(f"l2g: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("l2g: interrupted; l2g train --resume RUN continues a run from its last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -48,10 +48,10 @@ def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Se
     if has_learn2learn():
         try:
             utils = require_learn2learn().utils
-            return _quiet(utils.clone_module), _quiet(utils.update_module)
+            return _quiet()(utils.clone_module), _quiet()(utils.update_module)
         except ImportError as error:  # a partial installation: the built-in gives the same bits
             warnings.warn(f"using the built-in clone and update: {error}", stacklevel=2)
-    return _quiet(clone_module), _quiet(update_module)
+    return _quiet()(clone_module), _quiet()(update_module)
 
 
 def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
@@ -97,17 +97,23 @@ def update_module(module: nn.Module, updates: Sequence[Tensor | None]) -> nn.Mod
     return module
 
 
+def hold(places: Sequence[tuple[nn.Module, str, Any]]) -> None:
+    """Puts tensors in the place of a clone's parameters, as (module that holds it, its name there, tensor)."""
+    for module, name, tensor in places:
+        module._parameters[name] = tensor
+    with _quiet():
+        for module in {id(module): module for module, _, _ in places}.values():
+            _reflatten(module)
+
+
 def _reflatten(module: nn.Module) -> nn.Module:
     # Recurrent layers keep their weights once more in a list, which `_apply` rebuilds.
     return module._apply(lambda t: t) if hasattr(module, "flatten_parameters") else module
 
 
-def _quiet(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     # `_apply` looks at `.grad` of clones, which are no leaves: harmless, and warned about every time.
-    @functools.wraps(function)
-    def call(*args: Any) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            return function(*args)
-
-    return call
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield

@@ -65,6 +65,7 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
+    recompute: bool = _flag(False, "less memory: evaluate the inner loss a second time instead of keeping its graph")
     fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
     lr: float = _flag(1e-3, "step size of Adam")

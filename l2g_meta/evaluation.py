@@ -52,10 +52,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         """One line that says what the intervals are over."""
-        head = (
-            f"{self.ways}-way {self.shots}-shot, {self.split}, BatchNorm {self.bn}: "
-            f"{self.accuracy_mean:.2f} ± {self.ci95_episodes:.2f} % (95% over {self.runs * self.episodes} episodes"
-        )
+        setting = [f"{self.ways}-way {self.shots}-shot", f"{self.queries} queries", self.split, f"BatchNorm {self.bn}"]
+        n = self.runs * self.episodes
+        interval = f"± {self.ci95_episodes:.2f} % (95% over {n} episodes" if n > 1 else "% (one episode"
+        head = f"{', '.join(filter(None, setting))}: {self.accuracy_mean:.2f} {interval}"
         if self.ci95_runs is not None:
             return head + f"; ± {self.ci95_runs:.2f} over {len(self.run_means)} trained models, Student t)"
         return head + (f", {self.runs} streams of one model)" if self.runs > 1 else ", one model)")

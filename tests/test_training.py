@@ -292,25 +292,27 @@ def test_validation_data_is_needed_beside_data(tmp_path):
         train(Config(device="cpu"), tmp_path / "run", data=data)
 
 
-def test_a_run_stopped_before_its_first_validation_resumes(folder, tmp_path, monkeypatch):
+def test_a_run_stopped_before_its_first_validation_resumes(folder, tmp_path, monkeypatch, capsys):
     import l2g_meta.training as training
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "validate", stop)
-        main(flags(folder, tmp_path / "run"))
+        assert main(flags(folder, tmp_path / "run")) == 130
+    assert "--resume" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert [int(row["iteration"]) for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_one_episode_has_no_interval_and_the_json_is_valid(folder, tmp_path):
+def test_one_episode_has_no_interval_and_the_json_is_valid(folder, tmp_path, capsys):
     assert main(flags(folder, tmp_path / "run", iterations=1)) == 0
     path = tmp_path / "r.json"
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--queries", "2", "--json", str(path)]) == 0
     result = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result["ci95_episodes"] is None
+    assert "2 queries, test, BatchNorm running" in (printed := capsys.readouterr().out) and "nan" not in printed
 
 
 def test_the_config_holds_the_heads_defaults(folder, tmp_path):
