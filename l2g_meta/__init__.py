@@ -1,6 +1,7 @@
 """Few-shot classifiers that generalise to unseen classes: bilevel metric learning (L2G) for PyTorch and learn2learn."""
 
 from l2g_meta.backbones import Conv4 as Conv4
+from l2g_meta.backbones import ResNet12 as ResNet12
 from l2g_meta.backbones import relation_embedding as relation_embedding
 from l2g_meta.heads import MatchingHead as MatchingHead
 from l2g_meta.heads import PrototypicalHead as PrototypicalHead

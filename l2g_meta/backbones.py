@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l2g_meta.blocks import ConvBlock
+from l2g_meta.conv import Conv2d
 from l2g_meta.errors import FitError
+from l2g_meta.norm import BatchNorm2d
 
 
 class Conv4(nn.Module):
@@ -56,4 +62,53 @@ def relation_embedding(in_channels: int = 3, channels: int = 64) -> Conv4:
     return Conv4(in_channels, channels, pools=2)
 
 
-BACKBONES = {"conv4": Conv4, "conv4-relation": relation_embedding}
+class ResNet12(nn.Module):
+    """Four residual blocks of three 3×3 convolutions and a 2×2 max-pool (TADAM, Oreshkin et al. 2018).
+
+    Leaky ReLU of slope 0.1, and the mean over the last map. Widths differ between papers; DropBlock is left out.
+
+    Args:
+        in_channels: channels of the images.
+        widths: channels of the four blocks: (64, 160, 320, 640) in MetaOptNet and FEAT, (64, 128, 256, 512) in
+            Meta-Baseline.
+        fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
+
+    Shapes:
+        (n, in_channels, H, W) -> (n, widths[-1], 1, 1), H and W at least 16.
+
+    Example:
+        >>> import torch
+        >>> ResNet12(1, (4, 6, 8, 10))(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10, 1, 1])
+    """
+
+    def __init__(self, in_channels: int = 3, widths: Sequence[int] = (64, 160, 320, 640), *, fused: bool = True):
+        super().__init__()
+        self.fused = fused
+        inputs = (in_channels, *widths[:-1])
+        self.blocks = nn.Sequential(*(_ResidualBlock(i, o, fused=fused) for i, o in zip(inputs, widths, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of the images."""
+        x = x.contiguous(memory_format=torch.channels_last) if self.fused else x
+        return self.blocks(x).mean((2, 3), keepdim=True)
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, *, fused: bool):
+        super().__init__()
+        conv, norm = (Conv2d, BatchNorm2d) if fused else (nn.Conv2d, nn.BatchNorm2d)
+        widths = (inputs, outputs, outputs)
+        self.convs = nn.ModuleList(conv(width, outputs, 3, padding=1, bias=False) for width in widths)
+        self.norms = nn.ModuleList(norm(outputs) for _ in widths)
+        self.shortcut = nn.Sequential(conv(inputs, outputs, 1, bias=False), norm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
+            y = F.leaky_relu(norm(conv(y)), 0.1)
+        y = self.norms[-1](self.convs[-1](y)) + self.shortcut(x)
+        return F.max_pool2d(F.leaky_relu(y, 0.1), 2)
+
+
+BACKBONES = {"conv4": Conv4, "conv4-relation": relation_embedding, "resnet12": ResNet12}

@@ -24,21 +24,21 @@ from l2g_meta.task import Task, split_queries
 from l2g_meta.wrapper import L2GWrapper
 
 
-def build_device(config: Config) -> torch.device:
-    """The device named, or for ``auto`` the best there is.
+def build_device(name: str) -> torch.device:
+    """The device of this name, or for ``auto`` the best there is.
 
     Raises:
         FitError: if there is no such device here.
     """
-    if config.device == "auto":
+    if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.empty(0, device=config.device).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise FitError(f"cannot use --device {config.device}: {reason}; choose auto, cpu, cuda or mps") from error
+        raise FitError(f"cannot use --device {name}: {reason}; choose auto, cpu, cuda or mps") from error
 
 
 def build_data(config: Config, split: str) -> ClassDataset:
@@ -104,7 +104,7 @@ def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task
     batch = [pairs[k * config.episodes_per_update + b] for b in range(config.episodes_per_update)]
     if config.method == "maml":
         return [split_queries(t) if config.fresh_queries else (t,) for t, _ in batch]
-    return list(batch)
+    return [(t,) for pair in batch for t in pair] if config.method == "episodic" else list(batch)
 
 
 def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:
@@ -130,7 +130,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
     wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
-    return wrapper.to(build_device(config)).eval(), config
+    return wrapper.to(build_device(config.device)).eval(), config
 
 
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:

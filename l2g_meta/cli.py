@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2g_meta.allocator import keep_freed_memory
+from l2g_meta.bench.case import Case
 from l2g_meta.checkpoint import read_info
 from l2g_meta.config import Config
 from l2g_meta.errors import L2GError
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
+    keep_freed_memory()
     try:
         return args.command(args)
     except (L2GError, ImportError) as error:
@@ -85,6 +88,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from l2g_meta.bench.run import bench, scaling
+    from l2g_meta.build import build_device
+
+    if args.json is not None:
+        _check_writable(args.json)
+    case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
+    case = replace(case, device=str(build_device(case.device)))
+    options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
+    result = scaling(case, **options) if args.scaling else bench(case, memory=not args.no_memory, **options)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
     """Trained runs that are seeds of one experiment."""
     from l2g_meta.build import load_run
@@ -120,7 +138,7 @@ def _evaluate_runs(
                 runs=args.runs,
                 bn=args.bn,
                 episode_seed=args.episode_seed,
-                device=build_device(config),
+                device=build_device(config.device),
             )
         )
         print(f"{run}: {_describe(config)}: {results[-1]}")
@@ -220,6 +238,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the result, in per cent")
     evaluate.set_defaults(command=_evaluate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="what an exact meta-step costs",
+        description="Times one update of L2G, of episodic training and of other libraries in turn, on random images.",
+    )
+    for f in fields(Case):
+        kind: Any = _positive if f.type == "int" else TYPES[str(f.type)]
+        flag = "--" + f.name.replace("_", "-")
+        bench.add_argument(flag, type=kind, default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
+    bench.add_argument("--repeats", type=_positive, default=5, help="timed steps of each (default: 5)")
+    bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    bench.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
+    bench.set_defaults(command=_bench)
     return parser
 
 

@@ -53,7 +53,7 @@ def train(
         L2GError: for a config that cannot be run, an occupied folder, or a loss that is not finite.
     """
     config, out = config.resolved(), Path(out)
-    device = build_device(config)
+    device = build_device(config.device)
     if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
     if validation is None:

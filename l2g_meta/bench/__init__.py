@@ -1,0 +1,1 @@
+"""``l2g bench``: what an exact meta-step costs, ours and others', in one process."""

@@ -1,0 +1,126 @@
+r"""The least time that an exact meta-step can take, from the bytes it must move and the operations it must do.
+
+Every convolution and every block of norm, ReLU and pooling reads its inputs and writes its outputs once. With X and Y
+the bytes of a layer's input and output maps and F its floating-point operations, a convolution costs
+
+========================================  ===============  ====
+pass                                      bytes            FLOP
+========================================  ===============  ====
+forward                                   X + Y            F
+backward to the input                     Y + X            F
+backward to the weight                    X + Y            F
+double backward, cotangent of g           2 X + Y          2 F
+double backward, cotangent of x           Y + X            F
+double backward, cotangent of the weight  X + Y            F
+========================================  ===============  ====
+
+(the first layer needs no backward to its input, and of the double backward only the X + Y, F of g by the weight's
+cotangent), and a norm X + Y forward, 2 X + Y backward, 3 X + 2 Y double backward. T_i pays forward, backward, double
+backward and backward again; T_j, or a plain episode, forward and backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from l2g_meta.task import Task
+
+
+class Layer(NamedTuple):
+    """One layer of a forward pass."""
+
+    kind: str  # "conv" or "norm"
+    x: float  # bytes of the input
+    y: float  # bytes of the output
+    flop: float  # of the forward pass
+    first: bool  # its input needs no gradient
+
+
+class Machine(NamedTuple):
+    """Measured rates."""
+
+    bandwidth: float  # bytes per second, read and written
+    flops: float  # per second, in a large matrix product
+
+
+def layers(model: nn.Module, task: Task) -> list[Layer]:
+    """Convolutions and norms of one forward pass over a task."""
+    found: list[Layer] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, y = inputs[0], output
+        if isinstance(module, nn.Conv2d):
+            flop = 2 * y.numel() * module.weight[0].numel()
+            found.append(Layer("conv", x.nbytes, y.nbytes, flop, not any(layer.kind == "conv" for layer in found)))
+        else:
+            found.append(Layer("norm", x.nbytes, y.nbytes, 0.0, False))
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, nn.Conv2d | _BatchNorm)]
+    try:
+        with torch.no_grad():
+            model(task)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def passes(layer: Layer, *, adapts: bool) -> list[tuple[float, float]]:
+    """(bytes, FLOP) of each pass over a layer, for T_i (``adapts``) or for T_j and plain episodes."""
+    x, y, f = layer.x, layer.y, layer.flop
+    if layer.kind == "norm":
+        forward, backward, double = [(x + y, 0.0)], [(2 * x + y, 0.0)], [(3 * x + 2 * y, 0.0)]
+    elif layer.first:
+        forward, backward, double = [(x + y, f)], [(x + y, f)], [(x + y, f)]
+    else:
+        forward, backward = [(x + y, f)], [(x + y, f)] * 2
+        double = [(2 * x + y, 2 * f), (x + y, f), (x + y, f)]
+    return forward + backward + (double + backward if adapts else [])
+
+
+def floor(task_i: Sequence[Layer], task_j: Sequence[Layer], machine: Machine, *, bilevel: bool) -> dict[str, float]:
+    """Seconds that one pair must take: by bytes alone, by FLOP alone, and by the larger of the two pass by pass."""
+    todo = [p for layer in task_i for p in passes(layer, adapts=bilevel)]
+    todo += [p for layer in task_j for p in passes(layer, adapts=False)]
+    seconds = [(moved / machine.bandwidth, flop / machine.flops) for moved, flop in todo]
+    memory, compute = (sum(column) for column in zip(*seconds, strict=True))
+    return {"bytes_s": memory, "flop_s": compute, "floor_s": sum(map(max, seconds))}
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """Bandwidth of a copy and rate of a matrix product, in float32, medians of 9."""
+    large = 2**26 if device.type == "cuda" else 2**25  # elements
+    source, target = torch.ones(2, large, device=device)
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.ones(2, n, n, device=device)
+    return Machine(
+        2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device),
+        2 * n**3 / _median_seconds(lambda: a @ b, device),
+    )
+
+
+def _median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    function()
+    return statistics.median(seconds(function, device) for _ in range(9))
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    synchronize(device)
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,201 @@
+"""Ways to compute a (meta-)gradient, each a function from a model and a step size to ``step(pairs)``.
+
+A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic`` and ``first-order``, all
+compute the same gradient. The peers run on PyTorch's own layers, as their users' networks do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.clone import require_learn2learn
+from l2g_meta.errors import L2GError
+from l2g_meta.objectives import episodic, l2g, meta_gradient
+from l2g_meta.task import Task
+from l2g_meta.wrapper import L2GWrapper
+
+Pairs = Sequence[tuple[Task, Task]]
+Step = Callable[[Pairs], None]
+
+
+class Variant(NamedTuple):
+    """One row of the bench."""
+
+    make: Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
+    fused: bool = False  # ConvBlock's operators, or PyTorch's own
+    exact: bool = True  # the exact meta-gradient
+    needs: str | None = None  # package
+
+
+def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
+    """L2G through ``L2GWrapper``."""
+
+    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+        wrapper = L2GWrapper(model, inner_lr, inner_steps=inner_steps, **options)
+
+        def step(pairs: Pairs) -> None:
+            meta_gradient(l2g, wrapper, pairs)
+
+        return step
+
+    return make
+
+
+def episodes(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """Episodic training on both tasks of each pair, one after the other."""
+    wrapper = L2GWrapper(model, inner_lr)
+
+    def step(pairs: Pairs) -> None:
+        meta_gradient(episodic, wrapper, [(task,) for pair in pairs for task in pair])
+
+    return step
+
+
+def identity(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """g_j − α H_i g_j by two calls of ``autograd.grad``, T_j's graph freed before the second."""
+    _one_step(inner_steps, "identity")
+    parameters = list(model.parameters())
+
+    def step(pairs: Pairs) -> None:
+        for task_i, task_j in pairs:
+            g_i = torch.autograd.grad(_loss(model, task_i), parameters, create_graph=True)
+            moved = [(p - inner_lr * g).detach().requires_grad_() for p, g in zip(parameters, g_i, strict=True)]
+            g_j = torch.autograd.grad(_functional_loss(model, moved, task_j), moved)
+            products = torch.autograd.grad(g_i, parameters, g_j)
+            _accumulate(parameters, [g - inner_lr * h for g, h in zip(g_j, products, strict=True)], len(pairs))
+
+    return step
+
+
+def learn2learn(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """learn2learn's own ``MAML``, as its examples use it."""
+    maml = require_learn2learn().algorithms.MAML(model, lr=inner_lr)
+
+    def step(pairs: Pairs) -> None:
+        for task_i, task_j in pairs:
+            learner = maml.clone()
+            for _ in range(inner_steps):
+                learner.adapt(_loss(learner, task_i))
+            (_loss(learner, task_j) / len(pairs)).backward()
+
+    return step
+
+
+def higher(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """``higher.innerloop_ctx`` (Grefenstette et al. 2019)."""
+    import higher as library
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=inner_lr)
+
+    def step(pairs: Pairs) -> None:
+        for task_i, task_j in pairs:
+            with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
+                for _ in range(inner_steps):
+                    inner.step(_loss(learner, task_i))
+                (_loss(learner, task_j) / len(pairs)).backward()
+
+    return step
+
+
+def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """``torchopt.MetaSGD`` (Ren et al. 2022)."""
+    import torchopt as library
+
+    inner = library.MetaSGD(model, lr=inner_lr)
+
+    def step(pairs: Pairs) -> None:
+        for task_i, task_j in pairs:
+            before = library.extract_state_dict(model, by="reference")
+            for _ in range(inner_steps):
+                inner.step(_loss(model, task_i))
+            loss = _loss(model, task_j) / len(pairs)
+            library.recover_state_dict(model, before)
+            loss.backward()
+
+    return step
+
+
+def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats = False  # buffers cannot be written under torch.func
+
+    def inner_loss(values: tuple[Tensor, ...], task: Task) -> Tensor:
+        return _functional_loss(model, values, task, names)
+
+    def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
+        for _ in range(inner_steps):
+            gradients = torch.func.grad(inner_loss)(values, task_i)
+            values = tuple(p - inner_lr * g for p, g in zip(values, gradients, strict=True))
+        return inner_loss(values, task_j)
+
+    def step(pairs: Pairs) -> None:
+        for pair in pairs:
+            _accumulate(parameters, torch.func.grad(outer_loss)(parameters, *pair), len(pairs))
+
+    return step
+
+
+VARIANTS: dict[str, Variant] = {
+    "episodic": Variant(episodes, fused=True, exact=False),
+    "episodic, stock layers": Variant(episodes, exact=False),
+    "l2g": Variant(wrapped(), fused=True),
+    "l2g, recompute": Variant(wrapped(recompute=True), fused=True),
+    "l2g, identity": Variant(identity, fused=True),
+    "l2g, first order": Variant(wrapped(first_order=True), fused=True, exact=False),
+    "l2g, stock layers": Variant(wrapped()),
+    "learn2learn": Variant(learn2learn, needs="learn2learn"),
+    "higher": Variant(higher, needs="higher"),
+    "TorchOpt": Variant(torchopt, needs="torchopt"),
+    "torch.func": Variant(torch_func),
+}
+
+
+def available(names: Sequence[str] | None = None) -> dict[str, Variant]:
+    """The variants of these names, or all; those whose package is missing are left out if they were not named.
+
+    Raises:
+        L2GError: for an unknown name, or a named one whose package is missing.
+    """
+    chosen = {}
+    for name in names or VARIANTS:
+        if name not in VARIANTS:
+            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}")
+        needs = VARIANTS[name].needs
+        if needs is None or importlib.util.find_spec(needs) is not None:
+            chosen[name] = VARIANTS[name]
+        elif names:
+            raise L2GError(f"the variant {name!r} needs the package {needs}; pip install l2g-meta[bench]")
+    return chosen
+
+
+def _loss(model: Any, task: Task) -> Tensor:
+    return _bare(model).loss_fn(model(task), task.query_y)
+
+
+def _bare(model: Any) -> Any:
+    """The MetricModel in a peer's wrapping."""
+    return model if hasattr(model, "loss_fn") else model.module
+
+
+def _functional_loss(model: Any, values: Sequence[Tensor], task: Task, names: Sequence[str] | None = None) -> Tensor:
+    names = names or [name for name, _ in model.named_parameters()]
+    scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
+    return _bare(model).loss_fn(scores, task.query_y)
+
+
+def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], n: int) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g.detach() / n if p.grad is None else p.grad + g.detach() / n
+
+
+def _one_step(inner_steps: int, name: str) -> None:
+    if inner_steps != 1:
+        raise L2GError(f"the variant {name!r} is of one inner step, got {inner_steps}")
