@@ -30,8 +30,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from l2g_meta import kernels
 from l2g_meta.errors import FitError
-from l2g_meta.kernels import aten
 from l2g_meta.kernels.aten import per_channel
 
 Policy = Literal["running", "batch"]
@@ -206,9 +206,9 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance in the precision of x, whatever that of the running statistics."""
     if running_mean is None or running_var is None:
-        return aten.statistics(x, None, None, momentum)
+        return kernels.of(x).statistics(x, None, None, momentum)
     wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
-    found = aten.statistics(x, wide_mean, wide_var, momentum)
+    found = kernels.of(x).statistics(x, wide_mean, wide_var, momentum)
     if wide_mean is not running_mean:
         running_mean.copy_(wide_mean)
         running_var.copy_(wide_var)
@@ -220,7 +220,7 @@ class _Norm(Function):
     def forward(
         x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return aten.forward(x, w, b, mean, rstd, relu, pool)
+        return kernels.of(x).forward(x, w, b, mean, rstd, relu, pool)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
@@ -250,7 +250,7 @@ class _NormBackward(Function):
         where: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten.backward(_like(g, x), x, w, mean, rstd, out, where)
+        return kernels.of(x).backward(_like(g, x), x, w, mean, rstd, out, where)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -261,9 +261,10 @@ class _NormBackward(Function):
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
         g, x, w, mean, rstd, out, where = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
+            where = where if where is None else kernels.of(x).index(where, x)
             cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
         else:
-            cotangents = aten.double_backward(_like(v, x), vw, vb, _like(g, x), x, w, mean, rstd, out, where)
+            cotangents = kernels.of(x).double_backward(_like(v, x), vw, vb, _like(g, x), x, w, mean, rstd, out, where)
         return *cotangents, None, None, None, None, None
 
 

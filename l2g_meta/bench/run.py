@@ -112,17 +112,24 @@ def bench(
     return result
 
 
+AXES: dict[str, Sequence[int]] = {
+    "ways": (5, 10, 20),
+    "shots": (1, 5, 10),
+    "pairs": (1, 2, 5),
+    "image_size": (28, 42, 84),
+    "inner_steps": (1, 2, 5),
+}
+
+
 def scaling(
-    case: Case, *, variants: Sequence[str] = ("episodic", "l2g", "learn2learn"), repeats: int = 3, say: Any = print
+    case: Case,
+    *,
+    variants: Sequence[str] = ("episodic", "l2g", "learn2learn"),
+    repeats: int = 3,
+    say: Callable[[str], None] = print,
+    axes: dict[str, Sequence[int]] = AXES,
 ) -> list[dict[str, Any]]:
-    """The bench along each axis by itself: ways, shots, pairs, image size, inner steps."""
-    axes: dict[str, Sequence[int]] = {
-        "ways": (5, 10, 20),
-        "shots": (1, 5, 10),
-        "pairs": (1, 2, 5),
-        "image_size": (28, 42, 84),
-        "inner_steps": (1, 2, 5),
-    }
+    """The bench along each axis by itself, the other values as in ``case``."""
     found = []
     for axis, values in axes.items():
         for value in values:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2g_meta.kernels.coefficients import of_backward, of_double_backward
+
 aten = torch.ops.aten
 
 
@@ -61,10 +63,8 @@ def backward(
     if where is None:
         return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
     sum_g, sum_h = _sums(g, _take(x, where), mean, rstd)
-    a, n = w * rstd, x.numel() / len(w)
-    slope = -a * rstd * sum_h / n
-    gx = _affine(x, slope, -a * sum_g / n - mean * slope)
-    return _add_at(gx, where, g * per_channel(a, g)), sum_h, sum_g
+    of_g, slope, shift = of_backward(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
+    return _add_at(_affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
 
 
 def double_backward(
@@ -82,24 +82,25 @@ def double_backward(
     """Cotangents of g, x and w: the closed form of ``l2g_meta.norm``, in three passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
     chosen, v_at = (x, v) if where is None else (_take(x, where), _take(v, where))
-    n = x.numel() / len(w)
     sum_g, sum_h = _sums(g, chosen, mean, rstd)
     sum_v, sum_vh = _sums(v, x, mean, rstd)
     _, sum_vg = _sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
-    a = w * rstd
+    sums = sum_g, sum_h, sum_v, sum_vh, sum_vg
+    bar_w, of_x, of_g = of_double_backward(vw, vb, w, mean, rstd, *sums, n=x.numel() // x.shape[1])
 
-    slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
-    bar_g = _affine(chosen, slope, vb - a * sum_v / n - mean * slope).addcmul_(v_at, per_channel(a, v))
+    of_v, slope, shift = of_g
+    bar_g = _affine(chosen, slope, shift).addcmul_(v_at, per_channel(of_v, v))
     bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
 
-    bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
-    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
-    of_xhat = -(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n  # −Σ(h x̂)/N and −q r/N
-    slope = rstd * rstd * of_xhat
-    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
-    bar_x = _affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
-    of_g = per_channel(rstd * of_g, g)
-    return bar_g, bar_x.addcmul_(g, of_g) if where is None else _add_at(bar_x, where, g * of_g), bar_w
+    times_g, slope, shift, of_v = of_x
+    bar_x = _affine(x, slope, shift).addcmul_(v, per_channel(of_v, v))
+    times_g = per_channel(times_g, g)
+    return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
+
+
+def index(where: Tensor, x: Tensor) -> Tensor:
+    """Where in each map, flat, the pooling found its maxima."""
+    return where
 
 
 def _sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

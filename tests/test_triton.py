@@ -1,0 +1,101 @@
+"""The CUDA kernels, on a machine without one: interpreted against ATen's passes, and compiled for two architectures."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from l2g_meta import kernels
+from l2g_meta.kernels import aten
+
+pytest.importorskip("triton", reason="Triton is not installed")
+fused = importlib.import_module("l2g_meta.kernels.triton")
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # is read when the kernels are defined
+interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter():
+    """All tests below that need TRITON_INTERPRET=1, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout + done.stderr
+
+
+def maps(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+# Odd sizes, more channels than a program holds, more rows than one takes, a single row of windows.
+SHAPES = [(2, 5, 5, 4), (1, 70, 2, 3), (3, 3, 12, 12)]
+
+
+@interpreter
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_kernels_equal_atens(shape, relu, pool):
+    torch.manual_seed(0)
+    x, (w, b, vw, vb) = maps(*shape), torch.randn(4, shape[1])
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    running = [torch.randn(2, shape[1]).abs() for _ in range(2)]
+    running[1].copy_(running[0])
+    found, expected = (m.statistics(x, *r, 0.3) for m, r in zip((fused, aten), running, strict=True))
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(*running, **close)
+
+    mean, rstd = expected[0], (expected[1] + 1e-5).rsqrt()
+    y, where = fused.forward(x, w, b, mean, rstd, relu, pool)
+    y_aten, where_aten = aten.forward(x, w, b, mean, rstd, relu, pool)
+    torch.testing.assert_close(y, y_aten, **close)
+    if pool:
+        assert torch.equal(fused.index(where, x), aten.index(where_aten, x))
+
+    g, v = maps(*y.shape), maps(*shape)
+    ours, theirs = [g, x, w, mean, rstd, y_aten if relu else None], [where, where_aten]
+    for name, cotangents in (("backward", ()), ("double_backward", (v, vw, vb))):
+        found = getattr(fused, name)(*cotangents, *ours, theirs[0])
+        expected = getattr(aten, name)(*cotangents, *ours, theirs[1])
+        for f, e in zip(found, expected, strict=True):
+            assert f.stride() == e.stride()
+            torch.testing.assert_close(f, e, **close)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("pool", [False, True])
+def test_kernels_compile_for_a_gpu(pool, capability, tmp_path, monkeypatch):
+    """To machine code, which needs the compiler that Triton brings, but no GPU."""
+    compiler = pytest.importorskip("triton.compiler", reason="no Triton compiler")
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    options = {"RELU": True, "POOL": pool, "DOUBLE": True, "BLOCK": fused.BLOCK, "CHANNELS": 64, "LOOPS": fused.LOOPS}
+    for name in ("_statistics_kernel", "_forward_kernel", "_sums_kernel", "_apply_kernel"):
+        kernel = getattr(fused, name)
+        constants = {k: value for k, value in options.items() if k in kernel.arg_names}
+        if not pool and "where" in kernel.arg_names:
+            constants["where"] = None
+        integers = {"where": "*i8"} | dict.fromkeys(("windows", "height", "width", "C", "rows", "programs"), "i32")
+        signature = {n: "constexpr" if n in constants else integers.get(n, "*fp32") for n in kernel.arg_names}
+        source = compiler.ASTSource(kernel, signature, constants)
+        assert compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+def test_maps_that_the_kernels_take():
+    assert fused.takes(maps(2, 3, 4, 4))
+    assert not fused.takes(torch.randn(2, 3, 4, 4)) and not fused.takes(maps(2, 3, 4, 4).double())
+    assert kernels.of(maps(2, 3, 4, 4)) is aten  # on the CPU
+
+
+def test_both_files_have_the_same_passes():
+    for name in ("statistics", "forward", "backward", "double_backward", "index"):
+        assert list(inspect.signature(getattr(aten, name)).parameters) == list(
+            inspect.signature(getattr(fused, name)).parameters
+        )
