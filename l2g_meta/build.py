@@ -15,6 +15,7 @@ from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
 from l2g_meta.config import Config
+from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import CheckpointError, FitError
@@ -39,6 +40,11 @@ def build_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FitError(f"cannot use --device {name}: {reason}; choose auto, cpu, cuda or mps") from error
+
+
+def set_precision(precision: str) -> None:
+    """Lets float32 products on CUDA use TF32 (``"tf32"``), or not; for the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def build_data(config: Config, split: str) -> ClassDataset:
@@ -72,6 +78,7 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
         recompute=config.recompute,
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
 
 
@@ -87,6 +94,7 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
         outer_shots=config.outer_shots,
         outer_queries=parts * (config.outer_queries or config.queries),
         seed=config.seed,
+        augment=Augment() if config.augment else None,
         device=device,
     )
 
@@ -99,9 +107,12 @@ def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task
     """
     n = config.tasks_per_update
     if n is not None:
-        singles = [pairs[t // 2][t % 2] for t in range(k * n, (k + 1) * n)]
+        first = k * n // 2
+        tasks = [task for pair in pairs.batch(range(first, (k * n + n + 1) // 2)) for task in pair]
+        singles = tasks[k * n - 2 * first :][:n]
         return [split_queries(t) if config.fresh_queries else (t,) for t in singles]
-    batch = [pairs[k * config.episodes_per_update + b] for b in range(config.episodes_per_update)]
+    first = k * config.episodes_per_update
+    batch = pairs.batch(range(first, first + config.episodes_per_update))
     if config.method == "maml":
         return [split_queries(t) if config.fresh_queries else (t,) for t, _ in batch]
     return [(t,) for pair in batch for t in pair] if config.method == "episodic" else list(batch)

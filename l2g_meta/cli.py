@@ -89,6 +89,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from l2g_meta.bench.batching import batching
     from l2g_meta.bench.run import bench, scaling
     from l2g_meta.build import build_device
 
@@ -97,7 +98,13 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    result = scaling(case, **options) if args.scaling else bench(case, memory=not args.no_memory, **options)
+    result: Any
+    if args.batching:
+        result = batching(case, repeats=args.repeats)
+    elif args.scaling:
+        result = scaling(case, **options)
+    else:
+        result = bench(case, memory=not args.no_memory, **options)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -252,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=_positive, default=5, help="timed steps of each (default: 5)")
     bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     bench.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
+    bench.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
     bench.set_defaults(command=_bench)
     return parser

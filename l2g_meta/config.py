@@ -53,6 +53,8 @@ class Config:
     learn_temperature: bool = _flag(False, "prototypical, matching: train the temperature")
     reduction: str | None = _flag(None, "loss: mean or sum over queries", choices=("mean", "sum"))
 
+    augment: bool = _flag(False, "vary training images: random crop, flip and colours")
+
     ways: int = _flag(5, "classes of a task (T_i)")
     shots: int = _flag(1, "supports per class")
     queries: int = _flag(None, "queries per class")
@@ -77,6 +79,9 @@ class Config:
     eval_episodes: int = _flag(None, "validation episodes")
     bn: str = _flag("running", "BatchNorm statistics at validation", choices=("running", "batch"))
     seed: int = _flag(0, "of the initial weights and of the stream of tasks")
+    precision: str = _flag("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
+                           "autocast, with norms, losses and updates in fp32",
+                           choices=("fp32", "tf32", "bf16"))  # fmt: skip
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps …")
     tensorboard: bool = _flag(False, "also log to RUN/tensorboard")
 

@@ -53,7 +53,8 @@ class MetricModel(nn.Module):
 
     def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
         """Scores of the task's queries."""
-        features = self.encoder(torch.cat([task.support_x, task.query_x]))
+        x = torch.cat([task.support_x, task.query_x])
+        features = self.encoder(x).to(x.dtype)  # under autocast: distances are compared in full precision
         support, query = features[: len(task.support_x)], features[len(task.support_x) :]
         return self.score(support, task.support_y, query, task.n_way)
 

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2g_meta.build import build_data, build_device, build_model, build_pairs, build_wrapper, tasks_of_update
+from l2g_meta.build import (
+    build_data,
+    build_device,
+    build_model,
+    build_pairs,
+    build_wrapper,
+    set_precision,
+    tasks_of_update,
+)
 from l2g_meta.checkpoint import load_training, save_tensors, save_training
 from l2g_meta.clone import backend
 from l2g_meta.config import Config
@@ -54,6 +62,7 @@ def train(
     """
     config, out = config.resolved(), Path(out)
     device = build_device(config.device)
+    set_precision(config.precision)
     if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
     if validation is None:

@@ -43,6 +43,8 @@ class L2GWrapper(nn.Module):
         inner_steps: inner steps on T_i taken by ``forward``.
         recompute: keep no graph of an inner step: its loss is computed a second time in the backward pass. The same
             gradient with less memory, and about one plain episode more of time. For ``forward`` and ``adapted``.
+        autocast: run the model under ``torch.autocast`` in this type, e.g. ``torch.bfloat16``; losses, inner steps and
+            parameters stay as they are, and backward passes run outside of it.
         loss_fn: ``loss_fn(scores, query_y) -> ()``; by default the model's own ``loss_fn``, else cross-entropy.
 
     Raises:
@@ -67,6 +69,7 @@ class L2GWrapper(nn.Module):
         learn_inner_lr: LearnInnerLR = False,
         inner_steps: int = 1,
         recompute: bool = False,
+        autocast: torch.dtype | None = None,
         loss_fn: LossFn | None = None,
     ):
         super().__init__()
@@ -75,6 +78,7 @@ class L2GWrapper(nn.Module):
         self.module = model
         self.inner_lr = inner_lr if isinstance(inner_lr, StepSizes) else StepSizes(model, inner_lr, learn_inner_lr)
         self.first_order, self.inner_steps, self.recompute = first_order, inner_steps, recompute
+        self.autocast = autocast
         self._loss_fn, self._checked = loss_fn, False
         self.source: nn.Module | None = None
         self.adapted_steps = 0
@@ -109,6 +113,7 @@ class L2GWrapper(nn.Module):
             first_order=self.first_order,
             inner_steps=self.inner_steps,
             recompute=self.recompute,
+            autocast=self.autocast,
             loss_fn=self._loss_fn,
         )
         # Not a submodule: the learner's parameters are the clone's alone.
@@ -164,7 +169,13 @@ class L2GWrapper(nn.Module):
         """
         if self.source is None:
             self._check_first(task)
-        scores = self.module(task)
+        if self.autocast is None:
+            scores = self.module(task)
+        else:
+            # The cache would hand the inner step's casts of θ, or their graph, to later passes.
+            with torch.autocast(task.query_y.device.type, self.autocast, cache_enabled=False):
+                scores = self.module(task)
+            scores = scores.to(task.query_x.dtype) if isinstance(scores, Tensor) else scores
         expected = (len(task.query_y), task.n_way)
         if not isinstance(scores, Tensor) or scores.shape != expected:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -65,7 +65,7 @@ def bench(
     one_i, one_j = (layers(models[True], task) for task in pairs[0])
     floors = {bilevel: floor(one_i, one_j, machine, bilevel=bilevel) for bilevel in (False, True)}
     draws = iter(range(case.pairs, 10 * case.pairs))
-    drawn = [seconds(lambda: [stream[next(draws)] for _ in range(case.pairs)], device) for _ in range(9)]
+    drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
 
     steps = {name: v.make(build(case, fused=v.fused), case.inner_lr, case.inner_steps) for name, v in chosen.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from l2g_meta.data import augment
+from l2g_meta.data.augment import Draws
 from l2g_meta.errors import DataError
 
 
@@ -82,15 +84,18 @@ class ClassDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W)."""
+    def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, draws: Draws | None = None) -> Tensor:
+        """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W).
+
+        Images are varied by ``draws``, one for each row, if given.
+        """
         images: Tensor = self.images  # type: ignore[assignment]
-        x = images[torch.as_tensor(rows, device=images.device)]
+        rows = torch.as_tensor(rows, device=images.device)
         if not self._is_uint8:
-            return x
-        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
-        return (x.permute(0, 3, 1, 2).float() / 255 - mean) / std
+            return images[rows]
+        x = images[rows].float() / 255 if draws is None else augment.gather(images, rows, draws)
+        mean, std = (torch.tensor(t, device=x.device).view(-1, 1, 1) for t in (self.mean, self.std))
+        return (x.permute(0, 3, 1, 2) - mean) / std
 
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""

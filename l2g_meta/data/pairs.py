@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2g_meta.data.augment import Augment, Draws
 from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
@@ -81,6 +82,7 @@ class TaskPairs:
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
         seed: of the stream of pairs.
+        augment: vary the images (crop, flip, colours), supports and queries alike; for uint8 ``ClassDataset``.
         device: where the tasks are wanted; a ``ClassDataset`` is moved there once. By default, where the data is.
 
     Raises:
@@ -104,6 +106,7 @@ class TaskPairs:
         outer_shots: Choice | None = None,
         outer_queries: Choice | None = None,
         seed: int = 0,
+        augment: Augment | None = None,
         device: torch.device | str | None = None,
     ):
         self.inner = TaskShape(ways, shots, queries).checked("")
@@ -113,15 +116,31 @@ class TaskPairs:
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
         self.source = task_source(dataset, device)
+        if augment is not None:
+            if not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
+                raise DataError(
+                    f"need a ClassDataset of uint8 images to augment, got {type(dataset).__name__}; convert them, "
+                    "or vary them in your data set's own transform"
+                )
+            self.source = IndexedSource(dataset.to(device), augment)
         self.seed, self.device = checked_seed(seed), device
         check_enough(self.source, self.inner, self.outer)
 
     def __getitem__(self, k: int) -> tuple[Task, Task]:
         """The pair at position k ≥ 0 of the stream."""
-        rng = generator(self.seed, k)
-        drawn_i, drawn_j = self.inner.draw(rng), self.outer.draw(rng)
-        task_i, task_j = self.source.draw(rng, (drawn_i, drawn_j))
-        return task_i.to(self.device), task_j.to(self.device)
+        (pair,) = self.batch([k])
+        return pair
+
+    def batch(self, positions: Sequence[int]) -> list[tuple[Task, Task]]:
+        """The pairs at these positions; their images in one gather, where the data is class-indexed."""
+        generators = [generator(self.seed, k) for k in positions]
+        shapes = [(self.inner.draw(rng), self.outer.draw(rng)) for rng in generators]
+        if isinstance(self.source, IndexedSource):
+            drawn = self.source.draw_all(generators, shapes)
+        else:
+            drawn = [t for rng, own in zip(generators, shapes, strict=True) for t in self.source.draw(rng, own)]
+        tasks = [task.to(self.device) for task in drawn]
+        return list(zip(tasks[0::2], tasks[1::2], strict=True))
 
 
 class Episodes:
@@ -177,7 +196,7 @@ class Episodes:
 class TaskSource(Protocol):
     """Draws tasks without a common class."""
 
-    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[Task, ...]:
+    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> Sequence[Task]:
         """One task for each (ways, shots, queries)."""
         ...
 
@@ -187,10 +206,10 @@ class TaskSource(Protocol):
 
 
 class IndexedSource:
-    """Tasks from a class-indexed data set: rows first, then one gather for each task."""
+    """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: ClassIndexed):
-        self.dataset = dataset
+    def __init__(self, dataset: Any, augment: Augment | None = None):
+        self.dataset, self.augment = dataset, augment
 
     def classes(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """Classes of each task, drawn as one set of distinct ones, then split."""
@@ -213,20 +232,38 @@ class IndexedSource:
             )
         return tuple(tasks)
 
-    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[Task, ...]:
+    def draw_all(
+        self, generators: Sequence[np.random.Generator], shapes: Sequence[Sequence[tuple[int, int, int]]]
+    ) -> list[Task]:
+        """From each generator one task for each of its (ways, shots, queries), all images in one gather."""
+        drawn: list[TaskRows] = []
+        draws: list[Draws] = []
+        for rng, own in zip(generators, shapes, strict=True):
+            rows = self.rows(rng, own)
+            drawn += rows
+            if self.augment is not None:  # after the rows, which are the same with and without
+                draws.append(self.augment.draw(rng, sum(len(r.support) + len(r.query) for r in rows)))
+        return self.load(drawn, Draws(*map(np.concatenate, zip(*draws, strict=True))) if draws else None)
+
+    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[Task]:
         """One task for each (ways, shots, queries)."""
-        return tuple(self.load(rows) for rows in self.rows(rng, shapes))
+        return self.draw_all([rng], [shapes])
 
     def class_sizes(self) -> np.ndarray:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
 
-    def load(self, rows: TaskRows) -> Task:
-        """The task of these rows."""
-        x = self.dataset.gather(torch.from_numpy(np.concatenate([rows.support, rows.query])))
-        n = len(rows.support)
-        support_y, query_y = (torch.from_numpy(y).to(x.device) for y in (rows.support_y, rows.query_y))
-        return Task(x[:n], support_y, x[n:], query_y, len(rows.classes))
+    def load(self, drawn: Sequence[TaskRows], draws: Draws | None = None) -> list[Task]:
+        """The tasks of these rows, in one gather, their images varied by ``draws``."""
+        parts = [part for rows in drawn for part in (rows.support, rows.query)]
+        options = {} if draws is None else {"draws": draws}
+        x = self.dataset.gather(torch.from_numpy(np.concatenate(parts)), **options)
+        x = x.split([len(part) for part in parts])
+        tasks = []
+        for rows, support_x, query_x in zip(drawn, x[0::2], x[1::2], strict=True):
+            support_y, query_y = (torch.from_numpy(y).to(support_x.device) for y in (rows.support_y, rows.query_y))
+            tasks.append(Task(support_x, support_y, query_x, query_y, len(rows.classes)))
+        return tasks
 
 
 def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:

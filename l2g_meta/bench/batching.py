@@ -1,0 +1,90 @@
+"""What computing the inner tasks of all pairs together could save: they share θ, the tasks of T_j do not.
+
+Three ways to the gradients and Hessian-vector products of the T_i of all pairs: one task after the other; all images
+in one pass, with one set of statistics and summed gradients, which is *less* than L2G needs (statistics and weight
+gradients are per task) and so bounds from above what sharing can gain; and ``torch.func.vmap`` over the tasks, on
+PyTorch's own layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2g_meta.allocator import keep_freed_memory
+from l2g_meta.bench.case import Case
+from l2g_meta.bench.floor import seconds
+from l2g_meta.bench.run import build, describe, describe_machine, task_stream
+from l2g_meta.task import Task
+
+
+def batching(case: Case, *, repeats: int = 5, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Medians of interleaved repeats, in seconds, of the three ways; ``case.pairs`` tasks."""
+    keep_freed_memory()
+    stream, device = task_stream(case), torch.device(case.device)
+    tasks = [stream[k][0] for k in range(case.pairs)]
+    ways = {"one after the other": sequential, "one pass (bound)": together, "vmap": vmapped}
+    steps = {name: partial(way, build(case, fused=name != "vmap"), tasks) for name, way in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    say(f"T_i of {describe(case)}; {describe_machine(case)}")
+    for name, median in medians.items():
+        say(f"{name:24}{median:9.3f} s{median / medians['one after the other']:8.2f}")
+    return {"case": asdict(case), "machine": {"description": describe_machine(case)}, "seconds": medians}
+
+
+def sequential(model: Any, tasks: Sequence[Task]) -> None:
+    """Gradient and Hessian-vector product of one task after the other."""
+    for task in tasks:
+        _hessian_vector_product(model, model.loss_fn(model(task), task.query_y))
+
+
+def together(model: Any, tasks: Sequence[Task]) -> None:
+    """The same of the summed losses, all images in one pass through the encoder."""
+    images = [torch.cat([task.support_x, task.query_x]) for task in tasks]
+    features = model.encoder(torch.cat(images)).split([len(x) for x in images])
+    losses = []
+    for task, z in zip(tasks, features, strict=True):
+        n = len(task.support_y)
+        losses.append(model.loss_fn(model.head(z[:n], task.support_y, z[n:], task.n_way), task.query_y))
+    _hessian_vector_product(model, torch.stack(losses).sum())
+
+
+def vmapped(model: Any, tasks: Sequence[Task]) -> None:
+    """The same of each task, by ``torch.func.vmap``."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.track_running_stats = False  # buffers cannot be written under torch.func
+    parameters = dict(model.named_parameters())
+    columns = zip(*(task[:4] for task in tasks), strict=True)
+    support_x, support_y, query_x, query_y = (torch.stack(column) for column in columns)
+
+    def loss(values: dict[str, Tensor], *fields: Tensor) -> Tensor:
+        scores = torch.func.functional_call(model, values, (Task._make((*fields, tasks[0].n_way)),))
+        return model.loss_fn(scores, fields[3])
+
+    def product(*fields: Tensor) -> dict[str, Tensor]:
+        def projected(values: dict[str, Tensor]) -> Tensor:
+            gradients = torch.func.grad(loss)(values, *fields)
+            return torch.stack([(gradients[name] * p.detach()).sum() for name, p in values.items()]).sum()
+
+        return torch.func.grad(projected)(parameters)
+
+    torch.func.vmap(product)(support_x, support_y, query_x, query_y)
+
+
+def _hessian_vector_product(model: Any, loss: Tensor) -> None:
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    torch.autograd.grad(gradients, parameters, [p.detach() for p in parameters])
