@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,29 @@ def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task
     L2G takes B pairs; ``episodic`` both tasks of the same B pairs; ``maml`` the T_i of the same B pairs. With
     ``tasks_per_update`` N, the latter two take N consecutive tasks of T_i, T_j, T_i, T_j, ….
     """
+    skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
+    return arrange(config, pairs.batch(positions_of_update(config, k)), skip)
+
+
+def positions_of_update(config: Config, k: int) -> range:
+    """The pairs of the stream that update k takes tasks from."""
     n = config.tasks_per_update
+    if n is None:
+        return range(k * config.episodes_per_update, (k + 1) * config.episodes_per_update)
+    return range(k * n // 2, (k * n + n + 1) // 2)
+
+
+def arrange(config: Config, batch: Sequence[tuple[Task, Task]], skip: int = 0) -> list[tuple[Task, ...]]:
+    """The tasks of each call of the objective, from an update's pairs; ``skip`` tasks belong to the update before."""
+    n = config.tasks_per_update
+    if n is None and config.method == "l2g":
+        return list(batch)
+    tasks = [task for pair in batch for task in pair]
     if n is not None:
-        first = k * n // 2
-        tasks = [task for pair in pairs.batch(range(first, (k * n + n + 1) // 2)) for task in pair]
-        singles = tasks[k * n - 2 * first :][:n]
-        return [split_queries(t) if config.fresh_queries else (t,) for t in singles]
-    first = k * config.episodes_per_update
-    batch = pairs.batch(range(first, first + config.episodes_per_update))
-    if config.method == "maml":
-        return [split_queries(t) if config.fresh_queries else (t,) for t, _ in batch]
-    return [(t,) for pair in batch for t in pair] if config.method == "episodic" else list(batch)
+        tasks = tasks[skip : skip + n]
+    elif config.method == "maml":
+        tasks = tasks[0::2]
+    return [split_queries(task) if config.fresh_queries else (task,) for task in tasks]
 
 
 def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:

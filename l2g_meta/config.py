@@ -82,6 +82,7 @@ class Config:
     precision: str = _flag("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
+    cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps …")
     tensorboard: bool = _flag(False, "also log to RUN/tensorboard")
 
@@ -132,6 +133,8 @@ class Config:
             raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
         if self.tasks_per_update is not None and self.method == "l2g":
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
+        if self.cuda_graph and (self.tasks_per_update or 0) % 2:
+            raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {self.tasks_per_update}")
         if self.fresh_queries and self.method != "maml":
             raise L2GError(f"--fresh-queries belongs to --method maml, got --method {self.method}")
 
@@ -139,6 +142,11 @@ class Config:
     def episodes_per_update(self) -> int:
         """Outer tasks per update, the unit of the learning rate's schedule; equal for methods with equal ``pairs``."""
         return self.tasks_per_update or self.pairs
+
+    @property
+    def tasks_of_an_update(self) -> int:
+        """Inner and outer tasks together."""
+        return self.tasks_per_update or (self.pairs if self.method == "maml" else 2 * self.pairs)
 
     @property
     def head_options(self) -> dict[str, Any]:

@@ -87,15 +87,21 @@ def meta_gradient(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Seq
         >>> stats.loss > 0, all(p.grad is not None for p in wrapper.parameters())
         (True, True)
     """
+    return UpdateStats(*accumulate(objective, wrapper, batch).tolist())
+
+
+def accumulate(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Sequence[Task]]) -> Tensor:  # (3,)
+    """``meta_gradient`` without waiting for the device: its means, as ``UpdateStats`` orders them."""
     totals = []
     for tasks in batch:
         loss, learner = objective(wrapper, *tasks)
         products = _watch_alignment(learner)
         (loss / len(batch)).backward()
-        inner = loss.new_tensor(torch.nan) if learner is None or learner.inner_loss is None else learner.inner_loss
-        alignment = sum(products) * len(batch) / loss if products else loss.new_tensor(torch.nan)
+        unknown = torch.full_like(loss, torch.nan)
+        inner = unknown if learner is None or learner.inner_loss is None else learner.inner_loss
+        alignment = sum(products) * len(batch) / loss if products else unknown
         totals.append(torch.stack([loss, inner, alignment]).detach())
-    return UpdateStats(*torch.stack(totals).mean(0).tolist())
+    return torch.stack(totals).mean(0)
 
 
 def _watch_alignment(learner: L2GWrapper | None) -> list[Tensor]:

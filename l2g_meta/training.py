@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2g_meta.build import (
+    arrange,
     build_data,
     build_device,
     build_model,
     build_pairs,
     build_wrapper,
+    positions_of_update,
     set_precision,
     tasks_of_update,
 )
+from l2g_meta.captured import StaticUpdate
 from l2g_meta.checkpoint import load_training, save_tensors, save_training
 from l2g_meta.clone import backend
 from l2g_meta.config import Config
@@ -70,7 +74,9 @@ def train(
     pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
-    optimizer = torch.optim.Adam(wrapper.parameters(), lr=config.lr)
+    graph = config.cuda_graph and device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if graph else config.lr
+    optimizer = torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
         require_tensorboard()
@@ -86,18 +92,28 @@ def train(
         info = {"iteration": 0, "best": -1.0, "image_shape": image_shape, "given": given}
         save_training(out, wrapper, optimizer, info)
 
+    update = None
+    if config.cuda_graph:
+        objective, positions = OBJECTIVES[config.method], partial(positions_of_update, config)
+        update = StaticUpdate(objective, wrapper.train(), optimizer, pairs, positions, partial(arrange, config))
+        update.capture()
+
     with RunLog(out, config, start=info["iteration"], progress=progress) as log:
         for k in range(info["iteration"], config.iterations):
             wrapper.train()
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = learning_rate(config, k)
+            _set_lr(optimizer, learning_rate(config, k))
             began = time.perf_counter()
-            batch = tasks_of_update(config, pairs, k)
-            stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
-            _check_finite(stats.loss, wrapper, k)
-            optimizer.step()  # eq. 5
+            if update is not None:
+                stats = update(k)
+                _check_finite(stats.loss, wrapper, k)
+            else:
+                optimizer.zero_grad()
+                batch = tasks_of_update(config, pairs, k)
+                stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
+                _check_finite(stats.loss, wrapper, k)
+                optimizer.step()  # eq. 5
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k)}
-            row |= {"tasks": sum(map(len, batch)), "seconds": time.perf_counter() - began}
+            row |= {"tasks": config.tasks_of_an_update, "seconds": time.perf_counter() - began}
 
             due = (k + 1) % config.eval_every == 0 or k + 1 == config.iterations
             if due:
@@ -147,6 +163,14 @@ def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.de
         episode_seed=VALIDATION_SEED,
         device=device,
     )
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)  # in place: a CUDA graph reads this tensor
+    else:
+        group["lr"] = lr
 
 
 def _check_finite(loss: float, wrapper: L2GWrapper, k: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in Pillow and torchvisi
 
 
 class Draws(NamedTuple):
-    """What is done to each of n images."""
+    """What is done to each of n images, as arrays or tensors."""
 
-    shift: np.ndarray  # (n, 2) rows and columns by which the crop is off centre
-    flip: np.ndarray  # (n,) left to right?
-    factor: np.ndarray  # (n, 3) of brightness, contrast and saturation; 1 changes nothing
+    shift: Any  # (n, 2) rows and columns by which the crop is off centre
+    flip: Any  # (n,) left to right?
+    factor: Any  # (n, 3) of brightness, contrast and saturation; 1 changes nothing
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def gather(images: Tensor, rows: Tensor, draws: Draws) -> Tensor:
         >>> (gather(images, torch.tensor([0]), draws) * 255).flatten().tolist()
         [3.0, 2.0, 0.0, 0.0]
     """
-    shift, flip, factor = (torch.from_numpy(np.ascontiguousarray(d)).to(images.device) for d in draws)
+    shift, flip, factor = (torch.as_tensor(d, device=images.device) for d in draws)
     height, width = images.shape[1:3]
     i = torch.arange(height, device=images.device) + shift[:, :1]  # (n, H) of the source
     j = torch.arange(width, device=images.device).expand(len(rows), width)
@@ -85,7 +85,7 @@ def gather(images: Tensor, rows: Tensor, draws: Draws) -> Tensor:
 
 def _grey(x: Tensor) -> Tensor:
     """(n, H, W, C) -> (n, H, W, 1)."""
-    return x if x.shape[3] == 1 else (x @ x.new_tensor(GREY))[..., None]
+    return x if x.shape[3] == 1 else sum(w * c for w, c in zip(GREY, x.split(1, 3), strict=True))
 
 
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class ClassDataset:
     mean: Sequence[float] = (0.5,)
     std: Sequence[float] = (0.5,)
     index: tuple[np.ndarray, ...] = field(init=False, repr=False)  # rows of each class, ascending
+    normalisation: tuple[Tensor, ...] = field(init=False, repr=False)  # mean and std beside the images, (C, 1, 1)
 
     def __post_init__(self) -> None:
         images = self.images if isinstance(self.images, Tensor) else torch.from_numpy(np.asarray(self.images))
@@ -59,6 +60,8 @@ class ClassDataset:
                 "floats, which are used as they are"
             )
         object.__setattr__(self, "images", images)
+        constants = (torch.tensor(t, device=images.device).view(-1, 1, 1) for t in (self.mean, self.std))
+        object.__setattr__(self, "normalisation", tuple(constants))
         object.__setattr__(self, "index", index_by_class(labels))
         object.__setattr__(self, "labels", labels.astype(np.int64))
         names = self.class_names or tuple(str(c) for c in range(self.n_classes))
@@ -94,8 +97,7 @@ class ClassDataset:
         if not self._is_uint8:
             return images[rows]
         x = images[rows].float() / 255 if draws is None else augment.gather(images, rows, draws)
-        mean, std = (torch.tensor(t, device=x.device).view(-1, 1, 1) for t in (self.mean, self.std))
-        return (x.permute(0, 3, 1, 2) - mean) / std
+        return (x.permute(0, 3, 1, 2) - self.normalisation[0]) / self.normalisation[1]
 
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""

@@ -14,6 +14,7 @@ from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
+Shapes = Sequence[tuple[int, int, int]]  # (ways, shots, queries) of tasks without a common class
 Choice = int | Collection[int]  # a number, or a set of them to draw from for each task
 
 
@@ -133,14 +134,27 @@ class TaskPairs:
 
     def batch(self, positions: Sequence[int]) -> list[tuple[Task, Task]]:
         """The pairs at these positions; their images in one gather, where the data is class-indexed."""
-        generators = [generator(self.seed, k) for k in positions]
-        shapes = [(self.inner.draw(rng), self.outer.draw(rng)) for rng in generators]
         if isinstance(self.source, IndexedSource):
-            drawn = self.source.draw_all(generators, shapes)
+            drawn = self.source.load(*self.draw(positions))
         else:
-            drawn = [t for rng, own in zip(generators, shapes, strict=True) for t in self.source.draw(rng, own)]
+            drawn = [t for rng, own in self._shapes(positions) for t in self.source.draw(rng, own)]
         tasks = [task.to(self.device) for task in drawn]
         return list(zip(tasks[0::2], tasks[1::2], strict=True))
+
+    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Draws | None]:
+        """T_i, T_j, T_i, … of these positions as rows of a class-indexed data set, and how their images are varied."""
+        if not isinstance(self.source, IndexedSource):
+            raise DataError("need a class-indexed data set to give rows, got learn2learn's")
+        return self.source.draw_all(self._shapes(positions))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all pairs have tasks of the same shapes."""
+        return all(len(_values(choice)) == 1 for shape in (self.inner, self.outer) for choice in shape)
+
+    def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
+        generators = [generator(self.seed, k) for k in positions]
+        return [(rng, (self.inner.draw(rng), self.outer.draw(rng))) for rng in generators]
 
 
 class Episodes:
@@ -196,7 +210,7 @@ class Episodes:
 class TaskSource(Protocol):
     """Draws tasks without a common class."""
 
-    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> Sequence[Task]:
+    def draw(self, rng: np.random.Generator, shapes: Shapes) -> Sequence[Task]:
         """One task for each (ways, shots, queries)."""
         ...
 
@@ -211,11 +225,11 @@ class IndexedSource:
     def __init__(self, dataset: Any, augment: Augment | None = None):
         self.dataset, self.augment = dataset, augment
 
-    def classes(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+    def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
         """Classes of each task, drawn as one set of distinct ones, then split."""
         return draw_classes(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
 
-    def rows(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> tuple[TaskRows, ...]:
+    def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common class, one for each (ways, shots, queries)."""
         index = self.dataset.index
         tasks = []
@@ -232,38 +246,59 @@ class IndexedSource:
             )
         return tuple(tasks)
 
-    def draw_all(
-        self, generators: Sequence[np.random.Generator], shapes: Sequence[Sequence[tuple[int, int, int]]]
-    ) -> list[Task]:
-        """From each generator one task for each of its (ways, shots, queries), all images in one gather."""
+    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Draws | None]:
+        """From each generator one task for each of its (ways, shots, queries), and how their images are varied."""
         drawn: list[TaskRows] = []
         draws: list[Draws] = []
-        for rng, own in zip(generators, shapes, strict=True):
+        for rng, own in shapes:
             rows = self.rows(rng, own)
             drawn += rows
             if self.augment is not None:  # after the rows, which are the same with and without
                 draws.append(self.augment.draw(rng, sum(len(r.support) + len(r.query) for r in rows)))
-        return self.load(drawn, Draws(*map(np.concatenate, zip(*draws, strict=True))) if draws else None)
+        return drawn, Draws(*map(np.concatenate, zip(*draws, strict=True))) if draws else None
 
-    def draw(self, rng: np.random.Generator, shapes: Sequence[tuple[int, int, int]]) -> list[Task]:
+    def draw(self, rng: np.random.Generator, shapes: Shapes) -> list[Task]:
         """One task for each (ways, shots, queries)."""
-        return self.draw_all([rng], [shapes])
+        return self.load(*self.draw_all([(rng, shapes)]))
 
     def class_sizes(self) -> np.ndarray:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
 
     def load(self, drawn: Sequence[TaskRows], draws: Draws | None = None) -> list[Task]:
-        """The tasks of these rows, in one gather, their images varied by ``draws``."""
-        parts = [part for rows in drawn for part in (rows.support, rows.query)]
+        """The tasks of these rows, all images in one gather, varied by ``draws``."""
         options = {} if draws is None else {"draws": draws}
-        x = self.dataset.gather(torch.from_numpy(np.concatenate(parts)), **options)
-        x = x.split([len(part) for part in parts])
-        tasks = []
-        for rows, support_x, query_x in zip(drawn, x[0::2], x[1::2], strict=True):
-            support_y, query_y = (torch.from_numpy(y).to(support_x.device) for y in (rows.support_y, rows.query_y))
-            tasks.append(Task(support_x, support_y, query_x, query_y, len(rows.classes)))
-        return tasks
+        x = self.dataset.gather(torch.from_numpy(self.concatenated(drawn)), **options)
+        return TaskLayout.of(drawn, x.device).tasks(x)
+
+    @staticmethod
+    def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
+        """Supports' and queries' rows of one task after the other, (n,)."""
+        return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
+
+
+class TaskLayout(NamedTuple):
+    """How the inputs of tasks, one after the other, become tasks again."""
+
+    sizes: list[int]  # of supports, queries, supports, …
+    labels: list[Tensor]  # (size,) each
+    ways: list[int]
+
+    @classmethod
+    def of(cls, drawn: Sequence[TaskRows], device: torch.device) -> TaskLayout:
+        """The layout of ``IndexedSource.concatenated(drawn)``."""
+        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
+        return cls(
+            [len(y) for y in labels],
+            [torch.from_numpy(y).to(device) for y in labels],
+            [len(rows.classes) for rows in drawn],
+        )
+
+    def tasks(self, x: Tensor) -> list[Task]:  # (n, ...)
+        """The tasks."""
+        x, y = x.split(self.sizes), self.labels
+        parts = zip(x[0::2], y[0::2], x[1::2], y[1::2], self.ways, strict=True)
+        return [Task(*part) for part in parts]
 
 
 def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:

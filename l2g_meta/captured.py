@@ -1,0 +1,139 @@
+"""A whole update on fixed tensors: on a GPU recorded once as a CUDA graph and replayed, without Python in between.
+
+What changes from update to update lies in buffers: rows of the data set and draws of the augmentation. They come from
+the (seed, k) stream on the CPU, the next update's while the GPU works on this one; every device sees the same pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from l2g_meta.data.augment import Draws
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pairs import IndexedSource, TaskLayout, TaskPairs
+from l2g_meta.errors import L2GError
+from l2g_meta.objectives import Objective, UpdateStats, accumulate
+from l2g_meta.task import Task
+from l2g_meta.wrapper import L2GWrapper
+
+Arrange = Callable[[list[tuple[Task, Task]]], list[tuple[Task, ...]]]
+WARM_UPS = 3  # before a graph is recorded: kernels are compiled and chosen, memory is reserved
+
+
+class StaticUpdate:
+    """Gather, meta-gradient and optimizer step as one program on fixed tensors.
+
+    Args:
+        objective: as of ``meta_gradient``.
+        wrapper: the model and its step sizes, on the device of the data.
+        optimizer: for a CUDA graph, a capturable one whose learning rate is a tensor.
+        pairs: the stream; class-indexed data on the device, all tasks of one shape.
+        positions: of update k, the pairs that it takes.
+        arrange: pairs to the tasks of each call of the objective; the pairs themselves by default.
+
+    Raises:
+        L2GError: if the tasks' shapes vary or the data is not resident.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        pairs: TaskPairs,
+        positions: Callable[[int], Sequence[int]],
+        arrange: Arrange = list,
+    ):
+        if not isinstance(pairs.source, IndexedSource) or not isinstance(pairs.source.dataset, ClassDataset):
+            raise L2GError("need a ClassDataset on the device for a fixed program; leave --cuda-graph out")
+        if not pairs.fixed:
+            raise L2GError("need ways, shots and queries as numbers for a fixed program, got sets to draw from")
+        self.objective, self.wrapper, self.optimizer = objective, wrapper, optimizer
+        self.pairs, self.positions, self.arrange = pairs, positions, arrange
+        self.source = pairs.source
+        self.graph: torch.cuda.CUDAGraph | None = None
+        drawn, draws = pairs.draw(positions(0))
+        self.device = pairs.source.dataset.images.device  # type: ignore[union-attr]
+        self.layout = TaskLayout.of(drawn, self.device)
+        self.rows = torch.zeros(sum(self.layout.sizes), dtype=torch.long, device=self.device)
+        self.draws = None if draws is None else Draws(*(torch.as_tensor(d).to(self.device) for d in draws))
+        self.stats = torch.zeros(3, device=self.device)
+        self.next: tuple[int, list[Tensor]] | None = None
+
+    def __call__(self, k: int) -> UpdateStats:
+        """Runs update k; its means."""
+        self.fill(k)
+        if self.graph is None:
+            self.program()
+        else:
+            self.graph.replay()
+        self.next = (k + 1, self.drawn(k + 1))  # while the device works
+        return UpdateStats(*self.stats.tolist())
+
+    def drawn(self, k: int) -> list[Tensor]:
+        """Rows and draws of update k, on the CPU, in memory that the device can read."""
+        drawn, draws = self.pairs.draw(self.positions(k))
+        found = [torch.from_numpy(array) for array in (self.source.concatenated(drawn), *(draws or ()))]
+        return [t.pin_memory() for t in found] if self.device.type == "cuda" else found
+
+    def fill(self, k: int) -> None:
+        """Copies what belongs to update k into the buffers."""
+        values = self.next[1] if self.next is not None and self.next[0] == k else self.drawn(k)
+        for buffer, value in zip((self.rows, *(self.draws or ())), values, strict=True):
+            buffer.copy_(value, non_blocking=True)
+
+    def program(self) -> None:
+        """The update on what the buffers hold."""
+        x = self.source.dataset.gather(self.rows, draws=self.draws)
+        tasks = self.layout.tasks(x)
+        batch = self.arrange(list(zip(tasks[0::2], tasks[1::2], strict=True)))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stats.copy_(accumulate(self.objective, self.wrapper, batch))
+        self.optimizer.step()
+
+    def capture(self) -> bool:
+        """Records the program as a CUDA graph, changing no state; returns whether it could, and warns if not."""
+        if self.device.type != "cuda":
+            warnings.warn(f"a CUDA graph needs a CUDA device, got {self.device}; running step by step", stacklevel=2)
+            return False
+        self.fill(0)
+        before = copy.deepcopy((self.wrapper.state_dict(), self.optimizer.state_dict()))
+        generator = torch.cuda.get_rng_state(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self.program()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self.program()
+            self.graph = graph
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"cannot record the update as a CUDA graph ({reason}); running step by step", stacklevel=2)
+        finally:
+            self._restore(*before)
+            torch.cuda.set_rng_state(generator, self.device)
+        return self.graph is not None
+
+    def _restore(self, model: dict[str, Tensor], optimizer: dict) -> None:
+        # In place: the graph reads and writes these very tensors.
+        with torch.no_grad():
+            for name, value in self.wrapper.state_dict().items():
+                value.copy_(model[name])
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    for name, value in self.optimizer.state[p].items():
+                        old = optimizer["state"].get(self._position(p), {}).get(name)
+                        value.zero_() if old is None else value.copy_(old)
+
+    def _position(self, parameter: Tensor) -> int:
+        every = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return next(k for k, p in enumerate(every) if p is parameter)

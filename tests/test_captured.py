@@ -1,0 +1,105 @@
+"""An update as one program on fixed tensors: the same bits as the plain loop; the graph itself needs a GPU."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
+from l2g_meta.build import arrange, positions_of_update, tasks_of_update
+from l2g_meta.captured import StaticUpdate
+from l2g_meta.cli import main
+from l2g_meta.config import Config
+from l2g_meta.data.augment import Augment
+from l2g_meta.data.classes import ClassDataset, MapDataset
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.errors import L2GError
+from l2g_meta.objectives import OBJECTIVES, meta_gradient
+
+DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 1), dtype=np.uint8), np.arange(60) // 6)
+SHAPE = {"ways": 3, "shots": 1, "queries": 2, "outer_ways": 4}
+
+
+def parts(config, *, device="cpu", augment=None, **adam):
+    torch.manual_seed(0)
+    wrapper = L2GWrapper(MetricModel(Conv4(1, 4), PrototypicalHead()), 0.05).to(device)
+    optimizer = torch.optim.Adam(wrapper.parameters(), **adam)
+    return wrapper, optimizer, TaskPairs(DATA, **SHAPE, seed=3, augment=augment, device=device)
+
+
+def static(config, wrapper, optimizer, pairs):
+    positions = partial(positions_of_update, config)
+    return StaticUpdate(OBJECTIVES[config.method], wrapper, optimizer, pairs, positions, partial(arrange, config))
+
+
+@pytest.mark.parametrize("augment", [None, Augment(2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(pairs=2),
+        Config(method="maml", pairs=2),
+        Config(method="maml", pairs=2, fresh_queries=True),
+        Config(method="episodic", pairs=1),
+        Config(method="episodic", tasks_per_update=2),
+    ],
+    ids=lambda c: f"{c.method}-{c.tasks_per_update}-{c.fresh_queries}",
+)
+def test_same_bits_as_the_plain_loop(config, augment):
+    config, seen = config.resolved(), []
+    for fixed in (False, True):
+        wrapper, optimizer, pairs = parts(config, augment=augment)
+        update = static(config, wrapper, optimizer, pairs)
+        for k in (0, 1, 2, 7):  # in and out of turn
+            if fixed:
+                stats = update(k)
+            else:
+                optimizer.zero_grad()
+                stats = meta_gradient(OBJECTIVES[config.method], wrapper, tasks_of_update(config, pairs, k))
+                optimizer.step()
+        seen.append((torch.tensor(stats), wrapper.state_dict()))
+    (stats, state), (static_stats, static_state) = seen
+    assert torch.equal(stats.nan_to_num(), static_stats.nan_to_num())
+    assert all(torch.equal(static_state[name], value) for name, value in state.items())
+
+
+def test_what_cannot_be_a_fixed_program_is_refused():
+    config = Config().resolved()
+    wrapper, optimizer, _ = parts(config)
+    varying = TaskPairs(DATA, ways={2, 3}, shots=1, queries=2)
+    with pytest.raises(L2GError, match="need ways, shots and queries as numbers"):
+        static(config, wrapper, optimizer, varying)
+    items = MapDataset([(torch.randn(1, 16, 16), k // 6) for k in range(60)], labels=np.arange(60) // 6)
+    with pytest.raises(L2GError, match="leave --cuda-graph out"):
+        static(config, wrapper, optimizer, TaskPairs(items, **SHAPE))
+    with pytest.raises(L2GError, match="need an even --tasks-per-update"):
+        Config(method="episodic", tasks_per_update=3, cuda_graph=True).resolved()
+
+
+def test_without_a_gpu_the_flag_warns_and_trains_the_same(tmp_path):
+    flags = "--iterations 2 --pairs 1 --queries 1 --eval-episodes 2 --image-size 28 --device cpu --out".split()
+    assert main(["train", *flags, str(tmp_path / "plain")]) == 0
+    with pytest.warns(UserWarning, match="a CUDA graph needs a CUDA device, got cpu; running step by step"):
+        assert main(["train", *flags, str(tmp_path / "graph"), "--cuda-graph"]) == 0
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("plain", "graph")]
+    for plain, graph in zip(*logs, strict=True):
+        a, b = (line.split(",") for line in (plain, graph))
+        assert a[:6] == b[:6] and a[7:] == b[7:]  # all but the seconds
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_replayed_graph_has_the_bits_of_the_eager_program(method):
+    config, states = Config(method=method, pairs=2).resolved(), []
+    for captured in (False, True):
+        lr = torch.tensor(1e-3, device="cuda")
+        wrapper, optimizer, pairs = parts(config, device="cuda", augment=Augment(2), lr=lr, capturable=True)
+        update = static(config, wrapper, optimizer, pairs)
+        before = copy.deepcopy(wrapper.state_dict())
+        assert not captured or update.capture()
+        assert all(torch.equal(before[name], value) for name, value in wrapper.state_dict().items())
+        stats = [update(k) for k in range(4)]
+        states.append((torch.tensor(stats).nan_to_num(), wrapper.state_dict()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert all(torch.equal(states[1][1][name], value) for name, value in states[0][1].items())
