@@ -12,6 +12,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.build import build_data, load_run
 from l2g_meta.config import Config
 from l2g_meta.evaluation import evaluate, paired_difference
@@ -36,6 +37,7 @@ size = {"iterations": 2, "eval_every": 1, "eval_episodes": 10} if args.smoke els
 episodes = 10 if args.smoke else 600
 
 # Train.
+keep_freed_memory()
 runs = {title: out / title.lower().replace(", ", "-").replace(" ", "-") for title in METHODS}
 for title, run in runs.items():
     train(replace(METHODS[title], **size), run, resume=(run / "config.json").exists())

@@ -14,6 +14,7 @@ from l2g_meta.bench.run import bench, build, gradient_errors, peak_memory, scali
 from l2g_meta.bench.variants import VARIANTS, available
 from l2g_meta.cli import main
 from l2g_meta.errors import L2GError
+from l2g_meta.plots import bench_plot, scaling_plot
 
 SMALL = Case(image_size=20, ways=2, queries=2, device="cpu")
 
@@ -116,3 +117,10 @@ def test_resnet12_is_the_published_one_and_fused_changes_nothing():
     for f, p in zip(*gradients, strict=True):
         torch.testing.assert_close(f, p, rtol=1e-8, atol=1e-8 * p.abs().max().item())
     assert isinstance(plain.blocks[0].convs[0], nn.Conv2d)
+
+
+def test_pictures(tmp_path):
+    axes = {"ways": (2, 3), "shots": (1,)}
+    found = scaling(SMALL, variants=["episodic", "l2g"], repeats=1, say=lambda line: None, axes=axes)
+    for path in (bench_plot(found[0], tmp_path / "bench.png"), scaling_plot(found, tmp_path / "scaling.png")):
+        assert path.read_bytes().startswith(b"\x89PNG")
