@@ -153,6 +153,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
     wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
+    set_precision(config.precision)
     return wrapper.to(build_device(config.device)).eval(), config
 
 

@@ -77,6 +77,10 @@ def train(
     graph = config.cuda_graph and device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if graph else config.lr
     optimizer = torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
+    update = None
+    if config.cuda_graph:
+        objective, positions = OBJECTIVES[config.method], partial(positions_of_update, config)
+        update = StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
         require_tensorboard()
@@ -91,11 +95,8 @@ def train(
         # What it takes to build the model again, and what of the run is not in its config.
         info = {"iteration": 0, "best": -1.0, "image_shape": image_shape, "given": given}
         save_training(out, wrapper, optimizer, info)
-
-    update = None
-    if config.cuda_graph:
-        objective, positions = OBJECTIVES[config.method], partial(positions_of_update, config)
-        update = StaticUpdate(objective, wrapper.train(), optimizer, pairs, positions, partial(arrange, config))
+    if update is not None:
+        wrapper.train()
         update.capture()
 
     with RunLog(out, config, start=info["iteration"], progress=progress) as log:

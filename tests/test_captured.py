@@ -17,6 +17,7 @@ from l2g_meta.data.classes import ClassDataset, MapDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.training import train
 
 DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 1), dtype=np.uint8), np.arange(60) // 6)
 SHAPE = {"ways": 3, "shots": 1, "queries": 2, "outer_ways": 4}
@@ -75,6 +76,14 @@ def test_what_cannot_be_a_fixed_program_is_refused():
         static(config, wrapper, optimizer, TaskPairs(items, **SHAPE))
     with pytest.raises(L2GError, match="need an even --tasks-per-update"):
         Config(method="episodic", tasks_per_update=3, cuda_graph=True).resolved()
+
+
+def test_data_that_cannot_be_captured_leaves_no_run(tmp_path):
+    items = MapDataset([(torch.randn(1, 16, 16), k // 6) for k in range(60)], labels=np.arange(60) // 6)
+    config = Config(cuda_graph=True, pairs=1, queries=2, ways=2, eval_episodes=1, device="cpu")
+    with pytest.raises(L2GError, match="leave --cuda-graph out"):
+        train(config, tmp_path / "run", data=items, validation=items, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_gpu_the_flag_warns_and_trains_the_same(tmp_path):
