@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` with a fast double backward: same arguments, same state dict, same values.
 
     Exact to any order. Padding by name, padding modes other than zeros and images without a batch dimension are
-    PyTorch's own.
+    PyTorch's own. Neither ``vmap`` nor forward mode (``jvp``).
 
     Shapes:
         (n, in_channels, H, W) -> (n, out_channels, H', W').
@@ -61,7 +61,7 @@ def conv2d(
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
         9.0
     """
-    if torch.is_autocast_enabled(x.device.type):  # casts belong outside, where they are differentiated
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # casts are differentiated outside
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
     return _Conv.apply(x, w, b, geometry or Geometry(_pair(1), _pair(0), _pair(1), 1))

@@ -51,7 +51,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with a fast double backward: same arguments, same state dict, same values.
 
     Exact to any order: the second derivative in closed form, higher ones by automatic differentiation of it. Inputs
-    below float32 are normalised in float32. Evaluation mode with running statistics is PyTorch's own. No ``vmap``.
+    below float32 are normalised in float32. Evaluation mode with running statistics is PyTorch's own. Neither ``vmap``
+    nor forward mode (``jvp``).
 
     Shapes:
         (n, c, H, W) -> (n, c, H, W), any memory format.

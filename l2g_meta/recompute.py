@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd import Function
 
 from l2g_meta.clone import hold
 
@@ -20,7 +20,8 @@ from l2g_meta.clone import hold
 def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss of a module, and its differentiable gradient by name, whose graph is built in the backward pass.
 
-    The second evaluation sees the same parameters, random numbers and autocast setting, and writes no buffer.
+    The second evaluation sees the same parameters, buffers, random numbers and autocast setting, and writes no buffer.
+    Only the module's trainable parameters get a gradient through it, no other tensor that the loss depends on.
 
     Args:
         module: a differentiable copy made by ``clone_module``.
@@ -58,6 +59,7 @@ class _Replay:
             for name, p in child._parameters.items()
             if id(p) in positions
         ]
+        self.buffers = _copied_buffers(module)  # spectral norms compute with theirs
         device = parameters[0].device
         kind = device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -72,7 +74,7 @@ class _Replay:
             return loss, torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
 
     def again(self, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-        with torch.random.fork_rng(devices=self.generators), _buffers_kept(self.module):
+        with torch.random.fork_rng(devices=self.generators), _buffers_replaced(self.buffers):
             torch.set_rng_state(self.state[0])
             for device, state in zip(self.generators, self.state[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
@@ -92,8 +94,12 @@ class _Gradient(Function):
         return loss, *gradients
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor | None, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "need the graph of the inner step to differentiate the meta-gradient, got recompute=True, which keeps "
+                "none; use recompute=False, or leave create_graph out"
+            )
         parameters = [p.detach().requires_grad_() for p in ctx.saved_tensors]
         gradients = ctx.replay.again(parameters)
         asked = [k for k, g in enumerate(gradients) if v[k] is not None and g is not None and g.requires_grad]
@@ -118,15 +124,24 @@ def _parameters_replaced(slots: list[tuple[nn.Module, str, int]], new: list[Tens
         hold([(child, name, p) for (child, name, _), p in zip(slots, old, strict=True)])
 
 
+def _copied_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    copies: dict[int, Tensor] = {}  # one of a buffer that several modules share
+    return [
+        (child, name, copies.setdefault(id(b), b.clone()))
+        for child in module.modules()
+        for name, b in child._buffers.items()
+        if b is not None
+    ]
+
+
 @contextlib.contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    buffers = [(child, dict(child._buffers)) for child in module.modules()]
-    copies: dict[int, Tensor] = {}
-    for child, own in buffers:
-        for name, b in own.items():
-            child._buffers[name] = b if b is None else copies.setdefault(id(b), b.clone())
+def _buffers_replaced(places: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    old = [child._buffers[name] for child, name, _ in places]
+    copies = {id(b): b.clone() for _, _, b in places}  # written by the evaluation, which may come again
+    for child, name, b in places:
+        child._buffers[name] = copies[id(b)]
     try:
         yield
     finally:
-        for child, own in buffers:
-            child._buffers.update(own)
+        for (child, name, _), previous in zip(places, old, strict=True):
+            child._buffers[name] = previous

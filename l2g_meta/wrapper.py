@@ -42,7 +42,9 @@ class L2GWrapper(nn.Module):
             ``"element"``: one per element (Meta-SGD, Li et al. 2017).
         inner_steps: inner steps on T_i taken by ``forward``.
         recompute: keep no graph of an inner step: its loss is computed a second time in the backward pass. The same
-            gradient with less memory, and about one plain episode more of time. For ``forward`` and ``adapted``.
+            gradient with less memory, and about one plain episode more of time. For ``forward`` and ``adapted``. Only
+            the model's parameters and step sizes get a gradient through the inner step, no other tensor (inputs, a
+            ``loss_fn``'s own parameters), and the meta-gradient cannot be differentiated again.
         autocast: run the model under ``torch.autocast`` in this type, e.g. ``torch.bfloat16``; losses, inner steps and
             parameters stay as they are, and backward passes run outside of it.
         loss_fn: ``loss_fn(scores, query_y) -> ()``; by default the model's own ``loss_fn``, else cross-entropy.

@@ -88,12 +88,12 @@ def test_floor_counts_convolutions_as_the_design_does():
     machine = Machine(bandwidth=1e30, flops=1.0)
     for first, expected in ((False, 12 / 6), (True, 6 / 4)):
         layer = [Layer("conv", 1.0, 1.0, 1.0, first)]
-        two, step = (floor(layer, layer, machine, bilevel=bilevel)["floor_s"] for bilevel in (False, True))
+        two, step = (floor(layer, layer, machine, inner_steps=steps)["floor_s"] for steps in (0, 1))
         assert step / two == pytest.approx(expected)
     x, y = 3.0, 2.0
-    assert sum(moved for moved, _ in passes(Layer("norm", x, y, 0.0, False), adapts=True)) == (x + y) + 2 * (
-        2 * x + y
-    ) + (3 * x + 2 * y)
+    assert sum(moved for moved, _ in passes(Layer("norm", x, y, 0.0, False), adapts=1)) == (x + y) + 2 * (2 * x + y) + (
+        3 * x + 2 * y
+    )
 
 
 def test_floor_sees_every_layer():

@@ -72,8 +72,8 @@ def layers(model: nn.Module, task: Task) -> list[Layer]:
     return found
 
 
-def passes(layer: Layer, *, adapts: bool) -> list[tuple[float, float]]:
-    """(bytes, FLOP) of each pass over a layer, for T_i (``adapts``) or for T_j and plain episodes."""
+def passes(layer: Layer, *, adapts: int) -> list[tuple[float, float]]:
+    """(bytes, FLOP) of each pass over a layer, for T_i in ``adapts`` inner steps, or for T_j and plain episodes (0)."""
     x, y, f = layer.x, layer.y, layer.flop
     if layer.kind == "norm":
         forward, backward, double = [(x + y, 0.0)], [(2 * x + y, 0.0)], [(3 * x + 2 * y, 0.0)]
@@ -82,13 +82,16 @@ def passes(layer: Layer, *, adapts: bool) -> list[tuple[float, float]]:
     else:
         forward, backward = [(x + y, f)], [(x + y, f)] * 2
         double = [(2 * x + y, 2 * f), (x + y, f), (x + y, f)]
-    return forward + backward + (double + backward if adapts else [])
+    return (forward + backward + double + backward) * adapts if adapts else forward + backward
 
 
-def floor(task_i: Sequence[Layer], task_j: Sequence[Layer], machine: Machine, *, bilevel: bool) -> dict[str, float]:
-    """Seconds that one pair must take: by bytes alone, by FLOP alone, and by the larger of the two pass by pass."""
-    todo = [p for layer in task_i for p in passes(layer, adapts=bilevel)]
-    todo += [p for layer in task_j for p in passes(layer, adapts=False)]
+def floor(task_i: Sequence[Layer], task_j: Sequence[Layer], machine: Machine, *, inner_steps: int) -> dict[str, float]:
+    """Seconds that one pair must take: by bytes alone, by FLOP alone, and by the larger of the two pass by pass.
+
+    ``inner_steps=0`` is for two plain episodes.
+    """
+    todo = [p for layer in task_i for p in passes(layer, adapts=inner_steps)]
+    todo += [p for layer in task_j for p in passes(layer, adapts=0)]
     seconds = [(moved / machine.bandwidth, flop / machine.flops) for moved, flop in todo]
     memory, compute = (sum(column) for column in zip(*seconds, strict=True))
     return {"bytes_s": memory, "flop_s": compute, "floor_s": sum(map(max, seconds))}

@@ -63,7 +63,9 @@ def bench(
 
     machine = measure_machine(device)
     one_i, one_j = (layers(models[True], task) for task in pairs[0])
-    floors = {bilevel: floor(one_i, one_j, machine, bilevel=bilevel) for bilevel in (False, True)}
+    floors = {
+        exact: floor(one_i, one_j, machine, inner_steps=case.inner_steps if exact else 0) for exact in (False, True)
+    }
     draws = iter(range(case.pairs, 10 * case.pairs))
     drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
 
