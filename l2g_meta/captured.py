@@ -6,9 +6,9 @@ the (seed, k) stream on the CPU, the next update's while the GPU works on this o
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -102,38 +102,35 @@ class StaticUpdate:
             warnings.warn(f"a CUDA graph needs a CUDA device, got {self.device}; running step by step", stacklevel=2)
             return False
         self.fill(0)
-        before = copy.deepcopy((self.wrapper.state_dict(), self.optimizer.state_dict()))
-        generator = torch.cuda.get_rng_state(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
+            with self.unchanged():
+                stream = torch.cuda.Stream(self.device)
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        self.program()
+                torch.cuda.current_stream(self.device).wait_stream(stream)
+                with torch.cuda.graph(graph):
                     self.program()
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self.program()
             self.graph = graph
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             warnings.warn(f"cannot record the update as a CUDA graph ({reason}); running step by step", stacklevel=2)
-        finally:
-            self._restore(*before)
-            torch.cuda.set_rng_state(generator, self.device)
         return self.graph is not None
 
-    def _restore(self, model: dict[str, Tensor], optimizer: dict) -> None:
-        # In place: the graph reads and writes these very tensors.
-        with torch.no_grad():
-            for name, value in self.wrapper.state_dict().items():
-                value.copy_(model[name])
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    for name, value in self.optimizer.state[p].items():
-                        old = optimizer["state"].get(self._position(p), {}).get(name)
-                        value.zero_() if old is None else value.copy_(old)
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Model, optimizer and generators are afterwards as before, in place: a graph holds these very tensors."""
+        before = {id(t): t.clone() for t in self._state()}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
+            try:
+                with torch.enable_grad():
+                    yield
+            finally:
+                for t in self._state():
+                    t.copy_(before[id(t)]) if id(t) in before else t.zero_()  # the optimizer's start at 0
 
-    def _position(self, parameter: Tensor) -> int:
-        every = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return next(k for k, p in enumerate(every) if p is parameter)
+    def _state(self) -> list[Tensor]:
+        of_optimizer = [t for state in self.optimizer.state.values() for t in state.values()]
+        return [*self.wrapper.state_dict(keep_vars=True).values(), *of_optimizer]

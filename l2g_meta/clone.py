@@ -97,6 +97,11 @@ def update_module(module: nn.Module, updates: Sequence[Tensor | None]) -> nn.Mod
     return module
 
 
+def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that require a gradient, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def hold(places: Sequence[tuple[nn.Module, str, Any]]) -> None:
     """Puts tensors in the place of a clone's parameters, as (module that holds it, its name there, tensor)."""
     for module, name, tensor in places:

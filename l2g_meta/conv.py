@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.utils import _pair
 
 
 class Geometry(NamedTuple):
     """How the kernel moves over the image."""
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
 
 
 class Conv2d(nn.Conv2d):
@@ -53,7 +52,7 @@ def conv2d(
     x: Tensor,  # (n, c, H, W)
     w: Tensor,  # (d, c // groups, k, l)
     b: Tensor | None = None,  # (d,)
-    geometry: Geometry | None = None,
+    geometry: Geometry = Geometry(),  # noqa: B008 (immutable)
 ) -> Tensor:  # (n, d, H', W')
     """``torch.conv2d`` with a fast double backward; stride 1 and no padding by default.
 
@@ -64,7 +63,7 @@ def conv2d(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # casts are differentiated outside
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-    return _Conv.apply(x, w, b, geometry or Geometry(_pair(1), _pair(0), _pair(1), 1))
+    return _Conv.apply(x, w, b, geometry)
 
 
 class _Conv(Function):

@@ -293,11 +293,9 @@ def double_backward(
 
     def spread(t: Tensor) -> Tensor:  # Sᵀ
         t = t if active is None else t * active
-        return (
-            t
-            if where is None
-            else torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
-        )
+        if where is None:
+            return t
+        return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
 
     w, vw, vb = per_channel(w, x), per_channel(vw, x), per_channel(vb, x)
     n = x.numel() / x.shape[1]

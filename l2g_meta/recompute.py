@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from l2g_meta.clone import hold
+from l2g_meta.clone import hold, trainable_parameters
 
 
 def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -37,21 +37,15 @@ def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[
         True
     """
     parameters = trainable_parameters(module)
-    found = _Gradient.apply(_Replay(module, loss), *parameters.values())
+    found = _Gradient.apply(_Replay(module, loss, list(parameters.values())), *parameters.values())
     return found[0], {name: g for name, g in zip(parameters, found[1:], strict=True) if g is not None}
-
-
-def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that require a gradient, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class _Replay:
     """Evaluates a loss and its gradient, any number of times alike."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[], Tensor]):
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], parameters: list[Tensor]):
         self.module, self.loss = module, loss
-        parameters = list(trainable_parameters(module).values())
         positions = {id(p): k for k, p in enumerate(parameters)}
         self.slots = [  # where each parameter is held: after the step other tensors are there
             (child, name, positions[id(p)])

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.clone import backend
+from l2g_meta.clone import backend, trainable_parameters
 from l2g_meta.errors import FitError
-from l2g_meta.recompute import recomputed_gradient, trainable_parameters
+from l2g_meta.recompute import recomputed_gradient
 from l2g_meta.task import Task
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -238,16 +238,16 @@ class StepSizes(nn.Module):
             raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
         if value is None or isinstance(value, str) or not 0 <= float(value) < math.inf:
             raise FitError(f"need inner_lr to be a number of at least 0, finite; got {value!r}")
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trainable = trainable_parameters(model)
         if not trainable:
             raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
         self.learn = learn
         if learn in ("tensor", "element"):
-            for name, p in trainable:
+            for name, p in trainable.items():
                 alpha = torch.full(p.shape if learn == "element" else (), value, dtype=p.dtype, device=p.device)
                 self._node(name, create=True)._parameters[name.rpartition(".")[2]] = nn.Parameter(alpha)
         elif learn == "scalar":
-            like = trainable[0][1]
+            like = next(iter(trainable.values()))
             self.value = nn.Parameter(torch.tensor(value, dtype=like.dtype, device=like.device))
         else:
             # float64, to be the given number in float64 models; without dimensions it promotes nothing.

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.floor import seconds
 from l2g_meta.bench.run import build, describe, describe_machine, task_stream
+from l2g_meta.bench.timing import interleaved
+from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task
 
 
@@ -31,12 +32,7 @@ def batching(case: Case, *, repeats: int = 5, say: Callable[[str], None] = print
     tasks = [stream[k][0] for k in range(case.pairs)]
     ways = {"one after the other": sequential, "one pass (bound)": together, "vmap": vmapped}
     steps = {name: partial(way, build(case, fused=name != "vmap"), tasks) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
+    times = interleaved(steps, device, repeats=repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     say(f"T_i of {describe(case)}; {describe_machine(case)}")
     for name, median in medians.items():
@@ -63,9 +59,6 @@ def together(model: Any, tasks: Sequence[Task]) -> None:
 
 def vmapped(model: Any, tasks: Sequence[Task]) -> None:
     """The same of each task, by ``torch.func.vmap``."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.track_running_stats = False  # buffers cannot be written under torch.func
     parameters = dict(model.named_parameters())
     columns = zip(*(task[:4] for task in tasks), strict=True)
     support_x, support_y, query_x, query_y = (torch.stack(column) for column in columns)
@@ -81,7 +74,8 @@ def vmapped(model: Any, tasks: Sequence[Task]) -> None:
 
         return torch.func.grad(projected)(parameters)
 
-    torch.func.vmap(product)(support_x, support_y, query_x, query_y)
+    with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
+        torch.func.vmap(product)(support_x, support_y, query_x, query_y)
 
 
 def _hessian_vector_product(model: Any, loss: Tensor) -> None:

@@ -22,14 +22,14 @@ backward and backward again; T_j, or a plain episode, forward and backward.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from l2g_meta.bench.timing import interleaved
 from l2g_meta.task import Task
 
 
@@ -103,27 +103,6 @@ def measure_machine(device: torch.device) -> Machine:
     source, target = torch.ones(2, large, device=device)
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.ones(2, n, n, device=device)
-    return Machine(
-        2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device),
-        2 * n**3 / _median_seconds(lambda: a @ b, device),
-    )
-
-
-def _median_seconds(function: Callable[[], Any], device: torch.device) -> float:
-    function()
-    return statistics.median(seconds(function, device) for _ in range(9))
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    synchronize(device)
-    began = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    work = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    median = {name: statistics.median(times) for name, times in interleaved(work, device, repeats=9).items()}
+    return Machine(2 * source.nbytes / median["copy"], 2 * n**3 / median["product"])

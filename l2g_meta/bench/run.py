@@ -19,7 +19,8 @@ from torch import Tensor
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.floor import floor, layers, measure_machine, seconds
+from l2g_meta.bench.floor import floor, layers, measure_machine
+from l2g_meta.bench.timing import interleaved, seconds
 from l2g_meta.bench.variants import VARIANTS, Pairs, Step, available
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
@@ -58,11 +59,10 @@ def bench(
     chosen = available(variants)
     stream = task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
-    models = {fused: build(case, fused=fused) for fused in (True, False)}
     say(f"{describe(case)}; {describe_machine(case)}")
 
     machine = measure_machine(device)
-    one_i, one_j = (layers(models[True], task) for task in pairs[0])
+    one_i, one_j = (layers(build(case, fused=True), task) for task in pairs[0])
     floors = {
         exact: floor(one_i, one_j, machine, inner_steps=case.inner_steps if exact else 0) for exact in (False, True)
     }
@@ -70,12 +70,7 @@ def bench(
     drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
 
     steps = {name: v.make(build(case, fused=v.fused), case.inner_lr, case.inner_steps) for name, v in chosen.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step(pairs)
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(seconds(partial(step, pairs), device))
+    times = interleaved({name: partial(step, pairs) for name, step in steps.items()}, device, repeats=repeats)
     del steps
 
     errors = gradient_errors(case, [name for name, v in chosen.items() if v.exact])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from l2g_meta.clone import require_learn2learn
 from l2g_meta.errors import L2GError
+from l2g_meta.norm import batchnorm_policy
 from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.task import Task
 from l2g_meta.wrapper import L2GWrapper
@@ -58,14 +59,15 @@ def episodes(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
 def identity(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     """g_j − α H_i g_j by two calls of ``autograd.grad``, T_j's graph freed before the second."""
-    _one_step(inner_steps, "identity")
-    parameters = list(model.parameters())
+    if inner_steps != 1:
+        raise L2GError(f"the variant 'identity' is of one inner step, got {inner_steps}")
+    names, parameters = zip(*model.named_parameters(), strict=True)
 
     def step(pairs: Pairs) -> None:
         for task_i, task_j in pairs:
             g_i = torch.autograd.grad(_loss(model, task_i), parameters, create_graph=True)
             moved = [(p - inner_lr * g).detach().requires_grad_() for p, g in zip(parameters, g_i, strict=True)]
-            g_j = torch.autograd.grad(_functional_loss(model, moved, task_j), moved)
+            g_j = torch.autograd.grad(_functional_loss(model, names, moved, task_j), moved)
             products = torch.autograd.grad(g_i, parameters, g_j)
             _accumulate(parameters, [g - inner_lr * h for g, h in zip(g_j, products, strict=True)], len(pairs))
 
@@ -123,12 +125,9 @@ def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.track_running_stats = False  # buffers cannot be written under torch.func
 
     def inner_loss(values: tuple[Tensor, ...], task: Task) -> Tensor:
-        return _functional_loss(model, values, task, names)
+        return _functional_loss(model, names, values, task)
 
     def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
         for _ in range(inner_steps):
@@ -137,8 +136,9 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
         return inner_loss(values, task_j)
 
     def step(pairs: Pairs) -> None:
-        for pair in pairs:
-            _accumulate(parameters, torch.func.grad(outer_loss)(parameters, *pair), len(pairs))
+        with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
+            for pair in pairs:
+                _accumulate(parameters, torch.func.grad(outer_loss)(parameters, *pair), len(pairs))
 
     return step
 
@@ -185,8 +185,7 @@ def _bare(model: Any) -> Any:
     return model if hasattr(model, "loss_fn") else model.module
 
 
-def _functional_loss(model: Any, values: Sequence[Tensor], task: Task, names: Sequence[str] | None = None) -> Tensor:
-    names = names or [name for name, _ in model.named_parameters()]
+def _functional_loss(model: Any, names: Sequence[str], values: Sequence[Tensor], task: Task) -> Tensor:
     scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
     return _bare(model).loss_fn(scores, task.query_y)
 
@@ -194,8 +193,3 @@ def _functional_loss(model: Any, values: Sequence[Tensor], task: Task, names: Se
 def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], n: int) -> None:
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.detach() / n if p.grad is None else p.grad + g.detach() / n
-
-
-def _one_step(inner_steps: int, name: str) -> None:
-    if inner_steps != 1:
-        raise L2GError(f"the variant {name!r} is of one inner step, got {inner_steps}")

@@ -116,14 +116,7 @@ class TaskPairs:
             shots if outer_shots is None else outer_shots,
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
-        self.source = task_source(dataset, device)
-        if augment is not None:
-            if not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
-                raise DataError(
-                    f"need a ClassDataset of uint8 images to augment, got {type(dataset).__name__}; convert them, "
-                    "or vary them in your data set's own transform"
-                )
-            self.source = IndexedSource(dataset.to(device), augment)
+        self.source = task_source(dataset, device, augment)
         self.seed, self.device = checked_seed(seed), device
         check_enough(self.source, self.inner, self.outer)
 
@@ -143,9 +136,7 @@ class TaskPairs:
 
     def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Draws | None]:
         """T_i, T_j, T_i, … of these positions as rows of a class-indexed data set, and how their images are varied."""
-        if not isinstance(self.source, IndexedSource):
-            raise DataError("need a class-indexed data set to give rows, got learn2learn's")
-        return self.source.draw_all(self._shapes(positions))
+        return indexed(self.source).draw_all(self._shapes(positions))
 
     @property
     def fixed(self) -> bool:
@@ -200,10 +191,8 @@ class Episodes:
 
     def rows(self, k: int) -> TaskRows:
         """The rows of ``self[k]``, for a class-indexed data set."""
-        if not isinstance(self.source, IndexedSource):
-            raise DataError("need a class-indexed data set to give rows, got learn2learn's")
         rng = generator(self.seed, k)
-        (rows,) = self.source.rows(rng, (self.shape.draw(rng),))
+        (rows,) = indexed(self.source).rows(rng, (self.shape.draw(rng),))
         return rows
 
 
@@ -301,10 +290,19 @@ class TaskLayout(NamedTuple):
         return [Task(*part) for part in parts]
 
 
-def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskSource:
-    """The way to draw tasks from any supported data set."""
+def task_source(dataset: Any, device: torch.device | str | None = None, augment: Augment | None = None) -> TaskSource:
+    """The way to draw tasks from any supported data set.
+
+    Raises:
+        DataError: if images are to be augmented that are not a ``ClassDataset``'s.
+    """
+    if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
+        raise DataError(
+            f"need a ClassDataset of uint8 images to augment, got {type(dataset).__name__}; convert them, or vary "
+            "them in your data set's own transform"
+        )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(dataset.to(device))
+        return IndexedSource(dataset.to(device), augment)
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
         return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
@@ -312,6 +310,17 @@ def task_source(dataset: Any, device: torch.device | str | None = None) -> TaskS
 
         return learn2learn_source(dataset)
     return IndexedSource(MapDataset(dataset))
+
+
+def indexed(source: TaskSource) -> IndexedSource:
+    """The source itself, if it draws rows.
+
+    Raises:
+        DataError: if it does not.
+    """
+    if not isinstance(source, IndexedSource):
+        raise DataError("need a class-indexed data set to give rows, got learn2learn's")
+    return source
 
 
 def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
