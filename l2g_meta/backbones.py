@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -111,4 +112,9 @@ class _ResidualBlock(nn.Module):
         return F.max_pool2d(F.leaky_relu(y, 0.1), 2)
 
 
-BACKBONES = {"conv4": Conv4, "conv4-relation": relation_embedding, "resnet12": ResNet12}
+BACKBONES = {
+    "conv4": Conv4,
+    "conv4-32": partial(Conv4, channels=32),  # as MAML and the LSTM meta-learner have it, against overfitting
+    "conv4-relation": relation_embedding,
+    "resnet12": ResNet12,
+}

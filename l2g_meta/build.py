@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from torch import nn
 from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
-from l2g_meta.config import Config
+from l2g_meta.config import LEARNERS, Config
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import CheckpointError, FitError
 from l2g_meta.heads import HEADS
-from l2g_meta.model import MetricModel, build_head, feature_shape
+from l2g_meta.maml import SoftmaxMAML
+from l2g_meta.meta_lstm import MetaLSTM
+from l2g_meta.model import MetricModel, SoftmaxClassifier, build_head, feature_shape
+from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.task import Task, split_queries
 from l2g_meta.wrapper import L2GWrapper
 
@@ -55,8 +59,10 @@ def build_data(config: Config, split: str) -> ClassDataset:
     )
 
 
-def build_model(config: Config, image_shape: tuple[int, ...]) -> MetricModel:
-    """Encoder and head for images (C, H, W), initialised from ``config.seed``; PyTorch's generator is left as it was.
+def build_model(config: Config, image_shape: tuple[int, ...]) -> nn.Module:
+    """The config's model for images (C, H, W), initialised from ``config.seed``; PyTorch's generator is left as it was.
+
+    An encoder with a metric head, or with a softmax for a method that adapts on the supports.
 
     Raises:
         FitError: if a name is unknown, an option is not the head's, or encoder and head do not fit.
@@ -64,9 +70,30 @@ def build_model(config: Config, image_shape: tuple[int, ...]) -> MetricModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         encoder = _call(_named(config.backbone, BACKBONES, "backbone"), image_shape[0])
-        head = _named(config.head, HEADS, "head")
         shape = feature_shape(encoder, image_shape)
+        if config.method in LEARNERS:
+            return _build_learner(config, encoder, math.prod(shape))
+        head = _named(config.head, HEADS, "head")
         return MetricModel(encoder, build_head(head, shape, **config.head_options), image_shape=image_shape)
+
+
+def _build_learner(config: Config, encoder: nn.Module, dim: int) -> nn.Module:
+    classifier = SoftmaxClassifier(encoder, dim, config.ways)  # type: ignore[arg-type]
+    if config.method == "meta-lstm":
+        return MetaLSTM(classifier, config.ways, steps=config.inner_steps)  # type: ignore[arg-type]
+    return SoftmaxMAML(
+        classifier,
+        config.ways,  # type: ignore[arg-type]
+        inner_lr=config.inner_lr,
+        inner_steps=config.inner_steps,
+        test_steps=config.test_steps,  # type: ignore[arg-type]
+        first_order=config.first_order,
+    )
+
+
+def build_objective(config: Config) -> Objective:
+    """What the config's method minimises."""
+    return OBJECTIVES.get(config.method, episodic)
 
 
 def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
@@ -102,8 +129,8 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
 def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task, ...]]:
     """The tasks of update k, one tuple for each call of the objective, from one stream for all methods.
 
-    L2G takes B pairs; ``episodic`` both tasks of the same B pairs; ``maml`` the T_i of the same B pairs. With
-    ``tasks_per_update`` N, the latter two take N consecutive tasks of T_i, T_j, T_i, T_j, ….
+    L2G takes B pairs; ``maml`` the T_i of the same B pairs; the others both tasks of the same B pairs. With
+    ``tasks_per_update`` N, all but L2G take N consecutive tasks of T_i, T_j, T_i, T_j, ….
     """
     skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
     return arrange(config, pairs.batch(positions_of_update(config, k)), skip)

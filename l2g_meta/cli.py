@@ -14,15 +14,27 @@ from typing import TYPE_CHECKING, Any
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.checkpoint import read_info
-from l2g_meta.config import Config
+from l2g_meta.config import Config, Sizes
 from l2g_meta.errors import L2GError
 from l2g_meta.norm import POLICIES
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.plan import SCALES
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation
     from l2g_meta.wrapper import L2GWrapper
 
-TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
+
+def _sizes(text: str) -> Sizes:
+    """A number, or several as 1,5,10."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"need a number, or several as 1,5,10; got {text!r}") from error
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Sizes": _sizes}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from l2g_meta.data.pairs import listed
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -59,8 +72,8 @@ def _train(args: argparse.Namespace) -> int:
     train(config, out, resume=args.resume is not None)
     best = read_info(out / "best.safetensors")
     print(
-        f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({best['val_ways']}-way "
-        f"{config.shots}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
+        f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
+        f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
     return 0
 
@@ -110,6 +123,28 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(args: argparse.Namespace) -> int:
+    from l2g_meta.reproduce.cells import run_cells
+    from l2g_meta.reproduce.figures import draw
+    from l2g_meta.reproduce.plan import plan
+    from l2g_meta.reproduce.report import write_tables
+
+    what = plan(
+        args.experiment, args.scale, args.out, root=args.data_root, columns=args.columns, rows=args.rows,
+        seeds=args.runs, device=args.device,
+    )  # fmt: skip
+    try:
+        failed = run_cells(what, parallel=args.parallel)
+    finally:  # interrupted, too: what there is
+        if any(cell.done for cell in what.cells):
+            print(write_tables(what).read_text(encoding="utf-8"))
+    if args.experiment.startswith("figure") and not failed:
+        print(f"picture: {draw(what)}")
+    for message in failed:
+        print(f"l2g: {message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
     """Trained runs that are seeds of one experiment."""
     from l2g_meta.build import load_run
@@ -138,8 +173,8 @@ def _evaluate_runs(
             evaluate(
                 wrapper,
                 build_data(replace(config, root=args.root or config.root), args.split),
-                ways=args.ways or config.ways,
-                shots=args.shots or config.shots,
+                ways=args.ways or config.outer_ways,
+                shots=args.shots or config.outer_shots,
                 queries=args.queries or config.queries,
                 episodes=args.episodes,
                 runs=args.runs,
@@ -262,6 +297,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
     bench.set_defaults(command=_bench)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="the paper's tables and figures, ours beside theirs",
+        description="Trains and tests what a table or figure of the paper shows. Run again, it continues; several "
+        "machines may share one --out.",
+        epilog="scales: " + "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items()),
+    )
+    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    reproduce.add_argument("--scale", default="small", choices=tuple(SCALES), help="default: small")
+    reproduce.add_argument("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
+    reproduce.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+    reproduce.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
+    reproduce.add_argument("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    reproduce.add_argument("--runs", type=_positive, metavar="N", help="trained seeds of each cell")
+    reproduce.add_argument("--parallel", type=_positive, default=1, metavar="N", help="cells side by side (default: 1)")
+    reproduce.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    reproduce.set_defaults(command=_reproduce)
     return parser
 
 

@@ -54,6 +54,33 @@ def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Se
     return _quiet()(clone_module), _quiet()(update_module)
 
 
+def learn2learn_maml() -> Callable[..., Any] | None:
+    """learn2learn's ``MAML(model, lr, first_order=...)``, or ``None`` where it is not installed.
+
+    ``L2GWrapper`` stands in for it: ``clone()`` gives a learner with ``module``, ``adapt(loss)`` takes a step.
+    """
+    if backend()[0].__module__ == __name__:
+        return None
+    return functools.partial(require_learn2learn().algorithms.MAML, allow_nograd=True)
+
+
+def own_buffers(source: nn.Module, clone: nn.Module) -> None:
+    """Gives a clone private copies of its buffers; what its passes wrote so far goes to the module it was cloned from.
+
+    Called at the first step θ → θ', it keeps running statistics those under θ, written once per task.
+    """
+    originals = dict(source.named_modules(remove_duplicate=False))
+    private: dict[int, Tensor] = {}  # one copy of a buffer that several modules share
+    for path, child in clone.named_modules(remove_duplicate=False):
+        original = originals[path]
+        for name, buffer in child._buffers.items():
+            if buffer is None:
+                continue
+            if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
+                original._buffers[name] = buffer.detach()
+            child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
+
+
 def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
     """A copy whose parameters are differentiable clones; buffers are shared, parameters shared within stay shared.
 

@@ -19,8 +19,17 @@ from l2g_meta.objectives import OBJECTIVES
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
 
 
+LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
+METHODS = (*OBJECTIVES, *LEARNERS)
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
-TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
+TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "Sizes": (int, tuple),
+}
 
 
 def _flag(default: Any, help: str, **options: Any) -> Any:
@@ -44,8 +53,9 @@ class Config:
     download: bool = _flag(False, "let learn2learn download missing data")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
 
-    method: str = _flag("l2g", "training objective", choices=tuple(OBJECTIVES))
-    head: str = _flag("prototypical", f"metric head: {', '.join(HEADS)}, or package.module:Class")
+    method: str = _flag("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
+                        "supports, at test too", choices=METHODS)  # fmt: skip
+    head: str = _flag(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
     backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, or package.module:Class")
     distance: str | None = _flag(None, "prototypical: distance", choices=("euclidean", "squared", "cosine"))
     dims: str | None = _flag(None, "prototypical: sum or mean over dimensions", choices=("sum", "mean"))
@@ -55,15 +65,17 @@ class Config:
 
     augment: bool = _flag(False, "vary training images: random crop, flip and colours")
 
-    ways: int = _flag(5, "classes of a task (T_i)")
-    shots: int = _flag(1, "supports per class")
+    ways: Sizes = _flag(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
+    shots: Sizes = _flag(1, "supports per class, or several: 1,5,10")
     queries: int = _flag(None, "queries per class")
-    outer_ways: int | None = _flag(None, "classes of T_j; as T_i by default, and so for the next two")
-    outer_shots: int | None = _flag(None, "supports per class of T_j")
+    outer_ways: Sizes = _flag(None, "classes of T_j, one or several; as T_i by default, and so for the next two")
+    outer_shots: Sizes = _flag(None, "supports per class of T_j, one or several")
     outer_queries: int | None = _flag(None, "queries per class of T_j")
 
-    inner_lr: float = _flag(0.003, "α, step size of the inner step; the paper: 0.01")
-    inner_steps: int = _flag(1, "inner steps on T_i")
+    inner_lr: float = _flag(None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01")
+    inner_steps: int = _flag(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
+                             "(default: 5; meta-lstm 1-shot: 12)")  # fmt: skip
+    test_steps: int | None = _flag(None, "maml-softmax: steps on the supports at test (default: 10)")
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
@@ -71,9 +83,10 @@ class Config:
     fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
     lr: float = _flag(1e-3, "step size of Adam")
+    clip_norm: float | None = _flag(None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)")
     lr_halve_every: int = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
     pairs: int = _flag(None, "pairs of tasks per update")
-    tasks_per_update: int | None = _flag(None, "episodic, maml: tasks per update, instead of 2 × pairs and pairs")
+    tasks_per_update: int | None = _flag(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs)")
     iterations: int = _flag(None, "updates")
     eval_every: int = _flag(None, "updates between validations; checkpoints are written then")
     eval_episodes: int = _flag(None, "validation episodes")
@@ -96,15 +109,16 @@ class Config:
         filled: dict[str, Any] = {
             name: defaults[name] for name in (*PAPER, "image_size") if getattr(self, name) is None
         }
+        filled |= self._of_method()
         if self.backbone is None:
-            filled["backbone"] = "conv4-relation" if self.head == "relation" else "conv4"
+            filled["backbone"] = {"relation": "conv4-relation", "softmax": "conv4-32"}.get(filled["head"], "conv4")
         if self.lr_halve_every is None:
             filled["lr_halve_every"] = 100_000 if self.head == "relation" else 10_000
         for name in ("ways", "shots"):
             filled[f"outer_{name}"] = getattr(self, f"outer_{name}") or getattr(self, name)
         filled["outer_queries"] = self.outer_queries or self.queries or filled["queries"]
-        if self.head in HEADS:  # stored, so that another version's defaults do not change what a run was
-            defaults = {name: p.default for name, p in inspect.signature(HEADS[self.head]).parameters.items()}
+        if filled["head"] in HEADS:  # stored, so that another version's defaults do not change what a run was
+            defaults = {name: p.default for name, p in inspect.signature(HEADS[filled["head"]]).parameters.items()}
             filled |= {name: defaults[name] for name in HEAD_FLAGS if getattr(self, name) is None and name in defaults}
         if self.root is not None:
             filled["root"] = str(Path(self.root).expanduser().absolute())
@@ -112,16 +126,29 @@ class Config:
         config._check()
         return config
 
+    def _of_method(self) -> dict[str, Any]:
+        """Head, inner steps and clipping, where the method has a default of its own."""
+        own: dict[str, Any] = {"head": "prototypical", "inner_lr": 0.003, "inner_steps": 1}
+        if self.method in LEARNERS:
+            own = {"head": "softmax", "inner_lr": 0.01, "inner_steps": 5}
+        if self.method == "maml-softmax":
+            own["test_steps"] = 10
+        if self.method == "meta-lstm":
+            own |= {"clip_norm": 0.25, "inner_steps": 12 if self.shots == 1 else 5}
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
+
     def _check(self) -> None:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             flag = "--" + f.name.replace("_", "-")
             if value is not None and type(value) not in TYPES[str(f.type).removesuffix(" | None")]:
-                raise L2GError(f"need {flag} to be of type {f.type}, got {value!r}")
+                kind = str(f.type).replace("Sizes", "int or list")
+                raise L2GError(f"need {flag} to be of type {kind}, got {value!r}")
             if choices and value is not None and value not in choices:
                 raise L2GError(f"need {flag} to be one of {', '.join(choices)}; got {value!r}")
-            counted = f.type in ("int", "int | None") and f.name not in ("seed", "split_seed", "inner_steps")
-            if counted and value is not None and value < 1:
+            counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed", "inner_steps")
+            sizes = value if isinstance(value, tuple) else (value,)
+            if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
                 raise L2GError(f"need {flag} to be at least 1, got {value}")
         if self.seed < 0 or self.split_seed < 0 or self.inner_steps < 0:
             raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
@@ -131,12 +158,36 @@ class Config:
             raise L2GError(f"need --lr above 0 and finite, got {self.lr}")
         if not 0 <= self.inner_lr < math.inf:
             raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise L2GError(f"need --clip-norm above 0 and finite, got {self.clip_norm}")
+        if self.clip_norm is not None and self.cuda_graph:
+            raise L2GError("--clip-norm does not work with --cuda-graph; leave one out")
+        self._check_learner()
         if self.tasks_per_update is not None and self.method == "l2g":
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
         if self.cuda_graph and (self.tasks_per_update or 0) % 2:
             raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {self.tasks_per_update}")
         if self.fresh_queries and self.method != "maml":
             raise L2GError(f"--fresh-queries belongs to --method maml, got --method {self.method}")
+
+    def _check_learner(self) -> None:
+        if self.method not in LEARNERS:
+            if self.head == "softmax" or self.test_steps is not None:
+                raise L2GError(
+                    f"--test-steps and --head softmax belong to --method {' or '.join(LEARNERS)}, got --method "
+                    f"{self.method}, which classifies unseen classes without adapting"
+                )
+            return
+        if self.head != "softmax":
+            raise L2GError(f"--method {self.method} has no metric head, got --head {self.head}; leave it out")
+        if self.learn_inner_lr or self.recompute:
+            raise L2GError(f"--learn-inner-lr and --recompute belong to l2g and maml, got --method {self.method}")
+        for name in ("ways", "outer_ways"):
+            if getattr(self, name) != self.ways or not isinstance(self.ways, int):
+                raise L2GError(
+                    f"--method {self.method} has one output per class and needs one number of ways, got --ways "
+                    f"{self.ways} and --outer-ways {self.outer_ways}"
+                )
 
     @property
     def episodes_per_update(self) -> int:
@@ -155,8 +206,10 @@ class Config:
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def save(self, path: Path) -> None:
-        """Writes JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON, beside its place and renamed into it."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -166,6 +219,8 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+            return cls(**values)
         except (OSError, TypeError, ValueError) as error:
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pairs import Episodes, IndexedSource, TaskRows
+from l2g_meta.data.pairs import Choice, Episodes, IndexedSource, TaskRows, listed
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import Policy, batchnorm_policy
@@ -34,6 +35,7 @@ class Evaluation:
         ci95_runs: half width over trained models (Student t over run means), the paper's; ``None`` for one model.
         run_means: mean of each stream, or of each trained model.
         accuracies: of every episode, (models · runs · episodes,).
+        loss_mean: mean loss over all episodes, the model's own.
     """
 
     accuracy_mean: float
@@ -41,18 +43,24 @@ class Evaluation:
     ci95_runs: float | None
     bn: Policy
     split: str
-    ways: int
-    shots: int
+    ways: Choice
+    shots: Choice
     queries: int
     episodes: int
     runs: int
     episode_seed: int
     run_means: list[float]
     accuracies: list[float] = field(repr=False)
+    loss_mean: float = math.nan
 
     def __str__(self) -> str:
         """One line that says what the intervals are over."""
-        setting = [f"{self.ways}-way {self.shots}-shot", f"{self.queries} queries", self.split, f"BatchNorm {self.bn}"]
+        setting = [
+            f"{listed(self.ways)}-way {listed(self.shots)}-shot",
+            f"{self.queries} queries",
+            self.split,
+            f"BatchNorm {self.bn}",
+        ]
         n = self.runs * self.episodes
         interval = f"± {self.ci95_episodes:.2f} % (95% over {n} episodes" if n > 1 else "% (one episode"
         head = f"{', '.join(filter(None, setting))}: {self.accuracy_mean:.2f} {interval}"
@@ -65,8 +73,8 @@ def evaluate(
     model: nn.Module,
     dataset: Any,
     *,
-    ways: int = 5,
-    shots: int = 1,
+    ways: Choice = 5,
+    shots: Choice = 1,
     queries: int = 15,
     episodes: int = 600,
     runs: int = 1,
@@ -75,7 +83,9 @@ def evaluate(
     device: torch.device | str | None = None,
     split: str | None = None,
 ) -> Evaluation:
-    """Accuracy under θ (no inner step) on episodes that depend on ``episode_seed`` alone.
+    """Accuracy of ``model(task)`` on episodes that depend on ``episode_seed`` alone.
+
+    A metric model classifies under θ, without an inner step; one that adapts on the supports does so.
 
     Every model sees the same episodes, so differences between methods can be paired. Under ``bn="running"`` a
     ``MetricModel`` embeds each image once and episodes are drawn from the embeddings, which takes an encoder whose
@@ -84,8 +94,8 @@ def evaluate(
     Args:
         model: ``model(task) -> scores``, or its wrapper.
         dataset: as for ``TaskPairs``.
-        ways: classes per episode.
-        shots: supports per class.
+        ways: classes per episode, or several numbers to draw from for each.
+        shots: supports per class, or several.
         queries: queries per class.
         episodes: per stream; the paper takes 600.
         runs: streams of episodes.
@@ -105,6 +115,7 @@ def evaluate(
         >>> 0 <= result.accuracy_mean <= 100, result.ci95_runs
         (True, None)
     """
+    loss_fn = model.loss_fn if isinstance(model, L2GWrapper) else getattr(model, "loss_fn", nn.functional.cross_entropy)
     model = model.module if isinstance(model, L2GWrapper) else model
     if episodes < 1 or runs < 1:
         raise L2GError(f"need at least 1 episode and 1 run, got episodes={episodes}, runs={runs}")
@@ -114,8 +125,12 @@ def evaluate(
         for run in range(runs)
     ]
     with torch.no_grad(), batchnorm_policy(model, bn):
-        scored = [_accuracy(scores, y) for scores, y in _scores(model, streams, episodes, bn)]
-    accuracies: list[float] = (100 * torch.stack(scored)).tolist()
+        scored = [
+            torch.stack([_accuracy(scores, y), loss_fn(scores, y).double()])
+            for scores, y in _scores(model, streams, episodes, bn)
+        ]
+    accuracy, losses = torch.stack(scored).T
+    accuracies: list[float] = (100 * accuracy).tolist()
     return Evaluation(
         accuracy_mean=float(np.mean(accuracies)),
         ci95_episodes=f.confidence_interval(accuracies),
@@ -130,6 +145,7 @@ def evaluate(
         episode_seed=episode_seed,
         run_means=np.mean(np.reshape(accuracies, (runs, episodes)), axis=1).tolist(),
         accuracies=accuracies,
+        loss_mean=losses.mean().item(),
     )
 
 
@@ -161,6 +177,7 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
             "ci95_runs": f.confidence_interval(means),
             "run_means": means,
             "accuracies": accuracies,
+            "loss_mean": float(np.mean([e.loss_mean for e in evaluations])),
         }
     )
 

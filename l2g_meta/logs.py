@@ -20,6 +20,7 @@ COLUMNS = (
     "seconds",  # of the update, validation left out
     "val_accuracy",  # per cent; empty between validations
     "val_ci95",
+    "val_loss",  # under θ, mean over episodes
 )
 
 

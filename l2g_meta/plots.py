@@ -15,6 +15,7 @@ from l2g_meta.errors import FitError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import batchnorm_policy
+from l2g_meta.task import Task
 from l2g_meta.wrapper import L2GWrapper
 
 
@@ -29,7 +30,7 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
         path: of the picture, e.g. ``curve.png``.
         labels: one per run; their folders' names by default.
     """
-    figure, (left, right) = _subplots(1, 2)
+    figure, (left, right) = subplots(1, 2)
     for run, label in zip(runs, labels or [Path(run).name for run in runs], strict=True):
         rows = read_log(Path(run))
         k = np.array([int(row["iteration"]) for row in rows])
@@ -45,7 +46,7 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
     left.set(xlabel="updates", ylabel="training loss", title="Meta-training loss")
     right.set(xlabel="updates", ylabel="accuracy (%)", title="Validation under θ, 95% over episodes")
     right.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def bench_plot(result: Mapping[str, Any], path: Path | str) -> Path:
@@ -55,7 +56,7 @@ def bench_plot(result: Mapping[str, Any], path: Path | str) -> Path:
         result: of one case.
         path: of the picture.
     """
-    figure, (left, right) = _subplots(1, 2)
+    figure, (left, right) = subplots(1, 2)
     rows = result["rows"][::-1]
     names = [row["name"] for row in rows]
     left.barh(names, [row["seconds"] for row in rows])
@@ -63,7 +64,7 @@ def bench_plot(result: Mapping[str, Any], path: Path | str) -> Path:
     left.set(xlabel="seconds per update (dotted: bytes over bandwidth)", title="Time")
     right.barh(names, [(row["peak_bytes"] or 0) / 1e9 for row in rows])
     right.set(xlabel="peak beyond model and data (GB)", title="Memory", yticklabels=[])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def scaling_plot(results: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
@@ -74,7 +75,7 @@ def scaling_plot(results: Sequence[Mapping[str, Any]], path: Path | str) -> Path
         path: of the picture.
     """
     axes = list(dict.fromkeys(result["axis"] for result in results))
-    figure, panels = _subplots(1, len(axes))
+    figure, panels = subplots(1, len(axes))
     for panel, axis in zip(np.atleast_1d(panels), axes, strict=True):
         of_axis = [result for result in results if result["axis"] == axis]
         for k, row in enumerate(of_axis[0]["rows"]):
@@ -83,7 +84,7 @@ def scaling_plot(results: Sequence[Mapping[str, Any]], path: Path | str) -> Path
         panel.set(xlabel=axis.replace("_", " "), ylim=(0, None))
     np.atleast_1d(panels)[0].set(ylabel="seconds per update")
     np.atleast_1d(panels)[0].legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, ways: int = 5, shots: int = 5,
@@ -92,7 +93,7 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
 
     Args:
         models: title to ``MetricModel`` or its wrapper; all are shown the same episode.
-        dataset: as for ``TaskPairs``; its split is in the title.
+        dataset: as for ``TaskPairs``, or a list of several, a row of pictures each; its split is in the title.
         path: of the picture.
         ways: classes shown.
         shots: supports per class.
@@ -105,29 +106,37 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
         FitError: for a model without an ``encoder``.
     """
     try:
-        from sklearn.manifold import TSNE
+        import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
-    task = Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=seed, device=device)[0]
-    figure, axes = _subplots(1, len(models))
-    for axis, (title, model) in zip(np.atleast_1d(axes), models.items(), strict=True):
-        model = model.module if isinstance(model, L2GWrapper) else model
-        if not isinstance(model, MetricModel):
-            raise FitError(
-                f"need a MetricModel, whose encoder gives embeddings, got {type(model).__name__} for {title!r}"
-            )
-        with torch.no_grad(), batchnorm_policy(model, "running"):
-            z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
-        n = len(task.support_y)
-        flat = TSNE(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
-        axis.scatter(*flat[n:].T, c=task.query_y.cpu(), cmap="tab10", vmax=9, s=12)
-        axis.scatter(*flat[:n].T, c=task.support_y.cpu(), cmap="tab10", vmax=9, s=140, marker="*", edgecolors="black")
-        axis.set(title=title, xticks=[], yticks=[])
-    figure.suptitle(f"{ways} classes of {getattr(dataset, 'name', '')} {getattr(dataset, 'split', '')}".strip())
-    return _save(figure, path)
+    datasets = dataset if isinstance(dataset, list | tuple) else [dataset]
+    figure, axes = subplots(len(datasets), len(models))
+    for row, data in zip(np.reshape(axes, (len(datasets), len(models))), datasets, strict=True):
+        task = Episodes(data, ways=ways, shots=shots, queries=queries, seed=seed, device=device)[0]
+        shown = f"{ways} classes of {getattr(data, 'name', '')} {getattr(data, 'split', '')}".strip()
+        for axis, (title, model) in zip(row, models.items(), strict=True):
+            _embedding(axis, f"{title}: {shown}", model, task, seed)
+    return save(figure, path)
 
 
-def _subplots(rows: int, columns: int) -> Any:
+def _embedding(axis: Any, title: str, model: nn.Module, task: Task, seed: int) -> None:
+    from sklearn.manifold import TSNE
+
+    model = model.module if isinstance(model, L2GWrapper) else model
+    if not isinstance(model, MetricModel):
+        raise FitError(f"need a MetricModel, whose encoder gives embeddings, got {type(model).__name__} for {title!r}")
+    with torch.no_grad(), batchnorm_policy(model, "running"):
+        z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
+    n = len(task.support_y)
+    flat = TSNE(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
+    axis.scatter(*flat[n:].T, c=task.query_y.cpu(), cmap="tab10", vmax=9, s=12)
+    axis.scatter(*flat[:n].T, c=task.support_y.cpu(), cmap="tab10", vmax=9, s=140, marker="*", edgecolors="black")
+    axis.set_title(title, fontsize=9)
+    axis.set(xticks=[], yticks=[])
+
+
+def subplots(rows: int, columns: int) -> Any:
+    """A figure and its axes, (rows, columns) of them or as Matplotlib squeezes them."""
     # Without pyplot: no global state, no display needed.
     from matplotlib.figure import Figure
 
@@ -135,6 +144,7 @@ def _subplots(rows: int, columns: int) -> Any:
     return figure, figure.subplots(rows, columns)
 
 
-def _save(figure: Any, path: Path | str) -> Path:
+def save(figure: Any, path: Path | str) -> Path:
+    """Writes the picture."""
     figure.savefig(path, dpi=120)
     return Path(path)

@@ -16,6 +16,7 @@ from l2g_meta.build import (
     build_data,
     build_device,
     build_model,
+    build_objective,
     build_pairs,
     build_wrapper,
     positions_of_update,
@@ -26,11 +27,11 @@ from l2g_meta.captured import StaticUpdate
 from l2g_meta.checkpoint import load_training, save_tensors, save_training
 from l2g_meta.clone import backend
 from l2g_meta.config import Config
-from l2g_meta.data.pairs import Episodes, task_source
+from l2g_meta.data.pairs import Episodes, task_source, values
 from l2g_meta.errors import CheckpointError, DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.logs import RunLog, require_tensorboard
-from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.objectives import meta_gradient
 from l2g_meta.plots import learning_curve
 from l2g_meta.wrapper import L2GWrapper
 
@@ -73,13 +74,14 @@ def train(
         validation = build_data(config, "validation")
     pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
+    objective = build_objective(config)
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     graph = config.cuda_graph and device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if graph else config.lr
     optimizer = torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
     update = None
     if config.cuda_graph:
-        objective, positions = OBJECTIVES[config.method], partial(positions_of_update, config)
+        positions = partial(positions_of_update, config)
         update = StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
@@ -91,10 +93,10 @@ def train(
         info = load_training(out, wrapper, optimizer)
     else:
         _new_folder(out)
-        config.save(out / "config.json")
         # What it takes to build the model again, and what of the run is not in its config.
         info = {"iteration": 0, "best": -1.0, "image_shape": image_shape, "given": given}
         save_training(out, wrapper, optimizer, info)
+        config.save(out / "config.json")  # last: a folder that has it can be resumed
     if update is not None:
         wrapper.train()
         update.capture()
@@ -110,8 +112,10 @@ def train(
             else:
                 optimizer.zero_grad()
                 batch = tasks_of_update(config, pairs, k)
-                stats = meta_gradient(OBJECTIVES[config.method], wrapper, batch)  # eq. 3 and 4
+                stats = meta_gradient(objective, wrapper, batch)  # eq. 3 and 4
                 _check_finite(stats.loss, wrapper, k)
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(wrapper.parameters(), config.clip_norm)
                 optimizer.step()  # eq. 5
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": time.perf_counter() - began}
@@ -120,6 +124,7 @@ def train(
             if due:
                 result = validate(wrapper, config, validation, device)
                 row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
+                row |= {"val_loss": result.loss_mean}
             log.write(row)  # before saving: rows past the checkpoint are dropped on resuming, missing ones are lost
             if due:
                 info = _save(out, wrapper, optimizer, info, k + 1, result)
@@ -139,18 +144,20 @@ def learning_rate(config: Config, k: int) -> float:
 
 
 def validation_shape(config: Config, dataset: Any) -> dict[str, Any]:
-    """Ways, shots and queries of validation episodes: as training's, on as many ways as the split has.
+    """Ways, shots and queries of validation episodes: as T_j's, on as many ways as the split has.
 
     Raises:
         DataError: if the split has fewer than two classes.
     """
     sizes = task_source(dataset).class_sizes()
-    ways = config.ways if sizes is None else min(config.ways, len(sizes))
-    if ways < 2:
+    most = math.inf if sizes is None else len(sizes)
+    ways = tuple(dict.fromkeys(min(n, most) for n in values(config.outer_ways)))
+    if min(ways) < 2:
         raise DataError(
-            f"need validation on at least 2 ways to choose a checkpoint by, got {ways}; add validation classes or ways"
+            f"need validation on at least 2 ways to choose a checkpoint by, got {min(ways)}; add validation classes or "
+            "ways"
         )
-    return {"ways": ways, "shots": config.shots, "queries": config.queries}
+    return {"ways": ways[0] if len(ways) == 1 else ways, "shots": config.outer_shots, "queries": config.queries}
 
 
 def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.clone import backend, trainable_parameters
+from l2g_meta.clone import backend, own_buffers, trainable_parameters
 from l2g_meta.errors import FitError
 from l2g_meta.recompute import recomputed_gradient
 from l2g_meta.task import Task
@@ -154,7 +154,8 @@ class L2GWrapper(nn.Module):
     def _take_step(self, loss: Tensor, g: dict[str, Tensor]) -> L2GWrapper:
         if not g:
             raise FitError("need a loss computed with this learner, got one that depends on none of its parameters")
-        self._own_buffers()
+        if not self.adapted_steps:
+            own_buffers(self.source, self.module)  # type: ignore[arg-type]
         self.updates = {name: -self.inner_lr(name) * g[name] for name in g}
         _, update_module = backend()
         update_module(self.module, [self.updates.get(name) for name, _ in self.module.named_parameters()])
@@ -198,22 +199,6 @@ class L2GWrapper(nn.Module):
             for task in tasks:
                 task.check()
             self._checked = True
-
-    def _own_buffers(self) -> None:
-        """At the first step: what passes under θ wrote goes to the model, what follows stays with the learner."""
-        if self.adapted_steps:
-            return
-        assert self.source is not None
-        originals = dict(self.source.named_modules(remove_duplicate=False))
-        private: dict[int, Tensor] = {}  # one copy of a buffer that several modules share
-        for path, child in self.module.named_modules(remove_duplicate=False):
-            original = originals[path]
-            for name, buffer in child._buffers.items():
-                if buffer is None:
-                    continue
-                if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
-                    original._buffers[name] = buffer.detach()
-                child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
 
 
 class StepSizes(nn.Module):

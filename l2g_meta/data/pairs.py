@@ -51,19 +51,19 @@ class TaskShape(NamedTuple):
     def checked(self, name: str) -> TaskShape:
         """The shape itself, if its numbers are positive."""
         for field, choice in zip(self._fields, self, strict=True):
-            values = _values(choice) if isinstance(choice, int | np.integer | np.ndarray | Collection) else []
-            if not values or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
+            numbers = values(choice) if isinstance(choice, int | np.integer | np.ndarray | Collection) else []
+            if not numbers or not all(isinstance(v, int | np.integer) and v >= 1 for v in numbers):
                 raise DataError(f"need {name}{field} to be a positive integer or a set of them, got {choice!r}")
         return self
 
     @property
     def largest(self) -> tuple[int, int]:
         """Most ways, and most examples per class."""
-        return max(_values(self.ways)), max(_values(self.shots)) + max(_values(self.queries))
+        return max(values(self.ways)), max(values(self.shots)) + max(values(self.queries))
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """One (ways, shots, queries)."""
-        ways, shots, queries = (v[0] if len(v) == 1 else v[rng.integers(len(v))] for v in map(_values, self))
+        ways, shots, queries = (v[0] if len(v) == 1 else v[rng.integers(len(v))] for v in map(values, self))
         return ways, shots, queries
 
 
@@ -141,7 +141,7 @@ class TaskPairs:
     @property
     def fixed(self) -> bool:
         """Whether all pairs have tasks of the same shapes."""
-        return all(len(_values(choice)) == 1 for shape in (self.inner, self.outer) for choice in shape)
+        return all(len(values(choice)) == 1 for shape in (self.inner, self.outer) for choice in shape)
 
     def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
         generators = [generator(self.seed, k) for k in positions]
@@ -353,7 +353,7 @@ def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
 
 def checked_seed(seed: int | Sequence[int]) -> list[int]:
     """The seed as a list of integers of at least 0."""
-    seeds = _values(seed)
+    seeds = values(seed)
     if not seeds or not all(isinstance(s, int | np.integer) and s >= 0 for s in seeds):
         raise DataError(f"need a seed of integers of at least 0, got {seed!r}")
     return seeds
@@ -363,10 +363,26 @@ def generator(seed: int | Sequence[int], k: int) -> np.random.Generator:
     """The generator of position k of a stream."""
     if k < 0:
         raise IndexError(f"need a position of at least 0, got {k}")
-    return np.random.default_rng([*_values(seed), k])
+    return np.random.default_rng([*values(seed), k])
 
 
-def _values(choice: Choice) -> list[int]:
+def values(choice: Choice) -> list[int]:
+    """The numbers of a choice.
+
+    Example:
+        >>> values(5), values({10, 5})
+        ([5], [5, 10])
+    """
     if isinstance(choice, int | np.integer):
         return [int(choice)]
     return sorted(choice) if isinstance(choice, Set) else list(choice)
+
+
+def listed(choice: Choice) -> str:
+    """A choice in words.
+
+    Example:
+        >>> listed(5), listed((5, 10))
+        ('5', '5/10')
+    """
+    return "/".join(map(str, values(choice)))

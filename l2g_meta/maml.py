@@ -1,0 +1,88 @@
+r"""MAML (Finn, Abbeel, Levine 2017) with a softmax classifier: a model that adapts on a task's supports.
+
+.. math:: \theta_0 = \theta, \qquad \theta_{t+1} = \theta_t - \alpha \nabla L(\theta_t; S), \qquad
+          \text{scores} = h_{\theta_T}(Q)
+
+with S the supports, Q the queries and L the cross-entropy. Training it is episodic training of that model: the mean
+cross-entropy of the scores over tasks, differentiated through the T steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2g_meta.clone import learn2learn_maml, own_buffers, trainable_parameters
+from l2g_meta.errors import FitError
+from l2g_meta.task import Task
+from l2g_meta.wrapper import L2GWrapper
+
+
+class SoftmaxMAML(nn.Module):
+    """A classifier of ``n_way`` classes that is adapted on the supports by gradient steps, ``model(task) -> scores``.
+
+    The steps are taken by learn2learn's ``MAML`` where it is installed, else by the built-in equivalent.
+
+    Args:
+        classifier: images (n, C, H, W) to logits (n, n_way).
+        n_way: classes of every task.
+        inner_lr: step size α.
+        inner_steps: T in training mode; 5 as published.
+        test_steps: T in evaluation mode; 10 as published.
+        first_order: treat the inner gradients as constants.
+
+    Shapes:
+        task -> scores (n_query, n_way).
+
+    Raises:
+        FitError: for a task of another number of ways, or a classifier without trainable parameters.
+
+    Source:
+        Finn et al., *Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks*, algorithm 2.
+
+    Example:
+        >>> model = SoftmaxMAML(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), 2)
+        >>> x, y = torch.randn(6, 1, 2, 2), torch.arange(6) % 2
+        >>> model(Task(x, y, x, y, 2)).shape
+        torch.Size([6, 2])
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        n_way: int,
+        *,
+        inner_lr: float = 0.01,
+        inner_steps: int = 5,
+        test_steps: int = 10,
+        first_order: bool = False,
+    ):
+        super().__init__()
+        if not trainable_parameters(classifier):
+            raise FitError(f"need a classifier with trainable parameters, {type(classifier).__name__} has none")
+        self.classifier, self.n_way = classifier, n_way
+        self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
+        self.first_order = first_order
+
+    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
+        """Logits of the queries under θ_T."""
+        if task.n_way != self.n_way:
+            raise FitError(
+                f"need tasks of {self.n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
+                "number of ways, or use a metric head, which takes any"
+            )
+        first_order = self.first_order or not torch.is_grad_enabled()
+        with torch.enable_grad():  # the steps need gradients at test, too
+            algorithm = learn2learn_maml() or L2GWrapper
+            learner = algorithm(self.classifier, self.inner_lr, first_order=first_order).clone()
+            for step in range(self.inner_steps if self.training else self.test_steps):
+                loss = F.cross_entropy(learner.module(task.support_x), task.support_y)  # L(θ_t; S)
+                if step == 0 and not isinstance(learner, L2GWrapper):  # which does so itself
+                    own_buffers(self.classifier, learner.module)
+                learner.adapt(loss)
+        return learner.module(task.query_x)
+
+    def extra_repr(self) -> str:
+        """Arguments, for printing."""
+        return f"inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, test_steps={self.test_steps}"

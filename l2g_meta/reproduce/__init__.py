@@ -1,0 +1,1 @@
+"""``l2g reproduce``: the tables and figures of the paper, ours beside theirs."""

@@ -1,0 +1,146 @@
+"""Trains and tests cells: one after the other or side by side, on one machine or several that share the folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2g_meta.allocator import keep_freed_memory
+from l2g_meta.bench.case import Case
+from l2g_meta.bench.run import describe_machine
+from l2g_meta.build import build_data, build_device, load_run
+from l2g_meta.config import Config
+from l2g_meta.errors import L2GError
+from l2g_meta.evaluation import evaluate
+from l2g_meta.lock import claim
+from l2g_meta.logs import read_log
+from l2g_meta.norm import POLICIES
+from l2g_meta.reproduce.paper import COLUMNS
+from l2g_meta.reproduce.plan import RESULT, SCALES, Cell, Plan, check_same
+from l2g_meta.training import train
+
+WAIT = 5.0  # seconds between looks at cells that others hold
+
+
+def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[str]:
+    """Brings every cell to its result; returns what failed.
+
+    Args:
+        plan: the cells.
+        parallel: processes, each with its share of the cores.
+        progress: show each run's progress bar, if there is one process.
+    """
+    if parallel == 1:
+        return work(plan, progress=progress)
+    context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+    failed = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    workers = [context.Process(target=_worker, args=(plan, threads, failed), daemon=True) for _ in range(parallel)]
+    for worker in workers:
+        worker.start()
+    messages = [message for _ in workers for message in _next(failed, workers)]
+    for worker in workers:
+        worker.join()
+    return sorted(set(messages))
+
+
+def _worker(plan: Plan, threads: int, failed: Any) -> None:
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    failed.put(work(plan, progress=False))
+
+
+def _next(failed: Any, workers: list[Any]) -> list[str]:
+    """One worker's failures, or that it died."""
+    from queue import Empty
+
+    while True:
+        try:
+            return failed.get(timeout=1)
+        except Empty:
+            dead = [w for w in workers if w.exitcode not in (None, 0)]
+            if dead:
+                return [f"a worker ended with code {dead[0].exitcode}; start the command again to go on"]
+
+
+def work(plan: Plan, *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
+    """Takes cells that nobody has until all are done; returns what failed."""
+    failed: dict[Cell, str] = {}
+    while left := [cell for cell in plan.cells if not cell.done and cell not in failed]:
+        waiting = True
+        for cell in left:
+            lost = [need for need in cell.needs if need in failed]
+            if lost:
+                failed[cell] = f"{cell.name}: waits for {lost[0].name}, which failed"
+            if lost or cell.done or not all(need.done for need in cell.needs):
+                continue
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            with claim(cell.folder / "lock") as ours:
+                if not ours or cell.done:
+                    continue
+                waiting = False
+                try:
+                    began = time.perf_counter()
+                    result = run_cell(cell, progress=progress)
+                    accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
+                    say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
+                except L2GError as error:
+                    failed[cell] = f"{cell.name}: {error}"
+                    say(f"l2g: {failed[cell]}")
+        if waiting and any(cell not in failed for cell in left):
+            time.sleep(WAIT)
+    return list(failed.values())
+
+
+def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
+    """Trains a cell, or goes on with it, and tests it under both BatchNorm policies; returns and stores the result."""
+    config, saved = cell.config(), cell.folder / "config.json"
+    if saved.exists():
+        check_same(cell, Config.load(saved))
+    train(config, cell.folder, resume=saved.exists(), progress=progress)
+    wrapper, _ = load_run(cell.folder, device=config.device)
+    data, device = build_data(config, "test"), build_device(config.device)
+    column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    tests = {}
+    for bn in POLICIES:
+        settings = [
+            evaluate(
+                wrapper, data, ways=ways, shots=shots, queries=scale.test_queries, episodes=scale.test_episodes, bn=bn,
+                device=device,
+            )
+            for ways in column.ways
+            for shots in column.shots
+        ]  # fmt: skip
+        accuracies = torch.tensor([s.accuracies for s in settings], dtype=torch.float64).mean(0)
+        tests[bn] = {
+            "accuracy_mean": accuracies.mean().item(),
+            "accuracies": [round(a, 4) for a in accuracies.tolist()],  # of an episode, the mean over settings
+            "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
+        }
+    log = read_log(cell.folder)
+    result = {
+        "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
+        "tests": tests,
+        "updates": len(log),
+        "tasks": sum(int(line["tasks"]) for line in log),
+        "seconds": sum(float(line["seconds"]) for line in log),
+        "machine": f"{describe_machine(Case(device=str(device)))}, Python {platform.python_version()}",
+    }
+    write_json(cell.folder / RESULT, result)
+    return result
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON beside its place and renames it into it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,67 @@
+"""Figures 2 and 3 of the paper, from the cells of the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.build import build_data, build_device, load_run
+from l2g_meta.logs import read_log
+from l2g_meta.plots import save, subplots, tsne
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.plan import SCALES, Cell, Plan
+
+
+def draw(plan: Plan) -> Path:
+    """The picture of a figure's plan, ``<experiment>-<scale>.png``."""
+    path = plan.out / f"{plan.experiment}-{plan.scale}.png"
+    return convergence(plan, path) if plan.experiment == "figure2" else embeddings(plan, path)
+
+
+def convergence(plan: Plan, path: Path) -> Path:
+    """Figure 2: meta-training loss, and validation loss under θ, against updates; bands hold all seeds.
+
+    Training losses differ in kind: L(θ) for the base, L(θ'; T_j) for L2G. The validation loss is under θ for both.
+    """
+    figure, axes = subplots(len(plan.data), 2)
+    for (left, right), data in zip(np.reshape(axes, (-1, 2)), plan.data, strict=True):
+        for row in plan.rows:
+            logs = [read_log(cell.folder) for cell in plan.cells if (cell.data, cell.row) == (data, row)]
+            title = ROWS[row].title
+            window = max(1, len(logs[0]) // 50)
+            loss = [[float(line["loss"]) for line in log] for log in logs]
+            smooth = [np.convolve(values, np.ones(window) / window, mode="valid") for values in loss]
+            _band(left, np.arange(window, len(loss[0]) + 1), smooth, title)
+            done = [[line for line in log if line["val_loss"]] for log in logs]
+            at = np.array([int(line["iteration"]) for line in done[0]])
+            _band(right, at, [[float(line["val_loss"]) for line in log] for log in done], title)
+        left.set(xlabel="updates", ylabel="loss", title=f"{data}: meta-training loss")
+        right.set(xlabel="updates", ylabel="loss", title=f"{data}: validation loss under θ")
+        right.legend(fontsize=8)
+    spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
+    titles = ", ".join(COLUMNS[column].title for column in plan.columns)
+    figure.suptitle(f"{spec.title}, {titles}; {plan.scale} ({scale.image_size} px, {plan.seeds} seeds)", fontsize=10)
+    return save(figure, path)
+
+
+def _band(axis: Any, at: np.ndarray, curves: Any, label: str) -> None:
+    values = np.array(curves)  # (seeds, points)
+    axis.plot(at, values.mean(0), label=label, marker="o" if len(at) < 30 else None, markersize=3)
+    axis.fill_between(at, values.min(0), values.max(0), alpha=0.15)
+
+
+def embeddings(plan: Plan, path: Path) -> Path:
+    """Figure 3: t-SNE of one episode of training classes and one of test classes, base beside L2G, seed 0.
+
+    Supports are stars, queries dots; all under θ, which is what classifies at test.
+    """
+    cells: list[Cell] = [cell for cell in plan.cells if cell.seed == 0]
+    loaded = {ROWS[cell.row].title: load_run(cell.folder, device=plan.device) for cell in cells}
+    config = next(iter(loaded.values()))[1]
+    device = build_device(plan.device)
+    models = {title: wrapper for title, (wrapper, _) in loaded.items()}
+    data = [build_data(config, split) for split in ("train", "test")]
+    queries = min(25, min(len(rows) for d in data for rows in d.index) - 1)
+    return tsne(models, data, path, ways=5, shots=1, queries=queries, device=device)

@@ -1,0 +1,260 @@
+"""What an experiment trains: a cell is one row in one column with one seed, a run directory of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.config import Config
+from l2g_meta.errors import L2GError
+from l2g_meta.logs import read_log
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS, Column, Row
+
+EPISODES = {"prototypical": 100_000, "relation": 500_000, "other": 100_000}  # our choice, the paper gives no total
+HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "other": 10_000}  # the paper's, in episodes
+PAIRS = 5  # the paper's
+TIME_ROW = ("l2g-proto", "proto-tasks")  # what takes the time, and what a step of "time as L2G" costs
+RESULT = "test.json"  # in a cell's folder when it is done
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the paper's budget is spent.
+
+    Args:
+        title: in words; printed with every result.
+        seeds: trained models per cell.
+        updates: most updates of a cell; ``None`` for the paper's number of episodes.
+        heavy: most updates of a relation network's pairs and of tasks of several ways and shots, which cost more.
+        image_size: pixels.
+        queries: per class of a training task.
+        test_queries: per class of a test episode.
+        validations: of a run.
+        validation_episodes: of each.
+        test_episodes: of each trained model.
+        columns: how many of an experiment's.
+        data: instead of the experiment's.
+    """
+
+    title: str
+    seeds: int
+    updates: int | None
+    heavy: int | None
+    image_size: int
+    queries: int
+    test_queries: int
+    validations: int
+    validation_episodes: int
+    test_episodes: int
+    columns: int | None = None
+    data: str | None = None
+
+
+SCALES = {
+    "full": Scale(
+        "the paper's budget: 84 px, 600 episodes × 5 seeds; its training, which the paper leaves open, is our choice: "
+        "100,000 episodes, relation networks 500,000",
+        5, None, None, 84, 15, 15, 50, 600, 600,
+    ),
+    "small": Scale(
+        "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, 10 training "
+        "queries instead of 15, 2 seeds instead of 5",
+        2, 300, 150, 28, 10, 15, 6, 200, 600, columns=1,
+    ),
+    "smoke": Scale(
+        "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
+        1, 2, 2, 28, 5, 5, 1, 5, 5, columns=1, data="glyphs",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment at a scale, in a folder; see ``plan``."""
+
+    experiment: str
+    scale: str
+    out: Path
+    root: str | None
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    seeds: int
+    device: str
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Names of its data sets."""
+        own = SCALES[self.scale].data
+        return EXPERIMENTS[self.experiment].data if own is None else (own,)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, those that others wait for first."""
+        return [
+            Cell(self, data, column, row, seed)
+            for seed in range(self.seeds)
+            for data in self.data
+            for column in self.columns
+            for row in self.rows
+        ]
+
+
+def plan(
+    experiment: str,
+    scale: str,
+    out: Path,
+    *,
+    root: str | None = None,
+    columns: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    seeds: int | None = None,
+    device: str = "auto",
+) -> Plan:
+    """The plan of an experiment.
+
+    Raises:
+        L2GError: for an unknown name, or a row that waits for one that is left out.
+
+    Example:
+        >>> len(plan("table1", "small", Path("runs"), root="data", rows=["proto", "l2g-proto"]).cells)
+        4
+    """
+    spec, budget = EXPERIMENTS[experiment], SCALES[scale]
+    columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
+    rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
+    if root is None and budget.data is None:
+        raise L2GError(f"need --data-root, the folder that holds {' and '.join(spec.data)}; --scale smoke needs none")
+    found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device)
+    for cell in found.cells:
+        missing = [c.row for c in cell.needs if c.row not in rows and not c.done]
+        if missing:
+            raise L2GError(f"the row {cell.row} waits for {' and '.join(missing)}; add them to --rows")
+    return found
+
+
+def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise L2GError(f"need --{kind} of {', '.join(known)}; got {', '.join(unknown)}")
+    return tuple(dict.fromkeys(names or default))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model of a table."""
+
+    plan: Plan
+    data: str
+    column: str
+    row: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory; tables and figures of one scale share it."""
+        return self.plan.out / "cells" / self.plan.scale / self.data / self.column / f"{self.row}-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return f"{self.data} {self.column} {self.row} seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it is trained and tested."""
+        return (self.folder / RESULT).exists()
+
+    @property
+    def needs(self) -> list[Cell]:
+        """Cells that must be done before."""
+        if ROWS[self.row].work != "time":
+            return []
+        return [replace(self, row=row) for row in TIME_ROW]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What it found.
+
+        Raises:
+            L2GError: if that belongs to another config than the plan's.
+        """
+        found = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        check_same(self, Config.load(self.folder / "config.json"))
+        return found
+
+    def config(self) -> Config:
+        """What it trains; for equal wall time known once the cells it needs are done."""
+        row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
+        ways, shots = _size(column.ways), _size(column.shots)
+        updates = _updates(row, column, scale, self._updates_of_time())
+        return Config(
+            data=self.data,
+            root=self.plan.root,
+            image_size=scale.image_size,
+            **{"ways": ways, "shots": shots, **row.inner},
+            outer_ways=ways,
+            outer_shots=shots,
+            queries=scale.queries,
+            pairs=PAIRS,
+            tasks_per_update=_tasks_per_update(row, column),
+            iterations=updates,
+            eval_every=max(1, updates // scale.validations),
+            eval_episodes=scale.validation_episodes,
+            lr_halve_every=HALVE_EVERY[row.family],
+            bn=row.published,
+            seed=self.seed,
+            device=self.plan.device,
+            **row.options,
+        ).resolved()
+
+    def _updates_of_time(self) -> int | None:
+        """As many updates as the first needed cell's time pays for, at the second's cost of one."""
+        if not self.needs:
+            return None
+        if (self.folder / "config.json").exists():  # decided when it began
+            return Config.load(self.folder / "config.json").iterations
+        taken, each = (
+            [float(line["seconds"]) for line in read_log(cell.folder)] for cell in self.needs
+        )  # fmt: skip
+        return max(1, round(sum(taken) / statistics.median(each)))
+
+
+def check_same(cell: Cell, found: Config) -> None:
+    """That a cell's folder holds what the plan says.
+
+    Raises:
+        L2GError: naming the differences.
+    """
+    wanted = cell.config()
+    machine = ("root", "device", "download", "tensorboard")
+    names = [n for n in vars(wanted) if n not in machine and getattr(wanted, n) != getattr(found, n)]
+    if names:
+        differences = ", ".join(f"{n} {getattr(found, n)} (now {getattr(wanted, n)})" for n in names)
+        raise L2GError(
+            f"{cell.folder} holds a run with {differences}; choose another --out, or remove the folder to run it again"
+        )
+
+
+def _size(numbers: tuple[int, ...]) -> int | tuple[int, ...]:
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _tasks_per_update(row: Row, column: Column) -> int | None:
+    if row.work == "task":
+        return 1
+    if row.work == "batch":  # as MAML was published: 4 tasks of 1 shot, 2 of 5
+        return 4 if column.shots == (1,) else 2
+    return None  # all tasks of the pairs, or for MAML + their T_i
+
+
+def _updates(row: Row, column: Column, scale: Scale, of_time: int | None) -> int:
+    if of_time is not None:
+        return of_time
+    if scale.updates is None:
+        return EPISODES[row.family] // (_tasks_per_update(row, column) or PAIRS)
+    heavy = (row.family == "relation" and row.work != "task") or len(column.ways) * len(column.shots) > 1
+    return min(scale.updates, scale.heavy or scale.updates) if heavy else scale.updates

@@ -1,0 +1,203 @@
+"""Tables of an experiment: ours beside the paper's, differences over the same episodes, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.functional import confidence_interval
+from l2g_meta.logs import read_log
+from l2g_meta.norm import POLICIES, Policy
+from l2g_meta.reproduce.cells import write_json
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.plan import SCALES, Plan
+
+
+def write_tables(plan: Plan) -> Path:
+    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last's path."""
+    values = tables(plan)
+    path = plan.out / f"{plan.experiment}-{plan.scale}.md"
+    write_json(path.with_suffix(".json"), values)
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CURVE)
+        writer.writeheader()
+        writer.writerows(line for cell in plan.cells if cell.done for line in curve(cell))
+    path.write_text(markdown(values), encoding="utf-8")
+    return path
+
+
+CURVE = ("data", "column", "row", "seed", "updates", "seconds", "loss", "val_loss", "val_accuracy", "val_ci95")
+
+
+def curve(cell: Cell) -> Iterator[dict[str, Any]]:
+    """A cell's log at its validations: seconds of training so far, and the mean training loss since the last one."""
+    of_cell = {"data": cell.data, "column": cell.column, "row": cell.row, "seed": cell.seed}
+    seconds, losses = 0.0, []
+    for line in read_log(cell.folder):
+        seconds += float(line["seconds"])
+        losses.append(float(line["loss"]))
+        if line["val_accuracy"]:
+            numbers = {"loss": np.mean(losses), **{k: float(line[k] or "nan") for k in CURVE[-3:]}}
+            rounded = {name: f"{value:.4f}" for name, value in numbers.items()}
+            yield of_cell | {"updates": line["iteration"], "seconds": f"{seconds:.1f}"} | rounded
+            losses = []
+
+
+def tables(plan: Plan) -> dict[str, Any]:
+    """All that the Markdown shows, and each trained model's accuracies, as a dictionary that ``json`` takes."""
+    spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
+    results = {cell: cell.result for cell in plan.cells if cell.done}
+    parts = []
+    for data in plan.data:
+        for column in plan.columns:
+            of_row = {
+                row: [
+                    result
+                    for cell, result in results.items()
+                    if (cell.data, cell.column, cell.row) == (data, column, row)
+                ]
+                for row in plan.rows
+            }
+            rows = []
+            for row, found in of_row.items():
+                paper = dict(zip(spec.columns, spec.paper.get(row, ()), strict=False)).get(column)
+                rows.append(_summary(row, found, None if scale.data else paper, of_row))
+            parts.append({"data": data, "column": column, "title": COLUMNS[column].title, "rows": rows})
+    machines = sorted({result["machine"] for result in results.values()})
+    return {
+        "experiment": plan.experiment,
+        "scale": plan.scale,
+        "title": f"{spec.title}, {plan.scale}",
+        "budget": scale.title,
+        "seeds": plan.seeds,
+        "test_episodes": scale.test_episodes,
+        "machines": machines,
+        "missing": [cell.name for cell in plan.cells if not cell.done],
+        "tables": parts,
+    }
+
+
+def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_row: dict[str, Any]) -> dict[str, Any]:
+    spec = ROWS[row]
+    summary: dict[str, Any] = {
+        "row": row, "title": spec.title, "paper": paper, "published_bn": spec.published, "seeds": len(found),
+    }  # fmt: skip
+    if not found:
+        return summary
+    summary |= {
+        "updates": [result["updates"] for result in found],
+        "tasks": [result["tasks"] for result in found],
+        "seconds": [round(result["seconds"], 1) for result in found],
+        "config": {k: v for k, v in found[0]["config"].items() if k != "seed"},
+    }
+    for bn in POLICIES:
+        episodes = _episodes(found, bn)  # (seeds, episodes)
+        means = episodes.mean(1)
+        summary[bn] = {
+            "accuracy_mean": means.mean().item(),
+            "ci95_episodes": _number(confidence_interval(episodes.mean(0).tolist())),
+            "ci95_runs": _number(confidence_interval(means.tolist())),
+            "run_means": [round(m, 2) for m in means.tolist()],
+            "accuracies": [result["tests"][bn]["accuracies"] for result in found],
+        }
+    summary["against"] = {
+        other: {bn: difference(found, of_row[other], bn) for bn in POLICIES}
+        for other in spec.against
+        if of_row.get(other)
+    }
+    return summary
+
+
+def difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], bn: Policy) -> dict[str, Any]:
+    """Results a − b over the same test episodes, in points, the mean of the seeds that both have.
+
+    ``p`` is of the two-sided test that the mean over episodes is 0 (normal approximation, for hundreds of episodes);
+    ``ci95_runs`` is over the seeds' own differences.
+    """
+    n = min(len(a), len(b))
+    gains = _episodes(a[:n], bn) - _episodes(b[:n], bn)  # (seeds, episodes)
+    mean, spread = gains.mean().item(), gains.mean(0).std(ddof=1) / math.sqrt(gains.shape[1])
+    return {
+        "mean": mean,
+        "ci95_episodes": _number(confidence_interval(gains.mean(0).tolist())),
+        "ci95_runs": _number(confidence_interval(gains.mean(1).tolist())),
+        "runs": [round(g, 2) for g in gains.mean(1).tolist()],
+        "p": math.erfc(abs(mean) / spread / math.sqrt(2)) if spread > 0 else None,
+    }
+
+
+def _episodes(found: Sequence[dict[str, Any]], bn: Policy) -> np.ndarray:
+    return np.array([result["tests"][bn]["accuracies"] for result in found])
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def markdown(values: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    lines = [
+        f"# {values['title']}",
+        "",
+        f"{values['budget'][0].upper()}{values['budget'][1:]}. {values['test_episodes']} test episodes, the same for "
+        f"all rows, × {values['seeds']} trained seeds; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
+        "BatchNorm at test: *running* statistics of training, or those of the episode's *batch*, which is "
+        "transductive; the difference to the paper is that of the published kind, in bold.",
+        "",
+        *(f"Run on {machine}." for machine in values["machines"]),
+    ]
+    if values["missing"]:
+        lines += ["", f"Not done yet: {', '.join(values['missing'])}."]
+    for part in values["tables"]:
+        lines += ["", f"## {part['data']}, {part['title']}", ""]
+        lines += [
+            "| | running | batch | ± over seeds | paper | ours − paper | updates | tasks | s / seed |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_line(row) for row in part["rows"]),
+        ]
+        compared = [row for row in part["rows"] if row.get("against")]
+        if compared:
+            lines += [
+                "",
+                "Differences over the same test episodes, in points ± 95 % over episodes (each seed's):",
+                "",
+                "| | against | running | batch |",
+                "|---|---|---|---|",
+            ]
+            lines += [
+                f"| {row['title']} | {ROWS[other].title} | {_gain(found['running'])} | {_gain(found['batch'])} |"
+                for row in compared
+                for other, found in row["against"].items()
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
+    if not row["seeds"]:
+        return f"| {row['title']} | – | – | | {paper} | | | | |"
+    published = row[row["published_bn"]]
+    cells = {bn: f"{row[bn]['accuracy_mean']:.2f}{_interval(row[bn]['ci95_episodes'])}" for bn in POLICIES}
+    cells[row["published_bn"]] = f"**{cells[row['published_bn']]}**"
+    over_seeds = "" if published["ci95_runs"] is None else f"{published['ci95_runs']:.2f}"
+    ahead = "" if row["paper"] is None else f"{published['accuracy_mean'] - row['paper']:+.2f}"
+    updates, tasks, seconds = (f"{np.mean(row[name]):,.0f}" for name in ("updates", "tasks", "seconds"))
+    return (
+        f"| {row['title']} | {cells['running']} | {cells['batch']} | {over_seeds} | {paper} | {ahead} | {updates} | "
+        f"{tasks} | {seconds} |"
+    )
+
+
+def _interval(half: float | None) -> str:
+    return "" if half is None else f" ± {half:.2f}"
+
+
+def _gain(found: dict[str, Any]) -> str:
+    p = "" if found["p"] is None else ", p < 0.001" if found["p"] < 0.001 else f", p = {found['p']:.3f}"
+    each = ", ".join(f"{gain:+.2f}" for gain in found["runs"])
+    return f"{found['mean']:+.2f}{_interval(found['ci95_episodes'])}{p} ({each})"

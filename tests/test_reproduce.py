@@ -1,0 +1,256 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from l2g_meta.cli import main
+from l2g_meta.config import Config
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.functional import confidence_interval
+from l2g_meta.lock import claim
+from l2g_meta.logs import read_log
+from l2g_meta.reproduce.cells import run_cell, work
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.plan import EPISODES, Cell, plan
+from l2g_meta.reproduce.report import curve, difference, markdown, tables
+from l2g_meta.training import learning_rate
+
+
+def smoke(out, *rows, seeds=1, experiment="table1"):
+    return plan(experiment, "smoke", out, rows=rows or None, seeds=seeds, device="cpu")
+
+
+def everything(scale="full"):
+    return [cell for name in EXPERIMENTS for cell in plan(name, scale, Path("none"), root="data").cells]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Three rows, two seeds, trained and tested."""
+    what = smoke(tmp_path_factory.mktemp("reproduce"), "proto", "proto-tasks", "l2g-proto", seeds=2)
+    assert work(what, progress=False, say=lambda _: None) == []
+    return what
+
+
+def test_the_published_numbers_have_a_row_and_a_column():
+    for name, spec in EXPERIMENTS.items():
+        assert set(spec.rows) | set(spec.paper) <= set(ROWS) and set(spec.columns) <= set(COLUMNS), name
+        assert all(len(numbers) == len(spec.columns) for numbers in spec.paper.values()), name
+    assert all(other in ROWS for row in ROWS.values() for other in row.against)
+    # Spot checks against the paper's text.
+    assert EXPERIMENTS["table1"].paper["l2g-proto"][0] == 50.20 and EXPERIMENTS["table2"].paper["proto"][3] == 57.83
+    assert EXPERIMENTS["table3"].paper["l2g-proto-fixed"] == (60.64, 58.08, 53.00)
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_every_cell_has_a_config_that_can_be_run(scale):
+    cells = [cell for cell in everything(scale) if not cell.needs]
+    configs = {cell: cell.config() for cell in cells}
+    for cell, config in configs.items():
+        row, column = ROWS[cell.row], COLUMNS[cell.column]
+        shape = config.outer_ways, config.outer_shots
+        assert shape == tuple(v[0] if len(v) == 1 else v for v in (column.ways, column.shots))
+        if scale == "full":
+            assert config.image_size == 84 and config.queries == 15
+            assert config.iterations * config.episodes_per_update == EPISODES[row.family]
+            assert config.lr_halve_every == (100_000 if row.family == "relation" else 10_000)
+        else:
+            assert config.iterations <= 400 and cell.column in ("5w1s", "any-shot")
+    table3 = next(c for cell, c in configs.items() if cell.row == "l2g-proto-fixed")
+    assert (table3.ways, table3.shots, table3.outer_shots) == (5, 5, (1, 5, 10))
+
+
+def test_base_rows_have_one_task_per_update_fair_ones_as_many_as_l2g_with_its_schedule():
+    by_row = {cell.row: cell.config() for cell in everything() if cell.column == "5w1s" and not cell.needs}
+    assert by_row["proto"].tasks_of_an_update == by_row["relation"].tasks_of_an_update == 1
+    assert by_row["proto-tasks"].tasks_of_an_update == by_row["l2g-proto"].tasks_of_an_update == 10
+    assert by_row["maml-proto"].tasks_of_an_update == 5  # inner and outer loss on one task
+    for k in (0, 1999, 2000, 19_999):
+        assert learning_rate(by_row["proto-tasks"], k) == learning_rate(by_row["l2g-proto"], k)
+    assert by_row["maml"].inner_steps == 5 and by_row["maml"].test_steps == 10
+    assert by_row["l2g-proto-meta-sgd"].learn_inner_lr == "element" and by_row["l2g-proto"].inner_lr == 0.01
+
+
+def test_tables_hold_what_the_cells_found(done):
+    values = tables(done)
+    (part,) = values["tables"]
+    l2g = next(row for row in part["rows"] if row["row"] == "l2g-proto")
+    results = [json.loads((cell.folder / "test.json").read_text()) for cell in done.cells if cell.row == "l2g-proto"]
+    means = [np.mean(result["tests"]["running"]["accuracies"]) for result in results]
+    assert l2g["running"]["accuracy_mean"] == pytest.approx(np.mean(means))
+    assert l2g["running"]["ci95_runs"] == pytest.approx(confidence_interval(means))
+    assert l2g["tasks"] == [20, 20] and l2g["updates"] == [2, 2] and min(l2g["seconds"]) > 0
+    base = next(row for row in part["rows"] if row["row"] == "proto-tasks")
+    gap = l2g["running"]["accuracy_mean"] - base["running"]["accuracy_mean"]
+    assert l2g["against"]["proto-tasks"]["running"]["mean"] == pytest.approx(gap)
+    assert values["missing"] == [] and l2g["paper"] is None  # glyphs are not in the paper
+    text = markdown(values)
+    assert text.count("| L2G + Prototypical |") == 3 and "its numbers mean nothing" in text
+    assert f"**{l2g['running']['accuracy_mean']:.2f} ± " in text
+
+
+def test_the_curves_are_the_logs_at_their_validations(done):
+    cell = done.cells[0]
+    (line,) = curve(cell)
+    log = read_log(cell.folder)
+    assert line["updates"] == "2" and line["val_accuracy"] == f"{float(log[-1]['val_accuracy']):.4f}"
+    assert float(line["loss"]) == pytest.approx(np.mean([float(row["loss"]) for row in log]), abs=1e-4)
+    assert float(line["seconds"]) == pytest.approx(sum(float(row["seconds"]) for row in log), abs=0.06)
+
+
+def test_differences_are_paired_and_tested_over_episodes():
+    def result(*accuracies):
+        return {"tests": {"running": {"accuracies": list(accuracies)}}}
+
+    a, b = [result(40, 60, 50, 70), result(50, 60, 50, 60)], [result(38, 58, 49, 67), result(50, 57, 48, 60)]
+    found = difference(a, b, "running")
+    gains = np.array([[2, 2, 1, 3], [0, 3, 2, 0]], dtype=float)
+    assert found["mean"] == gains.mean() and found["runs"] == [2.0, 1.25]
+    assert found["ci95_episodes"] == pytest.approx(confidence_interval(gains.mean(0).tolist()))
+    assert found["ci95_runs"] == pytest.approx(confidence_interval([2.0, 1.25]))
+    z = gains.mean() / (gains.mean(0).std(ddof=1) / 2)
+    assert found["p"] == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(z / math.sqrt(2)))))
+    assert difference(a, a, "running")["p"] is None and difference(a[:1], a, "running")["ci95_runs"] is None
+
+
+def test_what_is_done_is_not_done_again_what_is_lost_is(done, tmp_path):
+    cell = done.cells[0]
+    log, result = cell.folder / "log.csv", cell.folder / "test.json"
+    before = log.stat().st_mtime_ns, result.read_text()
+    assert work(done, progress=False) == [] and log.stat().st_mtime_ns == before[0]
+    result.unlink()  # killed between training and testing
+    assert work(done, progress=False, say=lambda _: None) == []
+    assert json.loads(result.read_text())["tests"] == json.loads(before[1])["tests"]
+
+
+def test_cells_of_another_config_are_refused(done):
+    cell = done.cells[-1]
+    config = json.loads((cell.folder / "config.json").read_text())
+    (cell.folder / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
+    try:
+        with pytest.raises(L2GError, match=r"holds a run with lr 0.5 \(now 0.001\); choose another --out"):
+            tables(done)
+        with pytest.raises(L2GError, match="holds a run with lr 0.5"):
+            run_cell(cell)
+    finally:
+        (cell.folder / "config.json").write_text(json.dumps(config))
+
+
+def test_equal_wall_time_is_as_many_updates_as_the_others_time_pays_for(tmp_path):
+    with pytest.raises(L2GError, match="the row proto-time waits for l2g-proto and proto-tasks; add them to --rows"):
+        smoke(tmp_path, "proto-time")
+    what = smoke(tmp_path, "proto-time", "l2g-proto", "proto-tasks")
+    cell = what.cells[0]
+    for row, seconds in (("l2g-proto", ["30.0", "30.4"]), ("proto-tasks", ["6.0", "99.0", "6.0"])):
+        folder = replace(cell, row=row).folder
+        folder.mkdir(parents=True)
+        (folder / "log.csv").write_text("\n".join(["seconds", *seconds]) + "\n")
+    assert cell.config().iterations == 10 and cell.config().tasks_of_an_update == 10
+    cell.folder.mkdir()
+    replace(cell.config(), iterations=7).save(cell.folder / "config.json")  # as it was decided when it began
+    assert cell.config().iterations == 7
+
+
+def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    what, config = smoke(tmp_path, "proto-time", "proto-tasks", "l2g-proto", "proto"), Cell.config
+    broken = {"lr": math.nan}
+
+    def sabotaged(cell):
+        return replace(config(cell), **broken).resolved() if cell.row == "l2g-proto" else config(cell)
+
+    monkeypatch.setattr(Cell, "config", sabotaged)
+    failed = work(what, progress=False, say=lambda _: None)
+    assert len(failed) == 2 and "need --lr above 0 and finite, got nan" in failed[0]
+    assert "proto-time seed 0: waits for" in failed[1] and "l2g-proto seed 0, which failed" in failed[1]
+    assert sorted(cell.row for cell in what.cells if cell.done) == ["proto", "proto-tasks"]
+    values = tables(what)
+    assert len(values["missing"]) == 2 and "Not done yet: glyphs 5w1s proto-time seed 0" in markdown(values)
+    assert "| L2G + Prototypical | – | – |" in markdown(values)
+
+
+def test_unknown_rows_columns_and_a_missing_root():
+    with pytest.raises(L2GError, match="need --rows of matching, .*; got protein"):
+        plan("table1", "smoke", Path("none"), rows=["protein"])
+    with pytest.raises(L2GError, match="need --columns of any-shot, any-way, any-both; got 5w1s"):
+        plan("table3", "smoke", Path("none"), columns=["5w1s"])
+    with pytest.raises(L2GError, match="need --data-root, the folder that holds mini-imagenet and tiered-imagenet"):
+        plan("figure2", "small", Path("none"))
+
+
+COMMAND = [sys.executable, "-m", "l2g_meta", "reproduce", "table1", "--scale", "smoke", "--device", "cpu"]
+
+
+def test_killed_and_shared_by_two_it_gives_the_same_numbers(done, tmp_path):
+    command = [*COMMAND, "--out", str(tmp_path), "--runs", "2", "--rows", *done.rows]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline().startswith("glyphs 5w1s proto seed 0")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    ran = [line.split(":")[0] for text in printed for line in text.splitlines() if line.startswith("glyphs 5w1s")]
+    assert len(ran) == len(set(ran)) == 5  # each cell once
+    for cell in done.cells:
+        twin = tmp_path / cell.folder.relative_to(done.out)
+        a, b = (json.loads((folder / "test.json").read_text()) for folder in (cell.folder, twin))
+        assert a["tests"] == b["tests"] and a["tasks"] == b["tasks"]
+        assert [r["loss"] for r in read_log(cell.folder)] == [r["loss"] for r in read_log(twin)]
+
+
+def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
+    options = ["--runs", "2", "--rows", *done.rows, "--parallel", "2"]
+    assert main([*COMMAND[3:], "--out", str(tmp_path), *options]) == 0
+    for cell in done.cells:
+        twin = tmp_path / cell.folder.relative_to(done.out)
+        losses = [[float(r["loss"]) for r in read_log(folder)] for folder in (cell.folder, twin)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # other numbers of threads sum in another order
+    assert "## glyphs, 5-way 1-shot" in capsys.readouterr().out
+
+
+def test_every_experiment_runs(tmp_path, capsys):
+    for experiment in EXPERIMENTS:
+        command = ["reproduce", experiment, "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+        assert main(command) == 0, capsys.readouterr().err
+        values = json.loads((tmp_path / f"{experiment}-smoke.json").read_text())
+        assert values["missing"] == [] and (tmp_path / f"{experiment}-smoke.md").exists()
+        for part in values["tables"]:
+            assert all(0 <= row[bn]["accuracy_mean"] <= 100 for row in part["rows"] for bn in ("running", "batch"))
+    assert "picture: " in capsys.readouterr().out
+    for figure in ("figure2", "figure3"):
+        assert (tmp_path / f"{figure}-smoke.png").read_bytes()[:4] == b"\x89PNG"
+    cells = tmp_path / "cells" / "smoke" / "glyphs"
+    assert {p.name for p in (cells / "5w1s").iterdir()} >= {f"{row}-seed0" for row in EXPERIMENTS["table1"].rows}
+    any_shot = Config.load(cells / "any-shot" / "l2g-proto-fixed-seed0" / "config.json")
+    assert any_shot.outer_shots == (1, 5, 10) and any_shot.shots == 5
+
+
+def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
+    path = tmp_path / "lock"
+    with claim(path) as ours, claim(path) as again:
+        assert ours and not again
+    code = f"from l2g_meta.lock import claim\nfrom pathlib import Path\nimport time\nwith claim(Path({str(path)!r})):\n"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + " print('held', flush=True)\n time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with claim(path) as ours:
+        assert not ours
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with claim(path) as ours:
+            if ours:
+                break
+    assert ours
+    with pytest.raises(CheckpointError, match="choose another folder"), claim(tmp_path / "none" / "lock"):
+        pass
