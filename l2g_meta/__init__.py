@@ -4,6 +4,7 @@ from l2g_meta.backbones import Conv4 as Conv4
 from l2g_meta.backbones import ResNet12 as ResNet12
 from l2g_meta.backbones import relation_embedding as relation_embedding
 from l2g_meta.conv import convert_conv as convert_conv
+from l2g_meta.heads import FullContextMatchingHead as FullContextMatchingHead
 from l2g_meta.heads import MatchingHead as MatchingHead
 from l2g_meta.heads import PrototypicalHead as PrototypicalHead
 from l2g_meta.heads import RelationHead as RelationHead

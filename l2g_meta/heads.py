@@ -143,6 +143,105 @@ class MatchingHead(nn.Module):
         return f"reduction={self.reduction!r}, eps={self.eps}"
 
 
+class FullContextMatchingHead(nn.Module):
+    r"""Matching Network with full-context embeddings (Vinyals et al. 2016): the supports change how all are embedded.
+
+    With z' the encoder's features, a bidirectional LSTM reads the supports in the order given (appendix A.2), and an
+    LSTM with attention over them reads each query K times (appendix A.1, eq. 2–5):
+
+    .. math::
+        g(x_i, S) &= \overrightarrow{h}_i + \overleftarrow{h}_i + g'(x_i) \\
+        r_{k-1} &= \textstyle\sum_i \mathrm{softmax}_i(h_{k-1} \cdot g(x_i, S))\, g(x_i, S) \\
+        \hat h_k, c_k &= \mathrm{LSTM}(f'(x), [h_{k-1}, r_{k-1}], c_{k-1}) \\
+        h_k &= \hat h_k + f'(x), \qquad f(x, S) = h_K
+
+    Then the cosine attention of ``MatchingHead``. The paper does not say how the reading starts: as in common code
+    (Hariharan & Girshick 2017; Chen et al. 2019) h_0 = f'(x), that is ĥ_0 = 0, and c_0 = 0. Scores depend on the order
+    of the supports, and no query on another.
+
+    Args:
+        dim: length d of the flattened features. The three LSTMs hold 28 d² weights, 72 million for Conv4 at 84 pixels.
+        steps: readings K of each query, at least 1.
+        temperature: as of ``MatchingHead``; so are the following.
+        learn_temperature: train the temperature (through its logarithm).
+        reduction: ``"mean"`` or ``"sum"`` of the negative log-likelihood over queries.
+        eps: added to squared norms.
+
+    Shapes:
+        support (n_support, ...), support_y (n_support,), query (n_query, ...) -> scores (n_query, n_way).
+
+    Raises:
+        FitError: if ``steps`` is below 1, or features have another length than ``dim``.
+
+    Example:
+        >>> head = FullContextMatchingHead(2)
+        >>> scores = head(torch.eye(2), torch.tensor([0, 1]), torch.randn(3, 2), 2)
+        >>> torch.allclose(scores.exp().sum(-1), torch.ones(3))
+        True
+    """
+
+    # Cells, not nn.LSTM: cuDNN's LSTM has no double backward (pytorch#5261). The cell's fused CUDA kernel has: where a
+    # graph is asked for, its backward is the differentiable one (_thnn_differentiable_lstm_cell_backward).
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        steps: int = 5,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        reduction: f.Reduction = "mean",
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if steps < 1:
+            raise FitError(f"need steps of at least 1, got {steps}; MatchingHead is the head without them")
+        self.dim, self.steps = dim, steps
+        self.ahead, self.back = nn.LSTMCell(dim, dim), nn.LSTMCell(dim, dim)
+        self.attention = nn.LSTMCell(2 * dim, dim)  # r beside f' instead of beside h: the gates are the same sums
+        self.matching = MatchingHead(
+            temperature=temperature, learn_temperature=learn_temperature, reduction=reduction, eps=eps
+        )
+
+    def forward(
+        self,
+        support: Tensor,  # (n_support, ...)
+        support_y: Tensor,  # (n_support,)
+        query: Tensor,  # (n_query, ...)
+        n_way: int,
+    ) -> Tensor:  # (n_query, n_way)
+        """Log-probabilities of the classes."""
+        support, query = support.flatten(1), query.flatten(1)
+        if support.shape[1] != self.dim:
+            raise FitError(
+                f"FullContextMatchingHead needs features of length {self.dim}, the encoder gives {support.shape[1]}; "
+                "build it with FullContextMatchingHead(dim) of that length"
+            )
+        g = self.embed_support(support)
+        return self.matching(g, support_y, self.embed_query(query, g), n_way)
+
+    def embed_support(self, z: Tensor) -> Tensor:  # (n_support, d) -> (n_support, d)
+        """Embeddings g(x_i, S) from features g'(x_i)."""
+        return _outputs(self.ahead, z) + _outputs(self.back, z.flip(0)).flip(0) + z
+
+    def embed_query(self, z: Tensor, g: Tensor) -> Tensor:  # (n_query, d), (n_support, d) -> (n_query, d)
+        """Embeddings f(x, S) from features f'(x) and the supports' embeddings."""
+        h, c = z, torch.zeros_like(z)
+        for _ in range(self.steps):
+            r = (h @ g.T).softmax(-1) @ g  # (n_query, d)
+            h, c = self.attention(torch.cat([z, r], 1), (h, c))
+            h = h + z
+        return h
+
+    def loss_fn(self, scores: Tensor, query_y: Tensor) -> Tensor:
+        """Negative log-likelihood, as of ``MatchingHead``."""
+        return self.matching.loss_fn(scores, query_y)
+
+    def extra_repr(self) -> str:
+        """Arguments, for printing."""
+        return f"dim={self.dim}, steps={self.steps}"
+
+
 class RelationHead(nn.Module):
     r"""Relation Network (eq. 9–11; Sung et al. 2018): a learned comparison of each query with each class.
 
@@ -247,6 +346,16 @@ class Temperature(nn.Module):
         return f"{self.value}, learn={self.log_value is not None}"
 
 
+def _outputs(cell: nn.LSTMCell, z: Tensor) -> Tensor:  # (n, d) -> (n, d)
+    """What the LSTM puts out as it reads z row by row, from a zero state."""
+    h = c = torch.zeros_like(z[:1])
+    outputs = []
+    for row in z.split(1):
+        h, c = cell(row, (h, c))
+        outputs.append(h)
+    return torch.cat(outputs)
+
+
 def _reduction(reduction: f.Reduction) -> f.Reduction:
     _one_of("reduction", reduction, ("mean", "sum"))
     return reduction
@@ -257,4 +366,9 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise FitError(f"need {name} to be one of {', '.join(choices)}; got {value!r}")
 
 
-HEADS = {"prototypical": PrototypicalHead, "relation": RelationHead, "matching": MatchingHead}
+HEADS = {
+    "prototypical": PrototypicalHead,
+    "relation": RelationHead,
+    "matching": MatchingHead,
+    "matching-fce": FullContextMatchingHead,
+}

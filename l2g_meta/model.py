@@ -82,6 +82,32 @@ class MetricModel(nn.Module):
         return getattr(self.head, "loss_fn", nn.functional.cross_entropy)
 
 
+class SoftmaxClassifier(nn.Module):
+    """An encoder and a linear layer: images to logits of a fixed number of classes, for methods that adapt.
+
+    Args:
+        encoder: images (n, C, H, W) to features (n, ...), which are flattened.
+        dim: length of the flattened features.
+        n_way: classes.
+
+    Shapes:
+        (n, C, H, W) -> (n, n_way).
+
+    Example:
+        >>> from l2g_meta import Conv4
+        >>> SoftmaxClassifier(Conv4(1, 8), 8, 5)(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, n_way: int):
+        super().__init__()
+        self.encoder, self.linear = encoder, nn.Linear(dim, n_way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.linear(self.encoder(x).flatten(1))
+
+
 def feature_shape(encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one image's features, (C', H', W') for maps, found by a dry run.
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import MatchingHead, PrototypicalHead, RelationHead
+from l2g_meta import FullContextMatchingHead, MatchingHead, PrototypicalHead, RelationHead
 from l2g_meta import functional as f
 from l2g_meta.errors import FitError
 from l2g_meta.heads import HEADS
@@ -50,6 +50,51 @@ def test_matching_scores_are_log_attention_mass_by_a_loop():
         attention = torch.cosine_similarity(query[i : i + 1], support).softmax(0)
         for c in range(2):
             torch.testing.assert_close(scores[i, c].exp(), attention[y == c].sum())
+
+
+def test_full_context_embeddings_step_by_step():
+    head = FullContextMatchingHead(3, steps=2).double()
+    support, query = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+
+    def lstm(cell, x, h, c):  # gates in PyTorch's order: in, forget, cell, out
+        z = cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ h + cell.bias_hh
+        i, f, g, o = z[0:3].sigmoid(), z[3:6].sigmoid(), z[6:9].tanh(), z[9:12].sigmoid()
+        c = f * c + i * g
+        return o * c.tanh(), c
+
+    def read(cell, rows):
+        h = c = torch.zeros(3, dtype=torch.float64)
+        states = []
+        for x in rows:
+            h, c = lstm(cell, x, h, c)
+            states.append(h)
+        return states
+
+    ahead, back = read(head.ahead, support), read(head.back, list(support)[::-1])[::-1]
+    g = [ahead[k] + back[k] + support[k] for k in range(4)]
+    for k in range(4):
+        torch.testing.assert_close(head.embed_support(support)[k], g[k])
+    for q in range(2):
+        h, c = query[q], torch.zeros(3, dtype=torch.float64)
+        for _ in range(2):
+            weights = torch.stack([h @ g_k for g_k in g]).softmax(0)
+            r = sum(weights[k] * g[k] for k in range(4))
+            h, c = lstm(head.attention, torch.cat([query[q], r]), h, c)
+            h = h + query[q]
+        torch.testing.assert_close(head.embed_query(query, head.embed_support(support))[q], h)
+
+
+def test_full_context_reads_queries_apart_and_supports_in_order():
+    head = FullContextMatchingHead(3).double()
+    support, query = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    y, order = torch.tensor([0, 1, 0, 1]), torch.tensor([2, 1, 0, 3])
+    scores = head(support, y, query, 2)
+    torch.testing.assert_close(head(support, y, query[3:4], 2), scores[3:4])
+    assert (head(support[order], y[order], query, 2) - scores).abs().max() > 1e-6
+    with pytest.raises(FitError, match="needs features of length 3, the encoder gives 4"):
+        head(torch.randn(2, 4), torch.arange(2), torch.randn(1, 4), 2)
+    with pytest.raises(FitError, match="need steps of at least 1, got 0"):
+        FullContextMatchingHead(3, steps=0)
 
 
 def test_relation_scores_pair_by_pair():

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,6 +59,10 @@ def rows(out):
         ["--head", "relation", "--reduction", "sum", "--bn", "batch"],
         ["--head", "matching", "--learn-inner-lr", "element", "--temperature", "0.1", "--learn-temperature"],
         ["--outer-ways", "5", "--outer-shots", "2", "--inner-steps", "2", "--distance", "squared", "--dims", "mean"],
+        ["--shots", "1,2", "--outer-ways", "3,4", "--tasks-per-update", "3", "--method", "maml"],
+        ["--head", "matching-fce", "--method", "episodic"],
+        ["--method", "maml-softmax", "--inner-steps", "2", "--test-steps", "3", "--first-order"],
+        ["--method", "meta-lstm", "--inner-steps", "2", "--tasks-per-update", "1", "--bn", "batch"],
     ],
     ids=" ".join,
 )
@@ -69,7 +74,9 @@ def test_every_method_trains_logs_saves_and_evaluates(more, folder, tmp_path, ca
     log = rows(out)
     assert [int(row["iteration"]) for row in log] == [1, 2, 3, 4]
     assert [bool(row["val_accuracy"]) for row in log] == [False, True, False, True]
-    assert all(bool(row["alignment"]) != ("episodic" in more) for row in log)
+    bilevel = not {"episodic", "maml-softmax", "meta-lstm"} & set(more)
+    assert all(bool(row["alignment"]) == bilevel for row in log)
+    assert all((row["val_loss"] != "") == (row["val_accuracy"] != "") for row in log)
     wrapper, config = load_run(out, checkpoint="last")
     wrapper.load_state_dict(load_file(out / "last.safetensors"), strict=True)
     build_model(config, (3, 16, 16)).load_state_dict(wrapper.module.state_dict(), strict=True)
@@ -367,6 +374,53 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
     assert main(["train", "--resume", str(out)]) == 2
     assert "need --ways to be of type int or list, got '3'" in capsys.readouterr().err
     assert main(["evaluate", str(out)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (
+            ["--method", "maml-softmax", "--head", "relation"],
+            "--method maml-softmax has no metric head, got --head relat",
+        ),
+        (["--method", "l2g", "--test-steps", "3"], "belong to --method maml-softmax or meta-lstm, got --method l2g"),
+        (["--head", "softmax"], "--head softmax belong to --method maml-softmax or meta-lstm"),
+        (["--method", "meta-lstm", "--learn-inner-lr", "scalar"], "belong to l2g and maml, got --method meta-lstm"),
+        (
+            ["--method", "maml-softmax", "--outer-ways", "4"],
+            "needs one number of ways, got --ways 3 and --outer-ways 4",
+        ),
+        (["--clip-norm", "0"], "need --clip-norm above 0 and finite, got 0.0"),
+        (["--clip-norm", "1", "--cuda-graph"], "--clip-norm does not work with --cuda-graph"),
+        (["--shots", "1,0"], r"need --shots to be at least 1, got \(1, 0\)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_exclude_each_other(more, complaint, folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "run", *more)) == 2
+    assert re.search(complaint, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_are_no_numbers(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(flags(folder, tmp_path / "run", "--shots", "1,few"))
+    assert "need a number, or several as 1,5,10; got '1,few'" in capsys.readouterr().err
+
+
+def test_the_meta_gradient_is_clipped(folder, tmp_path):
+    options = {"data": "folder", "root": str(folder), "image_size": 16, "ways": 3, "queries": 2, "pairs": 1}
+    config = Config(**options, iterations=1, eval_every=1, eval_episodes=2, device="cpu", clip_norm=1e-3)
+    wrapper = train(config, tmp_path / "run", progress=False)
+    norm = torch.stack([p.grad.norm() for p in wrapper.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_validation_is_on_tasks_like_t_j_and_names_its_ways(folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path / "run", "--outer-ways", "4,20", "--outer-shots", "2")) == 2
+    assert "a disjoint pair needs 23 classes, the split has 12" in capsys.readouterr().err
+    assert main(flags(folder, tmp_path / "run", "--outer-ways", "4,9", "--outer-shots", "2", iterations=2)) == 0
+    assert "(4/9-way 2-shot, BatchNorm running)" in capsys.readouterr().out
 
 
 def test_fresh_queries_of_both_tasks_are_halves():

@@ -36,6 +36,7 @@ class Row:
         family: whose number of episodes it has: ``"prototypical"`` (100,000) or ``"relation"`` (500,000).
         against: rows that it is compared with, over the same test episodes.
         published: BatchNorm statistics that the published number is of.
+        dear: whether it has fewer updates at small scale.
         inner: what T_i is, if not as T_j, fields of ``Config``.
     """
 
@@ -45,6 +46,7 @@ class Row:
     family: Literal["prototypical", "relation", "other"] = "prototypical"
     against: tuple[str, ...] = ()
     published: Policy = "running"
+    dear: bool = False
     inner: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ ROWS = {
     "matching-tasks": Row("Matching Network, tasks as L2G", "tasks", EPISODIC | {"head": "matching"}, "other"),
     "matching-fce": Row("Matching Network, full context", "task", EPISODIC | {"head": "matching-fce"}, "other"),
     "l2g-matching": Row("L2G + Matching", "pairs", L2G | {"head": "matching"}, "other", ("matching-tasks",)),
-    "meta-lstm": Row("Meta-learner LSTM", "batch", {"method": "meta-lstm"}, "other", published="batch"),
+    "meta-lstm": Row("Meta-learner LSTM", "batch", {"method": "meta-lstm"}, "other", published="batch", dear=True),
     "maml": Row("MAML", "batch", {"method": "maml-softmax"}, "other", published="batch"),
     "proto": Row("Prototypical Network", "task", EPISODIC | PROTO),
     "proto-tasks": Row("Prototypical Network, tasks as L2G", "tasks", EPISODIC | PROTO),
@@ -91,9 +93,9 @@ ROWS = {
     ),
     "relation": Row("Relation Network", "task", EPISODIC | RELATION, "relation", published="batch"),
     "relation-tasks": Row(
-        "Relation Network, tasks as L2G", "tasks", EPISODIC | RELATION, "relation", published="batch"
+        "Relation Network, tasks as L2G", "tasks", EPISODIC | RELATION, "relation", published="batch", dear=True
     ),
-    "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, "relation", RELATION_BASES, "batch"),
+    "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, "relation", RELATION_BASES, "batch", True),
     "l2g-relation": Row(
         "L2G + Relation",
         "pairs",
@@ -101,6 +103,7 @@ ROWS = {
         "relation",
         (*RELATION_BASES, "maml-relation"),
         "batch",
+        True,
     ),
     "l2g-proto-fixed": Row(
         "L2G + Prototypical, T_i 5-way 5-shot",

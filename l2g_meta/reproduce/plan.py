@@ -29,7 +29,7 @@ class Scale:
         title: in words; printed with every result.
         seeds: trained models per cell.
         updates: most updates of a cell; ``None`` for the paper's number of episodes.
-        heavy: most updates of a relation network's pairs and of tasks of several ways and shots, which cost more.
+        dear: most updates of rows that say so, and of tasks of several ways and shots.
         image_size: pixels.
         queries: per class of a training task.
         test_queries: per class of a test episode.
@@ -43,7 +43,7 @@ class Scale:
     title: str
     seeds: int
     updates: int | None
-    heavy: int | None
+    dear: int | None
     image_size: int
     queries: int
     test_queries: int
@@ -256,5 +256,5 @@ def _updates(row: Row, column: Column, scale: Scale, of_time: int | None) -> int
         return of_time
     if scale.updates is None:
         return EPISODES[row.family] // (_tasks_per_update(row, column) or PAIRS)
-    heavy = (row.family == "relation" and row.work != "task") or len(column.ways) * len(column.shots) > 1
-    return min(scale.updates, scale.heavy or scale.updates) if heavy else scale.updates
+    dear = row.dear or len(column.ways) * len(column.shots) > 1
+    return scale.dear if dear and scale.dear else scale.updates

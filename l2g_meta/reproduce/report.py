@@ -15,11 +15,11 @@ from l2g_meta.logs import read_log
 from l2g_meta.norm import POLICIES, Policy
 from l2g_meta.reproduce.cells import write_json
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.reproduce.plan import SCALES, Plan
+from l2g_meta.reproduce.plan import SCALES, Cell, Plan
 
 
 def write_tables(plan: Plan) -> Path:
-    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last's path."""
+    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one."""
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
     write_json(path.with_suffix(".json"), values)
