@@ -53,8 +53,8 @@ class StaticUpdate:
         data = pairs.source.dataset if isinstance(pairs.source, IndexedSource) else None
         if isinstance(data, HostDataset):
             raise L2GError(
-                f"need the images on the device for a fixed program, got them on the host: {data.device} has too little "
-                "free memory for them; leave --cuda-graph out, or take a smaller --image-size"
+                f"need the images on the device for a fixed program, got them on the host: {data.device} has too "
+                "little free memory for them; leave --cuda-graph out, or take a smaller --image-size"
             )
         if not isinstance(pairs.source, IndexedSource) or not isinstance(pairs.source.dataset, ClassDataset):
             raise L2GError("need a ClassDataset on the device for a fixed program; leave --cuda-graph out")

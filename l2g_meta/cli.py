@@ -100,6 +100,8 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
+    if args.variants and (args.batching or args.norms):
+        raise L2GError("need --variants for the table or --scaling, got it with --batching or --norms; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)

@@ -78,6 +78,7 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 3 --head relation", r"Conv4 does not take images of shape \(3, 3, 3\).*; use larger images"),
         ("--image-size 8 --batching", r"Conv4 does not take images of shape \(3, 8, 8\)"),
         ("--ways 1", "need --ways of at least 2, got 1"),
+        ("--norms --variants l2g", "need --variants for the table or --scaling, got it with --batching or --norms"),
         ("--ways 1 --norms", "need --ways of at least 2, got 1"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),

@@ -19,6 +19,10 @@ class Case:
 
     Raises:
         L2GError: for values that cannot be timed.
+
+    Example:
+        >>> Case(ways=5, shots=1, queries=15, pairs=2).images
+        320
     """
 
     backbone: str = _flag("conv4", "conv4 or resnet12")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,12 +56,9 @@ def captured(model: Any, case: Case, stream: TaskPairs, *, precision: str = "fp3
     lr = torch.tensor(LR, device=case.device)
     optimizer = torch.optim.Adam(wrapper.parameters(), lr, capturable=True)
     update = StaticUpdate(l2g, wrapper, optimizer, stream, partial(_positions, case))
-    products: AbstractContextManager[None] = float32_products("tf32") if precision == "tf32" else nullcontext()
-    with products:  # a recording keeps its kernels
+    with float32_products(precision):  # a recording keeps its kernels
         if not update.capture():
-            raise L2GError(
-                "need an update that can be recorded as a CUDA graph, got the warning above; time it eagerly"
-            )
+            raise L2GError("need an update that can be recorded as a CUDA graph, got the warning above; leave it out")
     count = itertools.count()
     return lambda: update(next(count))
 

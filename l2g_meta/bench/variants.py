@@ -56,7 +56,7 @@ def in_tf32(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Lets float32 products on CUDA use TF32 inside (``"tf32"``), or not (``"fp32"``); afterwards as before."""
+    """Lets float32 products on CUDA use TF32 inside (``"tf32"``), or not; afterwards as before."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_precision(precision)
     try:
