@@ -16,6 +16,7 @@ from torch import Tensor
 from l2g_meta.data.augment import Draws
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import IndexedSource, TaskLayout, TaskPairs
+from l2g_meta.data.placement import HostDataset
 from l2g_meta.errors import L2GError
 from l2g_meta.objectives import Objective, UpdateStats, accumulate
 from l2g_meta.task import Task
@@ -49,6 +50,12 @@ class StaticUpdate:
         positions: Callable[[int], Sequence[int]],
         arrange: Arrange = list,
     ):
+        data = pairs.source.dataset if isinstance(pairs.source, IndexedSource) else None
+        if isinstance(data, HostDataset):
+            raise L2GError(
+                f"need the images on the device for a fixed program, got them on the host: {data.device} has too "
+                "little free memory for them; leave --cuda-graph out, or take a smaller --image-size"
+            )
         if not isinstance(pairs.source, IndexedSource) or not isinstance(pairs.source.dataset, ClassDataset):
             raise L2GError("need a ClassDataset on the device for a fixed program; leave --cuda-graph out")
         if not pairs.fixed:

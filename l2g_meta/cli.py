@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -103,6 +104,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
+    from l2g_meta.bench.norms import norms
     from l2g_meta.bench.run import bench, scaling
     from l2g_meta.build import build_device
 
@@ -111,15 +113,19 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
+    if args.variants and (args.batching or args.norms):
+        raise L2GError("need --variants for the table or --scaling, got it with --batching or --norms; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)
+    elif args.norms:
+        result = norms(case, repeats=args.repeats)
     elif args.scaling:
         result = scaling(case, **options)
     else:
         result = bench(case, memory=not args.no_memory, **options)
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(_known(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return 0
 
 
@@ -225,9 +231,18 @@ def _refuse_given(path: Path, remedy: str) -> None:
 
 
 def _json(values: dict[str, Any]) -> str:
-    """Readable JSON; unknown numbers (NaN) as null."""
+    """Readable JSON."""
     rounded = {**values, "accuracies": [round(a, 4) for a in values["accuracies"]]}
-    return json.dumps({k: None if v != v else v for k, v in rounded.items()}, indent=2) + "\n"
+    return json.dumps(_known(rounded), indent=2, allow_nan=False) + "\n"
+
+
+def _known(value: Any) -> Any:
+    """The same with ``None`` for the numbers that JSON lacks, NaN and ±∞, at any depth."""
+    if isinstance(value, dict):
+        return {name: _known(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe(config: Config) -> str:
@@ -293,8 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
     bench.add_argument("--repeats", type=_positive, default=5, help="timed steps of each (default: 5)")
     bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    bench.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
-    bench.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
+    instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
+    instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
     bench.set_defaults(command=_bench)
 

@@ -30,8 +30,8 @@ class Geometry(NamedTuple):
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` with a fast double backward: same arguments, same state dict, same values.
 
-    Exact to any order. Padding by name, padding modes other than zeros and images without a batch dimension are
-    PyTorch's own. Neither ``vmap`` nor forward mode (``jvp``).
+    Exact to any order. Padding by name, padding modes other than zeros, complex numbers and images without a batch
+    dimension are PyTorch's own. Neither ``vmap`` nor forward mode (``jvp``).
 
     Shapes:
         (n, in_channels, H, W) -> (n, out_channels, H', W').
@@ -54,12 +54,14 @@ def conv2d(
     b: Tensor | None = None,  # (d,)
     geometry: Geometry = Geometry(),  # noqa: B008 (immutable)
 ) -> Tensor:  # (n, d, H', W')
-    """``torch.conv2d`` with a fast double backward; stride 1 and no padding by default.
+    """``torch.conv2d`` with a fast double backward; stride 1 and no padding by default. Complex: PyTorch's own.
 
     Example:
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
         9.0
     """
+    if x.is_complex() or w.is_complex():  # whose gradients are conjugated
+        return torch.conv2d(x, w, b, *geometry)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # casts are differentiated outside
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)

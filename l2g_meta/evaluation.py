@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, IndexedSource, TaskRows, listed
+from l2g_meta.data.placement import placed
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import Policy, batchnorm_policy
@@ -119,7 +120,7 @@ def evaluate(
     model = model.module if isinstance(model, L2GWrapper) else model
     if episodes < 1 or runs < 1:
         raise L2GError(f"need at least 1 episode and 1 run, got episodes={episodes}, runs={runs}")
-    dataset = dataset.to(device) if isinstance(dataset, ClassDataset) else dataset
+    dataset = placed(dataset, device) if isinstance(dataset, ClassDataset) else dataset
     streams = [
         Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=(episode_seed, run), device=device)
         for run in range(runs)

@@ -1,21 +1,6 @@
-r"""Batch normalisation with a closed-form double backward, and which statistics a model is evaluated with.
+"""Normalisation layers with a fast double backward, and which statistics a model is evaluated with.
 
-Per channel, over the N = batch · height · width values, x̂ = r (x − m) with m the mean and r = (variance + ε)^−½, and
-y = w x̂ + b. Sums are over the N values: Sg = Σg, Sh = Σg x̂, Sv = Σv, Svh = Σv x̂, Svg = Σv g. The backward pass is
-
-.. math:: g_x = w r (g - S_g / N - \hat x S_h / N), \qquad g_w = S_h, \qquad g_b = S_g
-
-and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
-
-.. math::
-    \bar g &= a (v - S_v / N - \hat x S_{vh} / N) + v_w \hat x + v_b \\
-    h &= -(a / N) (v S_h + g S_{vh}) + v_w g                                   && (\partial / \partial \hat x) \\
-    \bar w &= r (S_{vg} - S_v S_g / N - S_{vh} S_h / N) \\
-    \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
-
-where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
-most of what an exact meta-step costs; ``l2g_meta.kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm
-only select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
+The operator behind them, and its second derivative in closed form, are in ``l2g_meta.batch_norm``.
 """
 
 from __future__ import annotations
@@ -24,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from l2g_meta import kernels
+from l2g_meta.batch_norm import batch_norm, instance_norm, relu_and_pool
 from l2g_meta.errors import FitError
-from l2g_meta.kernels.aten import per_channel
 
 Policy = Literal["running", "batch"]
 POLICIES: tuple[Policy, ...] = ("running", "batch")
@@ -64,6 +47,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         Ioffe & Szegedy (2015); the second derivative is derived above.
 
     Example:
+        >>> import torch
         >>> norm = BatchNorm2d(3)
         >>> norm.load_state_dict(nn.BatchNorm2d(3).state_dict())
         <All keys matched successfully>
@@ -100,6 +84,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         (n, c, H, W) -> (n, c, H, W), or (n, c, H // 2, W // 2) with ``pool``.
 
     Example:
+        >>> import torch
         >>> block, x = BatchNormReLU2d(3, pool=True), torch.randn(2, 3, 5, 5)
         >>> plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2))
         >>> torch.allclose(block(x), plain(x), atol=1e-6)
@@ -120,15 +105,59 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, pool={self.pool}"
 
 
+class InstanceNorm1d(nn.InstanceNorm1d):
+    """``nn.InstanceNorm1d`` with a fast double backward, as ``InstanceNorm2d``; (n, c, L) or (c, L)."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _normalise_instances(self, input)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` with a fast double backward: same arguments, same state dict, same values.
+
+    As ``BatchNorm2d``, of which it is the case of one image: exact to any order, no ``vmap``, no ``jvp``.
+
+    Shapes:
+        (n, c, H, W) -> (n, c, H, W), or (c, H, W) -> (c, H, W).
+
+    Raises:
+        ValueError: for one value per map, whose variance is 0, as PyTorch does.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky (2016).
+
+    Example:
+        >>> import torch
+        >>> norm = InstanceNorm2d(3, affine=True)
+        >>> norm.load_state_dict(nn.InstanceNorm2d(3, affine=True).state_dict())
+        <All keys matched successfully>
+        >>> norm(torch.randn(2, 3, 4, 4)).mean((2, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _normalise_instances(self, input)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` with a fast double backward, as ``InstanceNorm2d``; (n, c, D, H, W) or (c, D, H, W)."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return _normalise_instances(self, input)
+
+
 CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
 }
 
 
 def convert_batchnorm(model: nn.Module) -> nn.Module:
-    """Gives every BatchNorm layer of a model the fast double backward, in place; returns the model.
+    """Gives every BatchNorm and InstanceNorm layer of a model the fast double backward, in place; returns the model.
 
     Parameters, buffers, hooks and the state dict stay as they are; subclasses (``SyncBatchNorm``, a user's own) are
     left alone.
@@ -147,8 +176,7 @@ def _normalise(norm: _BatchNorm, x: Tensor, *, relu: bool = False, pool: bool = 
     """What ``_BatchNorm.forward`` does, then ReLU and pooling."""
     if not norm.training and norm.running_mean is not None:
         y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        y = y.relu() if relu else y
-        return F.max_pool2d(y, 2) if pool else y
+        return relu_and_pool(y, relu=relu, pool=pool)
     momentum = norm.momentum
     tracked = norm.training and norm.track_running_stats
     if tracked and norm.num_batches_tracked is not None:
@@ -167,153 +195,20 @@ def _normalise(norm: _BatchNorm, x: Tensor, *, relu: bool = False, pool: bool = 
     )
 
 
-def batch_norm(
-    x: Tensor,  # (n, c, ...)
-    w: Tensor | None = None,  # (c,)
-    b: Tensor | None = None,  # (c,)
-    *,
-    running_mean: Tensor | None = None,  # (c,)
-    running_var: Tensor | None = None,  # (c,)
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    relu: bool = False,
-    pool: bool = False,
-) -> Tensor:  # (n, c, ...)
-    """Batch normalisation by the batch's own statistics, then ReLU and 2×2 max-pooling if asked for.
-
-    Running statistics that are given are updated in place.
-
-    Raises:
-        ValueError: for one value per channel.
-
-    Example:
-        >>> batch_norm(torch.tensor([[0.0], [2.0]]), eps=0.0).tolist()
-        [[-1.0], [1.0]]
-    """
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x = x.to(wide)
-    w = x.new_ones(x.shape[1]) if w is None else w.to(wide)
-    b = x.new_zeros(x.shape[1]) if b is None else b.to(wide)
-    with torch.no_grad():
-        mean, variance = _statistics(x, running_mean, running_var, momentum)
-        rstd = (variance + eps).rsqrt()
-    return _Norm.apply(x, w, b, mean, rstd, eps, relu, pool)[0].to(dtype)
-
-
-def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance in the precision of x, whatever that of the running statistics."""
-    if running_mean is None or running_var is None:
-        return kernels.of(x).statistics(x, None, None, momentum)
-    wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
-    found = kernels.of(x).statistics(x, wide_mean, wide_var, momentum)
-    if wide_mean is not running_mean:
-        running_mean.copy_(wide_mean)
-        running_var.copy_(wide_var)
-    return found
-
-
-class _Norm(Function):
-    @staticmethod
-    def forward(
-        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return kernels.of(x).forward(x, w, b, mean, rstd, relu, pool)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
-        x, w, _, mean, rstd, ctx.eps, relu, _ = inputs
-        y, where = outputs
-        if where is not None:
-            ctx.mark_non_differentiable(where)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, mean, rstd, y if relu else None, where)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 8
-        return *_NormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
-
-
-class _NormBackward(Function):
-    @staticmethod
-    def forward(
-        g: Tensor,
-        x: Tensor,
-        w: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        out: Tensor | None,
-        where: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.of(x).backward(_like(g, x), x, w, mean, rstd, out, where)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, rstd, out, where = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            where = where if where is None else kernels.of(x).index(where, x)
-            cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
-        else:
-            cotangents = kernels.of(x).double_backward(_like(v, x), vw, vb, _like(g, x), x, w, mean, rstd, out, where)
-        return *cotangents, None, None, None, None, None
-
-
-def double_backward(
-    v: Tensor,  # cotangent of g_x, (n, c, ...)
-    vw: Tensor,  # cotangent of g_w, (c,)
-    vb: Tensor,  # cotangent of g_b, (c,)
-    g: Tensor,  # cotangent of y, of y's shape
-    x: Tensor,  # (n, c, ...)
-    w: Tensor,  # (c,)
-    out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
-    where: Tensor | None,  # in each map, where the pooling found its maxima, of y's shape
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the kernels' oracle."""
-    active = None if out is None else (out > 0).to(x.dtype)
-    dims = [d for d in range(x.ndim) if d != 1]
-
-    def total(t: Tensor) -> Tensor:  # (n, c, ...) -> (c,), as it broadcasts
-        return per_channel(t.sum(dims), t)
-
-    def select(t: Tensor) -> Tensor:  # S
-        t = t if where is None else t.flatten(2).gather(2, where.flatten(2)).view(where.shape)
-        return t if active is None else t * active
-
-    def spread(t: Tensor) -> Tensor:  # Sᵀ
-        t = t if active is None else t * active
-        if where is None:
-            return t
-        return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
-
-    w, vw, vb = per_channel(w, x), per_channel(vw, x), per_channel(vb, x)
-    n = x.numel() / x.shape[1]
-    centred = x - total(x) / n
-    r = (total(centred**2) / n + eps).rsqrt()
-    xh, a, g = r * centred, w * r, spread(g)
-    sv, svh, sg, sh = total(v), total(v * xh), total(g), total(g * xh)
-    h = -(a / n) * (v * sh + g * svh) + vw * g
-    bar_g = select(a * (v - sv / n - xh * svh / n) + vw * xh + vb)
-    bar_w = r * (total(v * g) - sv * sg / n - svh * sh / n)
-    bar_x = r * (h - total(h) / n - xh * total(h * xh) / n) - r * w * bar_w / n * xh
-    return bar_g, bar_x, bar_w.flatten()
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """The same tensor in the memory format of x."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def _normalise_instances(norm: _InstanceNorm, x: Tensor) -> Tensor:
+    """What ``_InstanceNorm._apply_instance_norm`` does: unlike BatchNorm it counts no batches."""
+    own = norm.training or not norm.track_running_stats
+    if not own or x.shape[2:].numel() <= 1 or x.numel() == 0:  # PyTorch's own: running statistics, and its errors
+        return _InstanceNorm._apply_instance_norm(norm, x)
+    return instance_norm(
+        x,
+        norm.weight,
+        norm.bias,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        momentum=norm.momentum or 0.0,
+        eps=norm.eps,
+    )
 
 
 @contextmanager

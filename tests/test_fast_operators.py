@@ -13,7 +13,16 @@ from l2g_meta.blocks import ConvBlock
 from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
 from l2g_meta.heads import HEADS
 from l2g_meta.model import build_head, feature_shape
-from l2g_meta.norm import BatchNorm1d, BatchNorm2d, BatchNormReLU2d, batch_norm, batchnorm_policy, convert_batchnorm
+from l2g_meta.norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNormReLU2d,
+    InstanceNorm2d,
+    batch_norm,
+    batchnorm_policy,
+    convert_batchnorm,
+    instance_norm,
+)
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -148,6 +157,35 @@ class TestBatchNorm:
             BatchNorm2d(3)(torch.randn(2, 3))
         assert BatchNorm1d(3).eval()(torch.randn(1, 3)).shape == (1, 3)
 
+    @pytest.mark.parametrize("steps", ["", "relu", "pool", "relu pool"])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_an_empty_batch_as_in_pytorch(self, affine, steps):
+        """Values, gradients, second derivatives and buffers; the batch counts, its statistics do not."""
+        parts = [nn.BatchNorm2d(3, affine=affine)]
+        parts += [nn.ReLU()] * ("relu" in steps) + [nn.MaxPool2d(2)] * ("pool" in steps)
+        stock = nn.Sequential(*parts)
+        fast = (
+            BatchNormReLU2d(3, pool="pool" in steps, affine=affine)
+            if "relu" in steps
+            else BatchNorm2d(3, affine=affine)
+        )
+        found = []
+        for norm, layer in ((stock[0], stock), (fast, fast)):
+            x = torch.randn(0, 3, 4, 4, requires_grad=True)
+            y = F.max_pool2d(layer(x), 2) if steps == "pool" and layer is fast else layer(x)
+            first = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()], create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *norm.parameters()])
+            found.append([y, *first, *second, norm.state_dict()])
+        torch.testing.assert_close(*found)
+        assert found[0][-1]["num_batches_tracked"] == 1 and found[0][-1]["running_var"].tolist() == [1.0] * 3
+
+    @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+    @pytest.mark.parametrize("channels", [2, 6])
+    def test_another_number_of_channels_is_refused_as_by_pytorch(self, channels, options):
+        for norm in (nn.BatchNorm2d(4, **options), BatchNorm2d(4, **options)):
+            with pytest.raises(RuntimeError, match=f"should contain {channels} elements not 4"):
+                norm(torch.randn(3, channels, 5, 5))
+
     def test_negative_and_zero_scales_pool_the_right_value(self):
         torch.manual_seed(0)
         block = BatchNormReLU2d(3, pool=True).double()
@@ -167,6 +205,81 @@ class TestBatchNorm:
         assert convert_batchnorm(model) is model
         assert [type(m) for m in (model[0], model[1], model[2][0])] == [BatchNorm2d, Own, BatchNorm1d]
         assert all(p is before[name] for name, p in model.named_parameters())
+
+
+class TestInstanceNorm:
+    @pytest.mark.parametrize("shape, layout", [((3, 2, 4), "contiguous"), *itertools.product(MAPS, FORMATS)])
+    def test_derivatives_to_third_order(self, shape, layout):
+        torch.manual_seed(0)
+        inputs = leaf(*shape, memory_format=FORMATS[layout]), leaf(2), leaf(2)
+
+        def plain(x, w, b):  # image by image
+            return [torch.cat([plain_norm(image[None], w, b) for image in x])]
+
+        assert torch.autograd.gradcheck(instance_norm, inputs)
+        assert torch.autograd.gradgradcheck(instance_norm, inputs)
+        found = derivatives(lambda *t: [instance_norm(*t)], inputs)
+        for f, e in zip(found, derivatives(plain, inputs), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("tracked", [False, True])
+    @pytest.mark.parametrize("affine", [False, True])
+    @pytest.mark.parametrize(
+        "kind, shape, layout",
+        [
+            (nn.InstanceNorm1d, (3, 4, 5), "contiguous"),
+            (nn.InstanceNorm1d, (4, 5), "contiguous"),
+            (nn.InstanceNorm2d, (3, 4, 5, 6), "contiguous"),
+            (nn.InstanceNorm2d, (3, 4, 5, 6), "channels-last"),
+            (nn.InstanceNorm2d, (4, 5, 6), "contiguous"),
+            (nn.InstanceNorm3d, (2, 4, 2, 3, 3), "contiguous"),
+        ],
+    )
+    def test_drop_in_for_the_stock_layers(self, kind, shape, layout, affine, tracked):
+        """Values, memory format, gradients to second order, running statistics, evaluation mode, state dict."""
+        options = {"affine": affine, "track_running_stats": tracked, "momentum": 0.3, "eps": 1e-3}
+        stock = kind(4, **options).double()
+        for p in stock.parameters():
+            nn.init.uniform_(p, 0.5, 2.0)
+        fast = convert_batchnorm(copy.deepcopy(stock))
+        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
+        for scale, training in ((1.0, True), (3.0, True), (0.5, False)):
+            found = []
+            for norm in (fast.train(training), stock.train(training)):
+                leaves = [(scale * x + scale).requires_grad_(), *norm.parameters()]
+                y = norm(leaves[0])
+                first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
+                second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves)
+                found.append([y, torch.tensor(y.stride()), *first, *second, norm.state_dict()])
+            torch.testing.assert_close(*found)
+            assert list(fast.state_dict()) == list(stock.state_dict())
+
+    def test_an_image_is_normalised_by_itself(self):
+        """Law: neither the other images nor their number change an image's result."""
+        x, norm = torch.randn(5, 3, 6, 6), InstanceNorm2d(3)
+        torch.testing.assert_close(norm(x)[2:4], norm(x[2:4]))
+        torch.testing.assert_close(norm(2 * x + 7), norm(x), atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
+    def test_other_dtypes_against_float64(self, dtype, tolerance):
+        x = (torch.randn(4, 3, 10, 10) * 2 + 1).to(dtype)
+        norm = InstanceNorm2d(3, affine=True, track_running_stats=True)
+        expected, found = copy.deepcopy(norm).double()(x.double()), norm.to(dtype)(x)
+        assert found.dtype == dtype and (found.double() - expected).norm() < tolerance * expected.norm()
+        assert norm.running_var.dtype == dtype and not torch.equal(norm.running_var, torch.ones(3, dtype=dtype))
+
+    def test_what_pytorch_refuses_is_refused_alike(self):
+        for norm in (nn.InstanceNorm2d(3, affine=True), InstanceNorm2d(3, affine=True)):
+            with pytest.raises(ValueError, match="Expected more than 1 spatial element when training"):
+                norm(torch.randn(2, 3, 1, 1))
+            with pytest.raises(ValueError, match="expected input's size at dim=1 to match num_features"):
+                norm(torch.randn(2, 4, 5, 5))
+            with pytest.raises(ValueError, match="expected 3D or 4D input"):
+                norm(torch.randn(2, 3))
+        for norm in (nn.InstanceNorm2d(3), InstanceNorm2d(3)):
+            with pytest.warns(UserWarning, match="You can silence this warning"):
+                assert norm(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
 
 
 class TestConv:
@@ -209,6 +322,19 @@ class TestConv:
         assert type(fast) is Conv2d
         for x in (torch.randn(2, 2, 6, 6), torch.randn(2, 6, 6)):
             torch.testing.assert_close(fast(x), stock(x))
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+    def test_complex_numbers_are_pytorchs_own(self, dtype):
+        stock = nn.Conv2d(2, 4, 3, padding=1, dtype=dtype)
+        fast, found = convert_conv(copy.deepcopy(stock)), []
+        data = torch.randn(2, 2, 5, 5, dtype=dtype)
+        for layer in (fast, stock):
+            leaves = [data.clone().requires_grad_(), *layer.parameters()]
+            y = layer(leaves[0])
+            first = torch.autograd.grad((y * y).real.sum(), leaves, create_graph=True)
+            found.append([y, *first, *torch.autograd.grad(sum(g.abs().square().sum() for g in first), leaves)])
+        assert type(fast) is Conv2d and found[0][0].dtype == dtype
+        torch.testing.assert_close(*found)
 
     def test_autocast_computes_in_bfloat16_and_differentiates_in_float32(self):
         layer, x = Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.run import build, describe, describe_machine, task_stream
+from l2g_meta.bench.rows import build, task_stream
+from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task

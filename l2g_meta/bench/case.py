@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from l2g_meta.errors import L2GError
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -12,7 +15,15 @@ def _flag(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """One update on ``pairs`` pairs of tasks of one shape; a field per flag of ``l2g bench``."""
+    """One update on ``pairs`` pairs of tasks of one shape; a field per flag of ``l2g bench``.
+
+    Raises:
+        L2GError: for values that cannot be timed.
+
+    Example:
+        >>> Case(ways=5, shots=1, queries=15, pairs=2).images
+        320
+    """
 
     backbone: str = _flag("conv4", "conv4 or resnet12")
     head: str = _flag("prototypical", "prototypical or relation")
@@ -24,6 +35,22 @@ class Case:
     inner_steps: int = _flag(1, "inner steps on T_i")
     inner_lr: float = _flag(0.01, "α, step size of the inner step")
     device: str = _flag("auto", "auto, cpu, cuda, …")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            least = 2 if f.name == "ways" else 1  # one class leaves nothing to tell apart
+            if f.type == "int" and getattr(self, f.name) < least:
+                flag = "--" + f.name.replace("_", "-")
+                raise L2GError(f"need {flag} of at least {least}, got {getattr(self, f.name)}")
+        if not 0 <= self.inner_lr < math.inf:
+            raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
+        if self.backbone not in ("conv4", "resnet12") or self.head not in ("prototypical", "relation"):
+            raise L2GError(
+                "need --backbone conv4 or resnet12 and --head prototypical or relation, "
+                f"got {self.backbone} and {self.head}"
+            )
+        if self.head == "relation" and self.backbone == "resnet12":
+            raise L2GError("the relation head compares maps, of which resnet12 leaves none; need --backbone conv4")
 
     @property
     def images(self) -> int:

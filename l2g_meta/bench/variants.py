@@ -6,13 +6,14 @@ compute the same gradient. The peers run on PyTorch's own layers, as their users
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.build import set_precision
 from l2g_meta.clone import require_learn2learn
 from l2g_meta.errors import L2GError
 from l2g_meta.norm import batchnorm_policy
@@ -31,6 +32,7 @@ class Variant(NamedTuple):
     fused: bool = False  # ConvBlock's operators, or PyTorch's own
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
+    cuda: bool = False  # runs on CUDA devices only
 
 
 def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
@@ -45,6 +47,22 @@ def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
         return step
 
     return make
+
+
+def in_tf32(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+    """L2G with float32 products in TF32."""
+    return float32_products("tf32")(wrapped()(model, inner_lr, inner_steps))
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Lets float32 products on CUDA use TF32 inside (``"tf32"``), or not; afterwards as before."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    set_precision(precision)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def episodes(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -151,29 +169,13 @@ VARIANTS: dict[str, Variant] = {
     "l2g, identity": Variant(identity, fused=True),
     "l2g, first order": Variant(wrapped(first_order=True), fused=True, exact=False),
     "l2g, stock layers": Variant(wrapped()),
+    "l2g, TF32": Variant(in_tf32, fused=True, cuda=True),
+    "l2g, bf16": Variant(wrapped(autocast=torch.bfloat16), fused=True, cuda=True),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
     "torch.func": Variant(torch_func),
 }
-
-
-def available(names: Sequence[str] | None = None) -> dict[str, Variant]:
-    """The variants of these names, or all; those whose package is missing are left out if they were not named.
-
-    Raises:
-        L2GError: for an unknown name, or a named one whose package is missing.
-    """
-    chosen = {}
-    for name in names or VARIANTS:
-        if name not in VARIANTS:
-            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}")
-        needs = VARIANTS[name].needs
-        if needs is None or importlib.util.find_spec(needs) is not None:
-            chosen[name] = VARIANTS[name]
-        elif names:
-            raise L2GError(f"the variant {name!r} needs the package {needs}; pip install l2g-meta[bench]")
-    return chosen
 
 
 def _loss(model: Any, task: Task) -> Tensor:

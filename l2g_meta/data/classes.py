@@ -93,16 +93,32 @@ class ClassDataset:
         Images are varied by ``draws``, one for each row, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
-        rows = torch.as_tensor(rows, device=images.device)
-        if not self._is_uint8:
-            return images[rows]
-        x = images[rows].float() / 255 if draws is None else augment.gather(images, rows, draws)
-        return (x.permute(0, 3, 1, 2) - self.normalisation[0]) / self.normalisation[1]
+        return prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, draws)
 
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""
         images: Tensor = self.images  # type: ignore[assignment]
         return self if device is None else replace(self, images=images.to(device))
+
+
+def prepared(
+    images: Tensor,  # (N, H, W, C) uint8, or (N, ...) float
+    rows: Tensor,  # (n,)
+    normalisation: Sequence[Tensor],  # mean and std, (C, 1, 1) each
+    draws: Draws | None = None,
+) -> Tensor:  # (n, C, H, W), or (n, ...)
+    """Inputs from images on one device: uint8 is scaled to [0, 1], varied if asked for, and normalised.
+
+    Example:
+        >>> mean = std = torch.tensor([[[0.5]]])
+        >>> prepared(torch.tensor([[[[0]]], [[[255]]]], dtype=torch.uint8), torch.tensor([1, 0]), (mean, std)).flatten()
+        tensor([ 1., -1.])
+    """
+    if images.dtype != torch.uint8:
+        return images[rows]
+    mean, std = normalisation
+    x = images[rows].float() / 255 if draws is None else augment.gather(images, rows, draws)
+    return (x.permute(0, 3, 1, 2) - mean) / std
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from l2g_meta.data.augment import Augment, Draws
 from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
+from l2g_meta.data.placement import placed
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -84,7 +85,8 @@ class TaskPairs:
         outer_queries: queries per class of T_j.
         seed: of the stream of pairs.
         augment: vary the images (crop, flip, colours), supports and queries alike; for uint8 ``ClassDataset``.
-        device: where the tasks are wanted; a ``ClassDataset`` is moved there once. By default, where the data is.
+        device: where the tasks are wanted; a ``ClassDataset`` is moved there once, if it fits (see
+            ``l2g_meta.data.placement``). By default, where the data is.
 
     Raises:
         DataError: if the data set has too few classes or images, with what would fit.
@@ -302,7 +304,7 @@ def task_source(dataset: Any, device: torch.device | str | None = None, augment:
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(dataset.to(device), augment)
+        return IndexedSource(placed(dataset, device), augment)
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
         return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):

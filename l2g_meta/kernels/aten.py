@@ -79,7 +79,7 @@ def double_backward(
     out: Tensor | None,
     where: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of g, x and w: the closed form of ``l2g_meta.norm``, in three passes of sums and two of output."""
+    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in three passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
     chosen, v_at = (x, v) if where is None else (_take(x, where), _take(v, where))
     sum_g, sum_h = _sums(g, chosen, mean, rstd)

@@ -1,6 +1,6 @@
-"""Per-channel numbers of the backward passes, all of shape (c,), from the sums over the maps; in ``norm``'s notation.
+"""Per-channel numbers of the backward passes, all of shape (c,), from the sums over the maps.
 
-A pass over maps then is one linear combination per channel.
+The notation is that of ``batch_norm.py``. A pass over maps then is one linear combination per channel.
 """
 
 from __future__ import annotations

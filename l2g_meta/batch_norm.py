@@ -1,0 +1,226 @@
+r"""Batch normalisation as an operator with a closed-form double backward.
+
+Per channel, over the N = batch · height · width values, x̂ = r (x − m) with m the mean and r = (variance + ε)^−½, and
+y = w x̂ + b. Sums are over the N values: Sg = Σg, Sh = Σg x̂, Sv = Σv, Svh = Σv x̂, Svg = Σv g. The backward pass is
+
+.. math:: g_x = w r (g - S_g / N - \hat x S_h / N), \qquad g_w = S_h, \qquad g_b = S_g
+
+and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
+
+.. math::
+    \bar g &= a (v - S_v / N - \hat x S_{vh} / N) + v_w \hat x + v_b \\
+    h &= -(a / N) (v S_h + g S_{vh}) + v_w g                                   && (\partial / \partial \hat x) \\
+    \bar w &= r (S_{vg} - S_v S_g / N - S_{vh} S_h / N) \\
+    \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
+
+where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
+most of what an exact meta-step costs; ``l2g_meta.kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm
+only select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from l2g_meta import kernels
+from l2g_meta.kernels.aten import per_channel
+
+
+def batch_norm(
+    x: Tensor,  # (n, c, ...)
+    w: Tensor | None = None,  # (c,)
+    b: Tensor | None = None,  # (c,)
+    *,
+    running_mean: Tensor | None = None,  # (c,)
+    running_var: Tensor | None = None,  # (c,)
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    pool: bool = False,
+) -> Tensor:  # (n, c, ...)
+    """Batch normalisation by the batch's own statistics, then ReLU and 2×2 max-pooling if asked for.
+
+    Running statistics that are given are updated in place. Empty batches are PyTorch's own.
+
+    Raises:
+        ValueError: for one value per channel.
+        RuntimeError: for scales or statistics of another number of channels; both as PyTorch does.
+
+    Example:
+        >>> batch_norm(torch.tensor([[0.0], [2.0]]), eps=0.0).tolist()
+        [[-1.0], [1.0]]
+    """
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    given = [t for t in (w, b, running_mean, running_var) if t is not None]
+    if x.numel() == 0 or any(len(t) != x.shape[1] for t in given):  # a special case of PyTorch's, or its error
+        y = F.batch_norm(x, running_mean, running_var, w, b, True, momentum, eps)
+        return relu_and_pool(y, relu=relu, pool=pool)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide)
+    w = x.new_ones(x.shape[1]) if w is None else w.to(wide)
+    b = x.new_zeros(x.shape[1]) if b is None else b.to(wide)
+    with torch.no_grad():
+        mean, variance = _statistics(x, running_mean, running_var, momentum)
+        rstd = (variance + eps).rsqrt()
+    return _Norm.apply(x, w, b, mean, rstd, eps, relu, pool)[0].to(dtype)
+
+
+def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
+    """ReLU and 2×2 max-pooling, those that are asked for, by PyTorch's own operators."""
+    y = y.relu() if relu else y
+    return F.max_pool2d(y, 2) if pool else y
+
+
+def instance_norm(
+    x: Tensor,  # (n, c, ...)
+    w: Tensor | None = None,  # (c,)
+    b: Tensor | None = None,  # (c,)
+    *,
+    running_mean: Tensor | None = None,  # (c,)
+    running_var: Tensor | None = None,  # (c,)
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:  # (n, c, ...)
+    """Instance normalisation of (n, c, ...), which is batch normalisation of (1, n c, ...).
+
+    Running statistics that are given are updated in place, by the mean over the batch.
+
+    Example:
+        >>> instance_norm(torch.tensor([[[0.0, 2.0]], [[5.0, 9.0]]]), eps=0.0).tolist()
+        [[[-1.0, 1.0]], [[-1.0, 1.0]]]
+    """
+    n, c = x.shape[:2]
+    w, b, means, variances = (None if t is None else t.repeat(n) for t in (w, b, running_mean, running_var))  # (n c,)
+    y = batch_norm(
+        x.contiguous().view(1, n * c, *x.shape[2:]),
+        w,
+        b,
+        running_mean=means,
+        running_var=variances,
+        momentum=momentum,
+        eps=eps,
+    )
+    for running, each in ((running_mean, means), (running_var, variances)):
+        if running is not None and each is not None:
+            running.copy_(each.view(n, c).mean(0))
+    return y.view(x.shape)
+
+
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance in the precision of x, whatever that of the running statistics."""
+    if running_mean is None or running_var is None:
+        return kernels.of(x).statistics(x, None, None, momentum)
+    wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
+    found = kernels.of(x).statistics(x, wide_mean, wide_var, momentum)
+    if wide_mean is not running_mean:
+        running_mean.copy_(wide_mean)
+        running_var.copy_(wide_var)
+    return found
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return kernels.of(x).forward(x, w, b, mean, rstd, relu, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
+        x, w, _, mean, rstd, ctx.eps, relu, _ = inputs
+        y, where = outputs
+        if where is not None:
+            ctx.mark_non_differentiable(where)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w, mean, rstd, y if relu else None, where)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 8
+        return *_NormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+
+
+class _NormBackward(Function):
+    @staticmethod
+    def forward(
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        out: Tensor | None,
+        where: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.of(x).backward(_like(g, x), x, w, mean, rstd, out, where)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, w, mean, rstd, out, where = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            where = where if where is None else kernels.of(x).index(where, x)
+            cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
+        else:
+            cotangents = kernels.of(x).double_backward(_like(v, x), vw, vb, _like(g, x), x, w, mean, rstd, out, where)
+        return *cotangents, None, None, None, None, None
+
+
+def double_backward(
+    v: Tensor,  # cotangent of g_x, (n, c, ...)
+    vw: Tensor,  # cotangent of g_w, (c,)
+    vb: Tensor,  # cotangent of g_b, (c,)
+    g: Tensor,  # cotangent of y, of y's shape
+    x: Tensor,  # (n, c, ...)
+    w: Tensor,  # (c,)
+    out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
+    where: Tensor | None,  # in each map, where the pooling found its maxima, of y's shape
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the kernels' oracle."""
+    active = None if out is None else (out > 0).to(x.dtype)
+    dims = [d for d in range(x.ndim) if d != 1]
+
+    def total(t: Tensor) -> Tensor:  # (n, c, ...) -> (c,), as it broadcasts
+        return per_channel(t.sum(dims), t)
+
+    def select(t: Tensor) -> Tensor:  # S
+        t = t if where is None else t.flatten(2).gather(2, where.flatten(2)).view(where.shape)
+        return t if active is None else t * active
+
+    def spread(t: Tensor) -> Tensor:  # Sᵀ
+        t = t if active is None else t * active
+        if where is None:
+            return t
+        return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
+
+    w, vw, vb = per_channel(w, x), per_channel(vw, x), per_channel(vb, x)
+    n = x.numel() / x.shape[1]
+    centred = x - total(x) / n
+    r = (total(centred**2) / n + eps).rsqrt()
+    xh, a, g = r * centred, w * r, spread(g)
+    sv, svh, sg, sh = total(v), total(v * xh), total(g), total(g * xh)
+    h = -(a / n) * (v * sh + g * svh) + vw * g
+    bar_g = select(a * (v - sv / n - xh * svh / n) + vw * xh + vb)
+    bar_w = r * (total(v * g) - sv * sg / n - svh * sh / n)
+    bar_x = r * (h - total(h) / n - xh * total(h * xh) / n) - r * w * bar_w / n * xh
+    return bar_g, bar_x, bar_w.flatten()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """The same tensor in the memory format of x."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

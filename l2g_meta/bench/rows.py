@@ -1,0 +1,87 @@
+"""The rows of the bench, and the model and tasks that they are timed with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from l2g_meta.backbones import Conv4, ResNet12
+from l2g_meta.bench.case import Case
+from l2g_meta.bench.updates import UPDATES, Update
+from l2g_meta.bench.variants import VARIANTS, Pairs, Variant
+from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.errors import L2GError
+from l2g_meta.heads import PrototypicalHead, RelationHead
+from l2g_meta.model import MetricModel, feature_shape
+
+BACKBONES: dict[str, Callable[..., Any]] = {"conv4": Conv4, "resnet12": ResNet12}
+ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
+
+
+def available(names: Sequence[str] | None = None, *, device: str = "cpu") -> dict[str, Variant | Update]:
+    """The rows of these names, or all; those that cannot run here are left out if they were not named.
+
+    Raises:
+        L2GError: for an unknown name, or a named row whose package or device is missing.
+    """
+    chosen = {}
+    for name in names or ROWS:
+        if name not in ROWS:
+            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}")
+        row = ROWS[name]
+        if row.needs is not None and importlib.util.find_spec(row.needs) is None:
+            missing = f"the package {row.needs}; pip install l2g-meta[bench]"
+        elif row.cuda and not device.startswith("cuda"):
+            missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
+        else:
+            chosen[name] = row
+            continue
+        if names:
+            raise L2GError(f"the variant {name!r} needs {missing}")
+    return chosen
+
+
+def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
+    """What is timed of a row: a step on the given pairs, or an update that draws from the stream.
+
+    Raises:
+        L2GError: if the row is not of such cases, or cannot be recorded as a CUDA graph.
+    """
+    row = ROWS[name]
+    if isinstance(row, Update):
+        return row.make(model, case, stream)
+    return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
+
+
+def task_stream(case: Case) -> TaskPairs:
+    """Pairs of tasks from random uint8 images that lie on the device."""
+    generator = np.random.default_rng(0)
+    per_class, classes = case.shots + case.queries, 2 * case.ways
+    images = generator.integers(0, 256, (classes * per_class, case.image_size, case.image_size, 3), dtype=np.uint8)
+    data = ClassDataset(images, np.repeat(np.arange(classes), per_class))
+    return TaskPairs(data, ways=case.ways, shots=case.shots, queries=case.queries, seed=0, device=case.device)
+
+
+def build(case: Case, *, fused: bool) -> MetricModel:
+    """The model of a case, always with the same weights.
+
+    Raises:
+        FitError: if the images are too small for it.
+    """
+    image_shape = (3, case.image_size, case.image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        if case.head == "prototypical":
+            model = MetricModel(BACKBONES[case.backbone](3, fused=fused), PrototypicalHead(), image_shape=image_shape)
+        else:
+            encoder = Conv4(3, pools=2, fused=fused)
+            channels, *size = feature_shape(encoder, image_shape)
+            head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
+            model = MetricModel(encoder, head, image_shape=image_shape)
+    return model.to(case.device)
