@@ -213,7 +213,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """Reads what ``save`` wrote.
+        """Reads what ``save`` wrote, resolved and checked.
 
         Raises:
             L2GError: if the file is missing or holds something else.
@@ -221,6 +221,7 @@ class Config:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-            return cls(**values)
-        except (OSError, TypeError, ValueError) as error:
+            config = cls(**values)
+        except (AttributeError, OSError, TypeError, ValueError) as error:
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
+        return config.resolved()

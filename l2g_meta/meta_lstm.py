@@ -93,22 +93,19 @@ class MetaLSTM(nn.Module):
         start = trainable_parameters(self.classifier)
         sizes = [p.numel() for p in start.values()]
         theta = torch.cat([p.flatten() for p in start.values()])  # (n,)
-        state, i, f = None, torch.zeros_like(theta), torch.ones_like(theta)
+        i, f = torch.zeros_like(theta), torch.ones_like(theta)
+        h = c = theta.new_zeros(self.lstm.hidden_size, len(theta))
         # Running statistics are those of the first pass, under θ_0; later passes write copies.
         buffers = dict(self.classifier.named_buffers())
         for _ in range(self.steps):
             loss, gradient = self._constants(theta, sizes, buffers, task)
             buffers = {name: b.clone() for name, b in buffers.items()}
-            inputs = torch.cat([preprocess(gradient), preprocess(loss).expand(len(theta), 2)], 1)  # (n, 4)
-            state = self.lstm(inputs, state)  # h_t and its cell, (n, hidden) each
-            i = self._gate(self.input_gate, state[0], theta, i)
-            f = self._gate(self.forget_gate, state[0], theta, f)
+            inputs = torch.cat([preprocess(gradient).T, preprocess(loss)[:, None].expand(2, len(theta))])  # (4, n)
+            h, c = _read(self.lstm, inputs, h, c)
+            i = _gate(self.input_gate, h, theta, i)
+            f = _gate(self.forget_gate, h, theta, f)
             theta = f * theta - i * gradient
         return self._logits(theta, sizes, buffers, task.query_x)
-
-    @staticmethod
-    def _gate(gate: nn.Module, h: Tensor, theta: Tensor, last: Tensor) -> Tensor:  # (n,)
-        return gate(torch.cat([h, theta[:, None], last[:, None]], 1)).sigmoid().squeeze(1)
 
     def _constants(
         self, theta: Tensor, sizes: list[int], buffers: dict[str, Tensor], task: Task
@@ -128,3 +125,20 @@ class MetaLSTM(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for printing."""
         return f"steps={self.steps}"
+
+
+def _read(
+    lstm: nn.LSTMCell,
+    x: Tensor,  # (inputs, n)
+    h: Tensor,  # (hidden, n)
+    c: Tensor,  # (hidden, n)
+) -> tuple[Tensor, Tensor]:
+    """What ``lstm`` does, on columns: its gates lie in one piece then, and a CPU's tanh is several times as fast."""
+    weight, bias = torch.cat([lstm.weight_ih, lstm.weight_hh], 1), lstm.bias_ih + lstm.bias_hh
+    i, f, g, o = torch.addmm(bias[:, None], weight, torch.cat([x, h])).chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gate(gate: nn.Linear, h: Tensor, theta: Tensor, last: Tensor) -> Tensor:  # (hidden, n), (n,), (n,) -> (n,)
+    return torch.addmm(gate.bias, gate.weight, torch.cat([h, theta[None], last[None]])).sigmoid().squeeze(0)

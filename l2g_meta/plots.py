@@ -106,7 +106,7 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
         FitError: for a model without an ``encoder``.
     """
     try:
-        import sklearn  # noqa: F401
+        import sklearn.manifold  # noqa: F401
     except ImportError as error:
         raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
     datasets = dataset if isinstance(dataset, list | tuple) else [dataset]
