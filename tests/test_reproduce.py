@@ -216,6 +216,34 @@ def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
     assert "## glyphs, 5-way 1-shot" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux's /proc to see processes")
+def test_workers_end_with_a_killed_command(tmp_path):
+    command = [*COMMAND, "--out", str(tmp_path), "--rows", "l2g-proto", "--parallel", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    folder = Cell(smoke(tmp_path, "l2g-proto"), "glyphs", "5w1s", "l2g-proto", 0).folder
+    while not (folder / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = children.read_text().split()
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in workers if _runs(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    with claim(folder / "lock") as ours:
+        assert ours
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_every_experiment_runs(tmp_path, capsys):
     for experiment in EXPERIMENTS:
         command = ["reproduce", experiment, "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]

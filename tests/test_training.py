@@ -195,7 +195,10 @@ def test_methods_share_one_stream():
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr above 0"),
         (["--temperature", "0"], "--temperature above 0 and finite, got 0.0"),
-        (["--head", "nothing"], "--head to be one of prototypical, relation, matching, matching-fce or package.module:Class"),
+        (
+            ["--head", "nothing"],
+            "--head to be one of prototypical, relation, matching, matching-fce or package.module:Class",
+        ),
         (["--head", "nowhere.at_all:Head"], "cannot load --head nowhere.at_all:Head"),
         (
             ["--head", "relation", "--distance", "cosine"],

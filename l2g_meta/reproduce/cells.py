@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -54,9 +55,18 @@ def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[s
 
 
 def _worker(plan: Plan, threads: int, failed: Any) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
     failed.put(work(plan, progress=False))
+
+
+def _end_with_parent() -> None:
+    # However the command ends: a worker left behind would hold its cell and the cores.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _next(failed: Any, workers: list[Any]) -> list[str]:
