@@ -107,10 +107,11 @@ def test_the_curves_are_the_logs_at_their_validations(done):
 
 
 def test_differences_are_paired_and_tested_over_episodes():
-    def result(*accuracies):
-        return {"tests": {"running": {"accuracies": list(accuracies)}}}
+    def result(seed, *accuracies):
+        return {"config": {"seed": seed}, "tests": {"running": {"accuracies": list(accuracies)}}}
 
-    a, b = [result(40, 60, 50, 70), result(50, 60, 50, 60)], [result(38, 58, 49, 67), result(50, 57, 48, 60)]
+    a = [result(0, 40, 60, 50, 70), result(1, 50, 60, 50, 60)]
+    b = [result(0, 38, 58, 49, 67), result(1, 50, 57, 48, 60)]
     found = difference(a, b, "running")
     gains = np.array([[2, 2, 1, 3], [0, 3, 2, 0]], dtype=float)
     assert found["mean"] == gains.mean() and found["runs"] == [2.0, 1.25]
@@ -118,7 +119,9 @@ def test_differences_are_paired_and_tested_over_episodes():
     assert found["ci95_runs"] == pytest.approx(confidence_interval([2.0, 1.25]))
     z = gains.mean() / (gains.mean(0).std(ddof=1) / 2)
     assert found["p"] == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(z / math.sqrt(2)))))
-    assert difference(a, a, "running")["p"] is None and difference(a[:1], a, "running")["ci95_runs"] is None
+    assert difference(a, a, "running")["p"] is None and difference(a[:1], b[:1], "running")["ci95_runs"] is None
+    assert difference(a[1:], b, "running")["runs"] == [1.25]  # of the seed that both have
+    assert difference(a[1:], b[:1], "running") == {}
 
 
 def test_what_is_done_is_not_done_again_what_is_lost_is(done, tmp_path):

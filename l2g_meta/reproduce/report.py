@@ -108,19 +108,22 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
     summary["against"] = {
         other: {bn: difference(found, of_row[other], bn) for bn in POLICIES}
         for other in spec.against
-        if of_row.get(other)
+        if difference(found, of_row.get(other, ()), "running")
     }
     return summary
 
 
 def difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], bn: Policy) -> dict[str, Any]:
-    """Results a − b over the same test episodes, in points, the mean of the seeds that both have.
+    """Results a − b over the same test episodes, in points, the mean of the seeds that both have; empty without any.
 
     ``p`` is of the two-sided test that the mean over episodes is 0 (normal approximation, for hundreds of episodes);
     ``ci95_runs`` is over the seeds' own differences.
     """
-    n = min(len(a), len(b))
-    gains = _episodes(a[:n], bn) - _episodes(b[:n], bn)  # (seeds, episodes)
+    first, second = ({result["config"]["seed"]: result for result in results} for results in (a, b))
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return {}
+    gains = _episodes([first[s] for s in seeds], bn) - _episodes([second[s] for s in seeds], bn)  # (seeds, episodes)
     mean, spread = gains.mean().item(), gains.mean(0).std(ddof=1) / math.sqrt(gains.shape[1])
     return {
         "mean": mean,
