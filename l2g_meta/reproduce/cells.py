@@ -83,32 +83,35 @@ def _next(failed: Any, workers: list[Any]) -> list[str]:
 
 
 def work(plan: Plan, *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
-    """Takes cells that nobody has until all are done; returns what failed."""
+    """Takes the first cell that nobody has until all are done; returns what failed."""
     failed: dict[Cell, str] = {}
     while left := [cell for cell in plan.cells if not cell.done and cell not in failed]:
-        waiting = True
         for cell in left:
             lost = [need for need in cell.needs if need in failed]
             if lost:
                 failed[cell] = f"{cell.name}: waits for {lost[0].name}, which failed"
-            if lost or cell.done or not all(need.done for need in cell.needs):
-                continue
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            with claim(cell.folder / "lock") as ours:
-                if not ours or cell.done:
-                    continue
-                waiting = False
-                try:
-                    began = time.perf_counter()
-                    result = run_cell(cell, progress=progress)
-                    accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
-                    say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
-                except L2GError as error:
-                    failed[cell] = f"{cell.name}: {error}"
-                    say(f"l2g: {failed[cell]}")
-        if waiting and any(cell not in failed for cell in left):
-            time.sleep(WAIT)
+                break
+            if all(need.done for need in cell.needs) and _take(cell, failed, progress, say):
+                break
+        else:
+            time.sleep(WAIT)  # others have them all
     return list(failed.values())
+
+
+def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[str], None]) -> bool:
+    """Runs a cell unless somebody else does; whether it was ours to run."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with claim(cell.folder / "lock") as ours:
+        if ours and not cell.done:
+            try:
+                began = time.perf_counter()
+                result = run_cell(cell, progress=progress)
+                accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
+                say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
+            except L2GError as error:
+                failed[cell] = f"{cell.name}: {error}"
+                say(f"l2g: {failed[cell]}")
+        return ours
 
 
 def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
