@@ -1,10 +1,12 @@
 """Normalisation layers with a fast double backward, and which statistics a model is evaluated with.
 
-The operator behind them, and its second derivative in closed form, are in ``l2g_meta.batch_norm``.
+The operators behind them, and their second derivatives in closed form, are in ``l2g_meta.batch_norm`` and
+``l2g_meta.layer_norm``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from l2g_meta.batch_norm import batch_norm, instance_norm, relu_and_pool
 from l2g_meta.errors import FitError
+from l2g_meta.layer_norm import layer_norm
 
 Policy = Literal["running", "batch"]
 POLICIES: tuple[Policy, ...] = ("running", "batch")
@@ -146,6 +149,38 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         return _normalise_instances(self, input)
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` with a fast double backward: same arguments, same state dict, same values.
+
+    As ``BatchNorm2d``: exact to any order, no ``vmap``, no ``jvp``.
+
+    Shapes:
+        (..., *normalized_shape) -> the same.
+
+    Raises:
+        RuntimeError: for inputs of another shape, as PyTorch does.
+
+    Source:
+        Ba, Kiros & Hinton (2016).
+
+    Example:
+        >>> import torch
+        >>> norm = LayerNorm((4, 5))
+        >>> norm.load_state_dict(nn.LayerNorm((4, 5)).state_dict())
+        <All keys matched successfully>
+        >>> norm(torch.randn(3, 4, 5)).mean((1, 2)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised inputs, of the same shape."""
+        shape = self.normalized_shape
+        several = math.prod(shape) > 1 and input.numel() > 0
+        if not several or tuple(input.shape[input.ndim - len(shape) :]) != tuple(shape):  # its errors and zeros
+            return super().forward(input)
+        return layer_norm(input, shape, self.weight, self.bias, eps=self.eps)
+
+
 CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
@@ -153,11 +188,12 @@ CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm1d: InstanceNorm1d,
     nn.InstanceNorm2d: InstanceNorm2d,
     nn.InstanceNorm3d: InstanceNorm3d,
+    nn.LayerNorm: LayerNorm,
 }
 
 
 def convert_batchnorm(model: nn.Module) -> nn.Module:
-    """Gives every BatchNorm and InstanceNorm layer of a model the fast double backward, in place; returns the model.
+    """Gives every Batch-, Instance- and LayerNorm of a model the fast double backward, in place; returns it.
 
     Parameters, buffers, hooks and the state dict stay as they are; subclasses (``SyncBatchNorm``, a user's own) are
     left alone.

@@ -18,10 +18,12 @@ from l2g_meta.norm import (
     BatchNorm2d,
     BatchNormReLU2d,
     InstanceNorm2d,
+    LayerNorm,
     batch_norm,
     batchnorm_policy,
     convert_batchnorm,
     instance_norm,
+    layer_norm,
 )
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
 
@@ -280,6 +282,75 @@ class TestInstanceNorm:
         for norm in (nn.InstanceNorm2d(3), InstanceNorm2d(3)):
             with pytest.warns(UserWarning, match="You can silence this warning"):
                 assert norm(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
+
+
+class TestLayerNorm:
+    @pytest.mark.parametrize(
+        "shape, over", [((3, 5), (5,)), ((2, 3, 4), (4,)), ((2, 3, 2, 3), (3, 2, 3)), ((4,), (4,))]
+    )
+    def test_derivatives_to_third_order(self, shape, over):
+        inputs = leaf(*shape), leaf(*over), leaf(*over)
+        assert torch.autograd.gradcheck(lambda x, w, b: layer_norm(x, over, w, b), inputs)
+        assert torch.autograd.gradgradcheck(lambda x, w, b: layer_norm(x, over, w, b), inputs)
+
+        def plain(x, w, b):
+            dims = tuple(range(x.ndim - len(over), x.ndim))
+            return [w * (x - x.mean(dims, True)) * (x.var(dims, correction=0, keepdim=True) + 1e-5).rsqrt() + b]
+
+        found = derivatives(lambda x, w, b: [layer_norm(x, over, w, b)], inputs)
+        for f, e in zip(found, derivatives(plain, inputs), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        "stock, shape, layout",
+        [
+            (nn.LayerNorm(5), (2, 3, 5), "contiguous"),
+            (nn.LayerNorm((6, 4, 5)), (2, 6, 4, 5), "channels-last"),
+            (nn.LayerNorm((4, 5), elementwise_affine=False), (2, 3, 4, 5), "contiguous"),
+            (nn.LayerNorm(5, bias=False, eps=0.1), (2, 5), "contiguous"),
+            (nn.LayerNorm(1), (3, 1), "contiguous"),  # one value each
+            (nn.LayerNorm(5), (0, 5), "contiguous"),
+        ],
+        ids=str,
+    )
+    def test_drop_in_for_the_stock_layers(self, stock, shape, layout):
+        """Values, gradients to second order, state dict."""
+        stock = copy.deepcopy(stock).double()
+        for p in stock.parameters():
+            nn.init.uniform_(p, 0.5, 2.0)
+        fast = convert_batchnorm(copy.deepcopy(stock))
+        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
+        found = []
+        for norm in (fast, stock):
+            leaves = [x.clone().requires_grad_(), *norm.parameters()]
+            y = norm(leaves[0])
+            first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves, allow_unused=True)
+            found.append([y, *first, *(torch.zeros(()) if g is None else g for g in second)])
+        torch.testing.assert_close(*found)
+        assert list(fast.state_dict()) == list(stock.state_dict())
+
+    def test_each_input_is_normalised_by_itself(self):
+        """Law: neither the other inputs nor an input's own scale and shift change its result."""
+        x = torch.randn(5, 6, 4, dtype=torch.float64)
+        norm = LayerNorm((6, 4), eps=0.0).double()
+        torch.testing.assert_close(norm(x)[2:4], norm(x[2:4]))
+        torch.testing.assert_close(norm(2 * x + 7), norm(x))
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 2e-3)])
+    def test_other_dtypes_against_float64(self, dtype, tolerance):
+        x = (torch.randn(4, 6, 10, 10) * 2 + 1).to(dtype)
+        norm = LayerNorm((6, 10, 10))
+        expected, found = copy.deepcopy(norm).double()(x.double()), norm.to(dtype)(x)
+        assert found.dtype == dtype and (found.double() - expected).norm() < tolerance * expected.norm()
+
+    def test_what_pytorch_refuses_is_refused_alike(self):
+        for norm in (nn.LayerNorm((3, 5)), LayerNorm((3, 5))):
+            with pytest.raises(RuntimeError, match="[Gg]iven normalized_shape"):
+                norm(torch.randn(2, 5, 3))
+            with pytest.raises(RuntimeError):
+                norm(torch.randn(5))
 
 
 class TestConv:
