@@ -155,7 +155,7 @@ class LayerNorm(nn.LayerNorm):
     As ``BatchNorm2d``: exact to any order, no ``vmap``, no ``jvp``.
 
     Shapes:
-        (..., *normalized_shape) -> the same.
+        (..., normalized_shape) -> the same.
 
     Raises:
         RuntimeError: for inputs of another shape, as PyTorch does.
