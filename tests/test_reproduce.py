@@ -188,6 +188,13 @@ def test_unknown_rows_columns_and_a_missing_root():
         plan("figure2", "small", Path("none"))
 
 
+def test_an_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    command = ["reproduce", "table1", "--scale", "smoke", "--rows", "proto", "--out", str(tmp_path / "file" / "out")]
+    assert main(command) == 2
+    assert "need a folder to write for --out, got" in capsys.readouterr().err
+
+
 COMMAND = [sys.executable, "-m", "l2g_meta", "reproduce", "table1", "--scale", "smoke", "--device", "cpu"]
 
 

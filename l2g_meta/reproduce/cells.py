@@ -39,7 +39,17 @@ def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[s
         plan: the cells.
         parallel: processes, each with its share of the cores.
         progress: show each run's progress bar, if there is one process.
+
+    Raises:
+        L2GError: if the plan's folder cannot be written.
     """
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with open(plan.out / ".writable", "w"):  # now, not after the first cell's hours
+            pass
+        (plan.out / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
     if parallel == 1:
         return work(plan, progress=progress)
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork

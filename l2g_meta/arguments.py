@@ -1,0 +1,117 @@
+"""The arguments of the command `l2g`: a flag per field of ``Config`` and of the bench's ``Case``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.bench.case import Case
+from l2g_meta.config import Config, Sizes
+from l2g_meta.norm import POLICIES
+from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.plan import SCALES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``l2g``; ``command`` is the name of the command given."""
+    from l2g_meta import __version__
+
+    parser = argparse.ArgumentParser(prog="l2g", description="Few-shot learning that generalises to unseen tasks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    train = commands.add_parser(
+        "train", help="train a model", description="Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
+    )
+    for f in fields(Config):
+        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        options["default"] = argparse.SUPPRESS
+        if f.default is not None and f.default is not False:
+            options["help"] += f" (default: {f.default})"
+        if f.type == "bool":
+            train.add_argument(flag, action="store_true", **options)
+        else:
+            train.add_argument(flag, type=TYPES[str(f.type).removesuffix(" | None")], **options)
+    train.add_argument("--out", type=Path, help="run directory (default: runs/DATA-METHOD-HEAD-seedSEED)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy on unseen classes",
+        description="Evaluates one trained run, or several as trained seeds: only then an interval over runs is given.",
+    )
+    evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
+    evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--ways", type=partial(_natural, least=2), help="classes per episode (default: as trained)")
+    evaluate.add_argument("--shots", type=_positive, help="supports per class (default: as trained)")
+    evaluate.add_argument("--queries", type=_positive, help="queries per class (default: as trained)")
+    evaluate.add_argument("--episodes", type=_positive, default=600, help="per stream (default: 600)")
+    evaluate.add_argument("--runs", type=_positive, default=1, help="streams of episodes for each model (default: 1)")
+    evaluate.add_argument("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
+    evaluate.add_argument("--episode-seed", type=_natural, default=0, help="of the episodes (default: 0)")
+    evaluate.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    evaluate.add_argument("--root", help="folder of the data, if it has moved since training")
+    evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the result, in per cent")
+
+    bench = commands.add_parser(
+        "bench",
+        help="what an exact meta-step costs",
+        description="Times one update of L2G, of episodic training and of other libraries in turn, on random images.",
+    )
+    for f in fields(Case):
+        kind: Any = _positive if f.type == "int" else TYPES[str(f.type)]
+        flag = "--" + f.name.replace("_", "-")
+        bench.add_argument(flag, type=kind, default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
+    bench.add_argument("--repeats", type=_positive, default=5, help="timed steps of each (default: 5)")
+    bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
+    instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
+    instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="the paper's tables and figures, ours beside theirs",
+        description="Trains and tests what a table or figure of the paper shows. Run again, it continues; several "
+        "machines may share one --out.",
+        epilog="scales: " + "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items()),
+    )
+    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    reproduce.add_argument("--scale", default="small", choices=tuple(SCALES), help="default: small")
+    reproduce.add_argument("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
+    reproduce.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+    reproduce.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
+    reproduce.add_argument("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    reproduce.add_argument("--runs", type=_positive, metavar="N", help="trained seeds of each cell")
+    reproduce.add_argument("--parallel", type=_positive, default=1, metavar="N", help="cells side by side (default: 1)")
+    reproduce.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    return parser
+
+
+def _natural(text: str, *, least: int = 0) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"need at least {least}, got {value}")
+    return value
+
+
+_positive = partial(_natural, least=1)
+
+
+def _sizes(text: str) -> Sizes:
+    """A number, or several as 1,5,10."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"need a number, or several as 1,5,10; got {text!r}") from error
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Sizes": _sizes}
