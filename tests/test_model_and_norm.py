@@ -15,7 +15,8 @@ def test_backbones_have_their_published_shapes():
     assert feature_shape(Conv4(3), (3, 84, 84)) == (64, 5, 5)
     assert feature_shape(relation_embedding(3), (3, 84, 84)) == (64, 21, 21)
     assert sum(p.numel() for p in Conv4(3).parameters()) == 64 * 27 + 3 * 64 * 64 * 9 + 4 * 128  # no conv biases
-    assert set(BACKBONES) == {"conv4", "conv4-relation", "resnet12"}
+    assert set(BACKBONES) == {"conv4", "conv4-32", "conv4-relation", "resnet12"}
+    assert feature_shape(BACKBONES["conv4-32"](3), (3, 84, 84)) == (32, 5, 5)
     with pytest.raises(FitError, match="pools in 0 … 4"):
         Conv4(pools=5)
 
