@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -163,7 +164,8 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON beside its place and renames it into it."""
+    """Writes JSON beside its place and renames it into it; lists of numbers on one line."""
+    text = re.sub(r"\[[-+.\d\s,e]+\]", lambda found: " ".join(found[0].split()), json.dumps(values, indent=1))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
