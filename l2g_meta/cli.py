@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 unusable input, 130 interrupted."""
+    """Runs a command; returns the exit code: 0 done, 1 in part, 2 unusable input, 130 interrupted."""
     args = build_parser().parse_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2g: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("l2g: interrupted; l2g train --resume RUN continues a run from its last checkpoint", file=sys.stderr)
+        resume = "l2g train --resume RUN continues a run" if args.command == "train" else "the same command continues"
+        print(f"l2g: interrupted; {resume} from the last checkpoint", file=sys.stderr)
         return 130
 
 

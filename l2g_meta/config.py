@@ -180,6 +180,12 @@ class Config:
             return
         if self.head != "softmax":
             raise L2GError(f"--method {self.method} has no metric head, got --head {self.head}; leave it out")
+        given = [name for name in HEAD_FLAGS if getattr(self, name)]
+        if self.method == "meta-lstm":
+            given += [name for name in ("test_steps", "first_order") if getattr(self, name)]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise L2GError(f"--method {self.method} does not take {flags}; leave them out")
         if self.learn_inner_lr or self.recompute:
             raise L2GError(f"--learn-inner-lr and --recompute belong to l2g and maml, got --method {self.method}")
         for name in ("ways", "outer_ways"):

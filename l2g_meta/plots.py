@@ -87,8 +87,18 @@ def scaling_plot(results: Sequence[Mapping[str, Any]], path: Path | str) -> Path
     return save(figure, path)
 
 
-def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, ways: int = 5, shots: int = 5,
-         queries: int = 25, seed: int = 0, device: torch.device | str | None = None) -> Path:  # fmt: skip
+def tsne(
+    models: Mapping[str, nn.Module],
+    dataset: Any,
+    path: Path | str,
+    *,
+    ways: int = 5,
+    shots: int = 5,
+    queries: int = 25,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    heading: str = "",
+) -> Path:
     """t-SNE of one episode's embeddings under each model, side by side (cf. fig. 3): supports stars, queries dots.
 
     Args:
@@ -100,6 +110,7 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
         queries: queries per class.
         seed: of the episode and of t-SNE.
         device: where the models are.
+        heading: above the pictures.
 
     Raises:
         ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
@@ -116,6 +127,8 @@ def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, way
         shown = f"{ways} classes of {getattr(data, 'name', '')} {getattr(data, 'split', '')}".strip()
         for axis, (title, model) in zip(row, models.items(), strict=True):
             _embedding(axis, f"{title}: {shown}", model, task, seed)
+    if heading:
+        figure.suptitle(heading, fontsize=8, wrap=True)
     return save(figure, path)
 
 

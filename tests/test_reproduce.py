@@ -19,8 +19,8 @@ from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.reproduce.cells import run_cell, work
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.reproduce.plan import EPISODES, Cell, plan
-from l2g_meta.reproduce.report import curve, difference, markdown, tables
+from l2g_meta.reproduce.plan import EPISODES, HALVE_EVERY, Cell, plan
+from l2g_meta.reproduce.report import curve, difference, markdown, tables, write_tables
 from l2g_meta.training import learning_rate
 
 
@@ -61,7 +61,7 @@ def test_every_cell_has_a_config_that_can_be_run(scale):
         if scale == "full":
             assert config.image_size == 84 and config.queries == 15
             assert config.iterations * config.episodes_per_update == EPISODES[row.family]
-            assert config.lr_halve_every == (100_000 if row.family == "relation" else 10_000)
+            assert config.lr_halve_every == HALVE_EVERY[row.family]
         else:
             assert config.iterations <= 400 and cell.column in ("5w1s", "any-shot")
     table3 = next(c for cell, c in configs.items() if cell.row == "l2g-proto-fixed")
@@ -153,12 +153,18 @@ def test_equal_wall_time_is_as_many_updates_as_the_others_time_pays_for(tmp_path
     what = smoke(tmp_path, "proto-time", "l2g-proto", "proto-tasks")
     cell = what.cells[0]
     for row, seconds in (("l2g-proto", ["30.0", "30.4"]), ("proto-tasks", ["6.0", "99.0", "6.0"])):
-        folder = replace(cell, row=row).folder
-        folder.mkdir(parents=True)
-        (folder / "log.csv").write_text("\n".join(["seconds", *seconds]) + "\n")
+        other = replace(cell, row=row)
+        other.folder.mkdir(parents=True)
+        other.config().save(other.folder / "config.json")
+        (other.folder / "log.csv").write_text("\n".join(["seconds", *seconds]) + "\n")
+        (other.folder / "test.json").write_text(json.dumps({"machine": "this"}))
     assert cell.config().iterations == 10 and cell.config().tasks_of_an_update == 10
+    config = cell.config()
+    (other.folder / "test.json").write_text(json.dumps({"machine": "another"}))
+    with pytest.raises(L2GError, match="need one machine for equal wall time"):
+        cell.config()
     cell.folder.mkdir()
-    replace(cell.config(), iterations=7).save(cell.folder / "config.json")  # as it was decided when it began
+    replace(config, iterations=7).save(cell.folder / "config.json")  # as it was decided when it began
     assert cell.config().iterations == 7
 
 
@@ -177,6 +183,34 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     values = tables(what)
     assert len(values["missing"]) == 2 and "Not done yet: glyphs 5w1s proto-time seed 0" in markdown(values)
     assert "| L2G + Prototypical | – | – |" in markdown(values)
+
+
+def test_a_smaller_command_leaves_the_larger_table(done):
+    path = write_tables(done)
+    before = path.read_text()
+    write_tables(replace(done, rows=("proto",)))
+    assert path.read_text() == before and before.count("| Prototypical Network |") >= 2
+
+
+def test_the_disk_is_full_in_one_cell(tmp_path, monkeypatch):
+    what = smoke(tmp_path, "proto-tasks", "proto")
+
+    def full(cell, **options):
+        if cell.row == "proto-tasks":
+            raise OSError(28, "No space left on device")
+        return run_cell(cell, **options)
+
+    monkeypatch.setattr("l2g_meta.reproduce.cells.run_cell", full)
+    failed = work(what, progress=False, say=lambda _: None)
+    assert len(failed) == 1 and "No space left on device" in failed[0]
+    assert [cell.row for cell in what.cells if cell.done] == ["proto"]
+
+
+def test_missing_data_is_found_before_anything_runs(tmp_path, capsys):
+    command = ["reproduce", "table1", "--scale", "small", "--data-root", str(tmp_path / "no"), "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("l2g: need the train split of mini-ImageNet")
+    assert not (tmp_path / "cells").exists()
 
 
 def test_unknown_rows_columns_and_a_missing_root():

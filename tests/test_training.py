@@ -393,6 +393,11 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
             ["--method", "maml-softmax", "--outer-ways", "4"],
             "needs one number of ways, got --ways 3 and --outer-ways 4",
         ),
+        (
+            ["--method", "maml-softmax", "--distance", "squared"],
+            "--method maml-softmax does not take --distance; leave",
+        ),
+        (["--method", "meta-lstm", "--first-order"], "--method meta-lstm does not take --first-order; leave"),
         (["--clip-norm", "0"], "need --clip-norm above 0 and finite, got 0.0"),
         (["--clip-norm", "1", "--cuda-graph"], "--clip-norm does not work with --cuda-graph"),
         (["--shots", "1,0"], r"need --shots to be at least 1, got \(1, 0\)"),

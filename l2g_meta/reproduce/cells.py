@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -51,25 +52,29 @@ def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[s
         (plan.out / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
+    for config in {cell.data: cell.config() for cell in plan.cells if not cell.needs}.values():
+        for split in ("train", "validation", "test"):
+            build_data(config, split)  # missing data is found now
     if parallel == 1:
-        return work(plan, progress=progress)
-    context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-    failed = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    workers = [context.Process(target=_worker, args=(plan, threads, failed), daemon=True) for _ in range(parallel)]
-    for worker in workers:
-        worker.start()
-    messages = [message for _ in workers for message in _next(failed, workers)]
-    for worker in workers:
-        worker.join()
-    return sorted(set(messages))
+        failed = work(plan, progress=progress)
+    else:
+        failed = []  # the workers say what
+        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        threads = max(1, (os.cpu_count() or 1) // parallel)
+        workers = [context.Process(target=_worker, args=(plan, threads), daemon=True) for _ in range(parallel)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return failed or [f"{cell.name}: not done; run the command again to go on" for cell in plan.cells if not cell.done]
 
 
-def _worker(plan: Plan, threads: int, failed: Any) -> None:
+def _worker(plan: Plan, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    failed.put(work(plan, progress=False))
+    work(plan, progress=False)
 
 
 def _end_with_parent() -> None:
@@ -78,19 +83,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _next(failed: Any, workers: list[Any]) -> list[str]:
-    """One worker's failures, or that it died."""
-    from queue import Empty
-
-    while True:
-        try:
-            return failed.get(timeout=1)
-        except Empty:
-            dead = [w for w in workers if w.exitcode not in (None, 0)]
-            if dead:
-                return [f"a worker ended with code {dead[0].exitcode}; start the command again to go on"]
 
 
 def work(plan: Plan, *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
@@ -119,7 +111,7 @@ def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[st
                 result = run_cell(cell, progress=progress)
                 accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
                 say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
-            except L2GError as error:
+            except (L2GError, OSError, RuntimeError) as error:  # the disk, or the device's memory, is full: go on
                 failed[cell] = f"{cell.name}: {error}"
                 say(f"l2g: {failed[cell]}")
         return ours
@@ -151,8 +143,10 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
             "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
         }
     log = read_log(cell.folder)
+    classes = {split: len(build_data(config, split).index) for split in ("train", "validation", "test")}
     result = {
         "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
+        "classes": classes,
         "tests": tests,
         "updates": len(log),
         "tasks": sum(int(line["tasks"]) for line in log),

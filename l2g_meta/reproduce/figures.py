@@ -37,17 +37,22 @@ def convergence(plan: Plan, path: Path) -> Path:
             done = [[line for line in log if line["val_loss"]] for log in logs]
             at = np.array([int(line["iteration"]) for line in done[0]])
             _band(right, at, [[float(line["val_loss"]) for line in log] for log in done], title)
-        left.set(xlabel="updates", ylabel="loss", title=f"{data}: meta-training loss")
+        left.set(xlabel="updates", ylabel="L(θ); L2G: L(θ'; T_j)", title=f"{data}: meta-training loss")
         right.set(xlabel="updates", ylabel="loss", title=f"{data}: validation loss under θ")
         right.legend(fontsize=8)
-    spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
-    titles = ", ".join(COLUMNS[column].title for column in plan.columns)
-    figure.suptitle(f"{spec.title}, {titles}; {plan.scale} ({scale.image_size} px, {plan.seeds} seeds)", fontsize=10)
+    figure.suptitle(_title(plan), fontsize=8, wrap=True)
     return save(figure, path)
 
 
+def _title(plan: Plan) -> str:
+    spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
+    settings = ", ".join(COLUMNS[column].title for column in plan.columns)
+    return f"{spec.title}, {settings}, {plan.seeds} trained seed(s); {plan.scale}: {scale.title}"
+
+
 def _band(axis: Any, at: np.ndarray, curves: Any, label: str) -> None:
-    values = np.array(curves)  # (seeds, points)
+    points = min(len(at), *map(len, curves))  # seeds of equal wall time differ in updates
+    at, values = at[:points], np.array([values[:points] for values in curves])  # (seeds, points)
     axis.plot(at, values.mean(0), label=label, marker="o" if len(at) < 30 else None, markersize=3)
     axis.fill_between(at, values.min(0), values.max(0), alpha=0.15)
 
@@ -64,4 +69,4 @@ def embeddings(plan: Plan, path: Path) -> Path:
     models = {title: wrapper for title, (wrapper, _) in loaded.items()}
     data = [build_data(config, split) for split in ("train", "test")]
     queries = min(25, min(len(rows) for d in data for rows in d.index) - 1)
-    return tsne(models, data, path, ways=5, shots=1, queries=queries, device=device)
+    return tsne(models, data, path, ways=5, shots=1, queries=queries, device=device, heading=_title(plan))

@@ -33,20 +33,22 @@ class Row:
         title: in the table.
         work: what an update has.
         options: fields of ``Config``.
-        family: whose number of episodes it has: ``"prototypical"`` (100,000) or ``"relation"`` (500,000).
+        family: whose number of episodes and schedule it has, see ``plan.EPISODES``.
         against: rows that it is compared with, over the same test episodes.
         published: BatchNorm statistics that the published number is of.
         dear: whether it has fewer updates at small scale.
+        time_of: for ``"time"``, the row whose time it has, and the row that shows what its own updates cost.
         inner: what T_i is, if not as T_j, fields of ``Config``.
     """
 
     title: str
     work: Work
     options: dict[str, Any]
-    family: Literal["prototypical", "relation", "other"] = "prototypical"
+    family: Literal["prototypical", "relation", "maml", "meta-lstm"] = "prototypical"
     against: tuple[str, ...] = ()
     published: Policy = "running"
     dear: bool = False
+    time_of: tuple[str, str] | None = None
     inner: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,18 +67,20 @@ EPISODIC: dict[str, Any] = {"method": "episodic"}
 MAML, L2G = {"method": "maml", "inner_lr": ALPHA}, {"method": "l2g", "inner_lr": ALPHA}
 PROTO, RELATION = {"head": "prototypical"}, {"head": "relation"}
 FIXED = {"ways": 5, "shots": 5}  # T_i of table 3
-PROTO_BASES, RELATION_BASES = ("proto", "proto-tasks", "proto-time"), ("relation", "relation-tasks")
+PROTO_BASES, RELATION_BASES = ("proto", "proto-tasks", "proto-time"), ("relation", "relation-tasks", "relation-time")
 
 ROWS = {
-    "matching": Row("Matching Network", "task", EPISODIC | {"head": "matching"}, "other"),
-    "matching-tasks": Row("Matching Network, tasks as L2G", "tasks", EPISODIC | {"head": "matching"}, "other"),
-    "matching-fce": Row("Matching Network, full context", "task", EPISODIC | {"head": "matching-fce"}, "other"),
-    "l2g-matching": Row("L2G + Matching", "pairs", L2G | {"head": "matching"}, "other", ("matching-tasks",)),
-    "meta-lstm": Row("Meta-learner LSTM", "batch", {"method": "meta-lstm"}, "other", published="batch", dear=True),
-    "maml": Row("MAML", "batch", {"method": "maml-softmax"}, "other", published="batch"),
+    "matching": Row("Matching Network", "task", EPISODIC | {"head": "matching"}),
+    "matching-tasks": Row("Matching Network, tasks as L2G", "tasks", EPISODIC | {"head": "matching"}),
+    "matching-fce": Row("Matching Network, full context", "task", EPISODIC | {"head": "matching-fce"}),
+    "l2g-matching": Row("L2G + Matching", "pairs", L2G | {"head": "matching"}, against=("matching-tasks",)),
+    "meta-lstm": Row("Meta-learner LSTM", "task", {"method": "meta-lstm"}, "meta-lstm", dear=True),
+    "maml": Row("MAML", "batch", {"method": "maml-softmax"}, "maml", published="batch"),
     "proto": Row("Prototypical Network", "task", EPISODIC | PROTO),
     "proto-tasks": Row("Prototypical Network, tasks as L2G", "tasks", EPISODIC | PROTO),
-    "proto-time": Row("Prototypical Network, time as L2G", "time", EPISODIC | PROTO),
+    "proto-time": Row(
+        "Prototypical Network, time as L2G", "time", EPISODIC | PROTO, time_of=("l2g-proto", "proto-tasks")
+    ),
     "maml-proto": Row("MAML + Prototypical", "pairs", MAML | PROTO, against=PROTO_BASES),
     "l2g-proto": Row("L2G + Prototypical", "pairs", L2G | PROTO, against=(*PROTO_BASES, "maml-proto")),
     "l2g-proto-first-order": Row(
@@ -94,6 +98,14 @@ ROWS = {
     "relation": Row("Relation Network", "task", EPISODIC | RELATION, "relation", published="batch"),
     "relation-tasks": Row(
         "Relation Network, tasks as L2G", "tasks", EPISODIC | RELATION, "relation", published="batch", dear=True
+    ),
+    "relation-time": Row(
+        "Relation Network, time as L2G",
+        "time",
+        EPISODIC | RELATION,
+        "relation",
+        published="batch",
+        time_of=("l2g-relation", "relation-tasks"),
     ),
     "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, "relation", RELATION_BASES, "batch", True),
     "l2g-relation": Row(

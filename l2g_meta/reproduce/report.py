@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,19 @@ from l2g_meta.reproduce.plan import SCALES, Cell, Plan
 
 
 def write_tables(plan: Plan) -> Path:
-    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one."""
+    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one.
+
+    Also of rows and columns that an earlier command for this folder brought to an end.
+    """
+    spec = EXPERIMENTS[plan.experiment]
+    everything = replace(plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *ROWS))), columns=spec.columns)
+    found = [cell for cell in everything.cells if cell.done]
+    rows, columns = ({getattr(cell, name) for cell in found} for name in ("row", "column"))
+    plan = replace(
+        plan,
+        rows=tuple(row for row in everything.rows if row in plan.rows or row in rows),
+        columns=tuple(column for column in spec.columns if column in plan.columns or column in columns),
+    )
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
     write_json(path.with_suffix(".json"), values)
@@ -67,7 +80,10 @@ def tables(plan: Plan) -> dict[str, Any]:
             for row, found in of_row.items():
                 paper = dict(zip(spec.columns, spec.paper.get(row, ()), strict=False)).get(column)
                 rows.append(_summary(row, found, None if scale.data else paper, of_row))
-            parts.append({"data": data, "column": column, "title": COLUMNS[column].title, "rows": rows})
+            classes = next((r.get("classes") for cell, r in results.items() if cell.data == data), None)
+            parts.append(
+                {"data": data, "classes": classes, "column": column, "title": COLUMNS[column].title, "rows": rows}
+            )
     machines = sorted({result["machine"] for result in results.values()})
     return {
         "experiment": plan.experiment,
@@ -158,6 +174,11 @@ def markdown(values: dict[str, Any]) -> str:
         lines += ["", f"Not done yet: {', '.join(values['missing'])}."]
     for part in values["tables"]:
         lines += ["", f"## {part['data']}, {part['title']}", ""]
+        if part["classes"]:
+            train, validation, test = part["classes"].values()
+            ways = max(COLUMNS[part["column"]].ways)
+            fewer = f", validation on {validation} ways" if validation < ways else ""
+            lines += [f"{train} classes to train, {validation} to validate, {test} to test on{fewer}.", ""]
         lines += [
             "| | running | batch | ± over seeds | paper | ours − paper | updates | tasks | s / seed |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -167,7 +188,8 @@ def markdown(values: dict[str, Any]) -> str:
         if compared:
             lines += [
                 "",
-                "Differences over the same test episodes, in points ± 95 % over episodes (each seed's):",
+                "Differences of these trained models over the same test episodes, in points ± 95 % over episodes, p of "
+                "their mean over episodes (each seed's difference: their spread shows what other seeds change):",
                 "",
                 "| | against | running | batch |",
                 "|---|---|---|---|",
