@@ -32,6 +32,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.task import Task
 
+CPU_SIZES = 2**25, 2048  # what rates are measured on: elements of a copy, beyond any cache, and rows of a product
+CUDA_SIZES = 2**26, 8192
+
 
 class Layer(NamedTuple):
     """One layer of a forward pass."""
@@ -99,9 +102,8 @@ def floor(task_i: Sequence[Layer], task_j: Sequence[Layer], machine: Machine, *,
 
 def measure_machine(device: torch.device) -> Machine:
     """Bandwidth of a copy and rate of a matrix product, in float32, medians of 9."""
-    large = 2**26 if device.type == "cuda" else 2**25  # elements
-    source, target = torch.ones(2, large, device=device)
-    n = 8192 if device.type == "cuda" else 2048
+    elements, n = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
+    source, target = torch.ones(2, elements, device=device)
     a, b = torch.ones(2, n, n, device=device)
     work = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
     median = {name: statistics.median(times) for name, times in interleaved(work, device, repeats=9).items()}
