@@ -101,9 +101,10 @@ class MetaLSTM(nn.Module):
             loss, gradient = self._constants(theta, sizes, buffers, task)
             buffers = {name: b.clone() for name, b in buffers.items()}
             inputs = torch.cat([preprocess(gradient).T, preprocess(loss)[:, None].expand(2, len(theta))])  # (4, n)
-            h, c = _read(self.lstm, inputs, h, c)
-            i = _gate(self.input_gate, h, theta, i)
-            f = _gate(self.forget_gate, h, theta, f)
+            with torch.autocast(theta.device.type, enabled=False):  # bf16 does not tell a gate of 0.995 from 1
+                h, c = _read(self.lstm, inputs, h, c)
+                i = _gate(self.input_gate, h, theta, i)
+                f = _gate(self.forget_gate, h, theta, f)
             theta = f * theta - i * gradient
         return self._logits(theta, sizes, buffers, task.query_x)
 
