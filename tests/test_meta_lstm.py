@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2g_meta import L2GWrapper, Task, batchnorm_policy
+from l2g_meta import L2GWrapper, Task, batchnorm_policy, meta_lstm
 from l2g_meta.errors import FitError
 from l2g_meta.meta_lstm import MetaLSTM, preprocess
 from l2g_meta.objectives import episodic, meta_gradient
@@ -142,6 +142,20 @@ def test_running_statistics_are_written_once_and_evaluation_writes_nothing():
             first, second = model(task), model(task)
         assert torch.equal(first, second) and not first.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_gates_keep_their_precision_under_autocast(monkeypatch):
+    model, task = small_model().float(), small_task()
+    task = task._replace(support_x=task.support_x.float(), query_x=task.query_x.float())
+    found, gate = [], meta_lstm._gate
+
+    def watch(*inputs):
+        found.append(gate(*inputs))
+        return found[-1]
+
+    monkeypatch.setattr(meta_lstm, "_gate", watch)
+    L2GWrapper(model, 0.0, autocast=torch.bfloat16).loss(task).backward()
+    assert len(found) == 6 and all(values.dtype == torch.float32 for values in found)
 
 
 def test_it_learns():
