@@ -256,8 +256,9 @@ def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
     for cell in done.cells:
         twin = tmp_path / cell.folder.relative_to(done.out)
         ours, theirs = read_log(cell.folder), read_log(twin)
-        # The first loss: other numbers of threads sum in another order, which Adam's first steps blow up.
-        assert float(ours[0]["loss"]) == pytest.approx(float(theirs[0]["loss"]), rel=1e-5)
+        # The first loss: other numbers of threads sum in another order, which the inner step amplifies to some 1e-4,
+        # and Adam's first steps without bound. Other tasks would differ in the second digit.
+        assert float(ours[0]["loss"]) == pytest.approx(float(theirs[0]["loss"]), rel=1e-3)
         assert [row["tasks"] for row in ours] == [row["tasks"] for row in theirs]
     assert "## glyphs, 5-way 1-shot" in capsys.readouterr().out
 
