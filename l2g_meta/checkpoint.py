@@ -29,6 +29,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, A
     os.replace(partial, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text beside its place and renames it into it; several processes may do so at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``save_tensors`` wrote.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.backbones import BACKBONES
+from l2g_meta.checkpoint import write_text
 from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
 from l2g_meta.heads import HEADS
@@ -213,9 +214,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Writes JSON, beside its place and renamed into it."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Config:

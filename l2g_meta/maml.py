@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.clone import learn2learn_maml, own_buffers, trainable_parameters
-from l2g_meta.errors import FitError
+from l2g_meta.clone import learn2learn_maml, own_buffers
+from l2g_meta.model import check_trainable, check_ways
 from l2g_meta.task import Task
 from l2g_meta.wrapper import L2GWrapper
 
@@ -59,19 +59,14 @@ class SoftmaxMAML(nn.Module):
         first_order: bool = False,
     ):
         super().__init__()
-        if not trainable_parameters(classifier):
-            raise FitError(f"need a classifier with trainable parameters, {type(classifier).__name__} has none")
+        check_trainable(classifier)
         self.classifier, self.n_way = classifier, n_way
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.first_order = first_order
 
     def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
         """Logits of the queries under θ_T."""
-        if task.n_way != self.n_way:
-            raise FitError(
-                f"need tasks of {self.n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
-                "number of ways, or use a metric head, which takes any"
-            )
+        check_ways(task, self.n_way)
         first_order = self.first_order or not torch.is_grad_enabled()
         with torch.enable_grad():  # the steps need gradients at test, too
             algorithm = learn2learn_maml() or L2GWrapper

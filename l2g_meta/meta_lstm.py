@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from l2g_meta.clone import trainable_parameters
-from l2g_meta.errors import FitError
+from l2g_meta.model import check_trainable, check_ways
 from l2g_meta.task import Task
 
 
@@ -72,8 +72,7 @@ class MetaLSTM(nn.Module):
 
     def __init__(self, classifier: nn.Module, n_way: int, *, steps: int = 5, hidden: int = 20):
         super().__init__()
-        if not trainable_parameters(classifier):
-            raise FitError(f"need a classifier with trainable parameters, {type(classifier).__name__} has none")
+        check_trainable(classifier)
         self.classifier, self.n_way, self.steps = classifier, n_way, steps
         self.lstm = nn.LSTMCell(4, hidden)
         self.input_gate, self.forget_gate = nn.Linear(hidden + 2, 1), nn.Linear(hidden + 2, 1)
@@ -85,20 +84,14 @@ class MetaLSTM(nn.Module):
 
     def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
         """Logits of the queries under θ_T."""
-        if task.n_way != self.n_way:
-            raise FitError(
-                f"need tasks of {self.n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
-                "number of ways, or use a metric head, which takes any"
-            )
-        start = trainable_parameters(self.classifier)
-        sizes = [p.numel() for p in start.values()]
-        theta = torch.cat([p.flatten() for p in start.values()])  # (n,)
+        check_ways(task, self.n_way)
+        theta = torch.cat([p.flatten() for p in trainable_parameters(self.classifier).values()])  # (n,)
         i, f = torch.zeros_like(theta), torch.ones_like(theta)
         h = c = theta.new_zeros(self.lstm.hidden_size, len(theta))
         # Running statistics are those of the first pass, under θ_0; later passes write copies.
         buffers = dict(self.classifier.named_buffers())
         for _ in range(self.steps):
-            loss, gradient = self._constants(theta, sizes, buffers, task)
+            loss, gradient = self._constants(theta, buffers, task)
             buffers = {name: b.clone() for name, b in buffers.items()}
             inputs = torch.cat([preprocess(gradient).T, preprocess(loss)[:, None].expand(2, len(theta))])  # (4, n)
             with torch.autocast(theta.device.type, enabled=False):  # bf16 does not tell a gate of 0.995 from 1
@@ -106,21 +99,20 @@ class MetaLSTM(nn.Module):
                 i = _gate(self.input_gate, h, theta, i)
                 f = _gate(self.forget_gate, h, theta, f)
             theta = f * theta - i * gradient
-        return self._logits(theta, sizes, buffers, task.query_x)
+        return self._logits(theta, buffers, task.query_x)
 
-    def _constants(
-        self, theta: Tensor, sizes: list[int], buffers: dict[str, Tensor], task: Task
-    ) -> tuple[Tensor, Tensor]:  # (), (n,)
+    def _constants(self, theta: Tensor, buffers: dict[str, Tensor], task: Task) -> tuple[Tensor, Tensor]:  # (), (n,)
         """L_t and ∇_t."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            loss = F.cross_entropy(self._logits(theta, sizes, buffers, task.support_x), task.support_y)
+            loss = F.cross_entropy(self._logits(theta, buffers, task.support_x), task.support_y)
             (gradient,) = torch.autograd.grad(loss, theta)
         return loss.detach(), gradient
 
-    def _logits(self, theta: Tensor, sizes: list[int], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _logits(self, theta: Tensor, buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         parameters = trainable_parameters(self.classifier)
-        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), theta.split(sizes), strict=True)}
+        parts = theta.split([p.numel() for p in parameters.values()])
+        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
         return functional_call(self.classifier, values | buffers, (x,))
 
     def extra_repr(self) -> str:

@@ -108,6 +108,29 @@ class SoftmaxClassifier(nn.Module):
         return self.linear(self.encoder(x).flatten(1))
 
 
+def check_trainable(classifier: nn.Module) -> None:
+    """That there is something to adapt.
+
+    Raises:
+        FitError: if no parameter requires a gradient.
+    """
+    if not any(p.requires_grad for p in classifier.parameters()):
+        raise FitError(f"need a classifier with trainable parameters, {type(classifier).__name__} has none")
+
+
+def check_ways(task: Task, n_way: int) -> None:
+    """That a task has as many classes as a classifier has outputs.
+
+    Raises:
+        FitError: if it does not.
+    """
+    if task.n_way != n_way:
+        raise FitError(
+            f"need tasks of {n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
+            "number of ways, or use a metric head, which takes any"
+        )
+
+
 def feature_shape(encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one image's features, (C', H', W') for maps, found by a dry run.
 

@@ -47,7 +47,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         ValueError: for one value per channel, whose variance is 0, as PyTorch does.
 
     Source:
-        Ioffe & Szegedy (2015); the second derivative is derived above.
+        Ioffe & Szegedy (2015); the second derivative is that of ``l2g_meta.batch_norm``.
 
     Example:
         >>> import torch

@@ -21,7 +21,9 @@ from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.run import describe_machine
 from l2g_meta.build import build_data, build_device, load_run
+from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
+from l2g_meta.data.images import SPLITS
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate
 from l2g_meta.lock import claim
@@ -53,7 +55,7 @@ def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[s
     except OSError as error:
         raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
     for config in {cell.data: cell.config() for cell in plan.cells if not cell.needs}.values():
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             build_data(config, split)  # missing data is found now
     if parallel == 1:
         failed = work(plan, progress=progress)
@@ -124,14 +126,14 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
         check_same(cell, Config.load(saved))
     train(config, cell.folder, resume=saved.exists(), progress=progress)
     wrapper, _ = load_run(cell.folder, device=config.device)
-    data, device = build_data(config, "test"), build_device(config.device)
+    data, device = {split: build_data(config, split) for split in SPLITS}, build_device(config.device)
     column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
     tests = {}
     for bn in POLICIES:
         settings = [
             evaluate(
-                wrapper, data, ways=ways, shots=shots, queries=scale.test_queries, episodes=scale.test_episodes, bn=bn,
-                device=device,
+                wrapper, data["test"], ways=ways, shots=shots, queries=scale.test_queries,
+                episodes=scale.test_episodes, bn=bn, device=device,
             )
             for ways in column.ways
             for shots in column.shots
@@ -143,10 +145,9 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
             "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
         }
     log = read_log(cell.folder)
-    classes = {split: len(build_data(config, split).index) for split in ("train", "validation", "test")}
     result = {
         "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
-        "classes": classes,
+        "classes": {split: len(dataset.index) for split, dataset in data.items()},
         "tests": tests,
         "updates": len(log),
         "tasks": sum(int(line["tasks"]) for line in log),
@@ -160,6 +161,4 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON beside its place and renames it into it; lists of numbers on one line."""
     text = re.sub(r"\[[-+.\d\s,e]+\]", lambda found: " ".join(found[0].split()), json.dumps(values, indent=1))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text + "\n")

@@ -121,11 +121,8 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
             "run_means": [round(m, 2) for m in means.tolist()],
             "accuracies": [result["tests"][bn]["accuracies"] for result in found],
         }
-    summary["against"] = {
-        other: {bn: difference(found, of_row[other], bn) for bn in POLICIES}
-        for other in spec.against
-        if difference(found, of_row.get(other, ()), "running")
-    }
+    gains = {other: {bn: difference(found, of_row.get(other, ()), bn) for bn in POLICIES} for other in spec.against}
+    summary["against"] = {other: found for other, found in gains.items() if found["running"]}  # with a common seed
     return summary
 
 
