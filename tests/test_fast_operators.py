@@ -17,11 +17,13 @@ from l2g_meta.norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNormReLU2d,
+    GroupNorm,
     InstanceNorm2d,
     LayerNorm,
     batch_norm,
     batchnorm_policy,
     convert_batchnorm,
+    group_norm,
     instance_norm,
     layer_norm,
 )
@@ -351,6 +353,78 @@ class TestLayerNorm:
                 norm(torch.randn(2, 5, 3))
             with pytest.raises(RuntimeError):
                 norm(torch.randn(5))
+
+
+class TestGroupNorm:
+    @pytest.mark.parametrize("shape, groups", [((3, 4), 2), ((2, 6, 3), 3), ((2, 4, 2, 3), 1), ((1, 2, 2, 2, 2), 2)])
+    def test_derivatives_to_third_order(self, shape, groups):
+        inputs = leaf(*shape), leaf(shape[1]), leaf(shape[1])
+        assert torch.autograd.gradcheck(lambda x, w, b: group_norm(x, groups, w, b), inputs)
+        assert torch.autograd.gradgradcheck(lambda x, w, b: group_norm(x, groups, w, b), inputs)
+
+        def plain(x, w, b):
+            rows = x.view(len(x), groups, -1)
+            y = (rows - rows.mean(2, True)) * (rows.var(2, correction=0, keepdim=True) + 1e-5).rsqrt()
+            per_channel = [-1] + [1] * (x.ndim - 2)
+            return [w.view(per_channel) * y.view(x.shape) + b.view(per_channel)]
+
+        found = derivatives(lambda x, w, b: [group_norm(x, groups, w, b)], inputs)
+        for f, e in zip(found, derivatives(plain, inputs), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        "stock, shape, layout",
+        [
+            (nn.GroupNorm(2, 6), (3, 6, 4, 5), "contiguous"),
+            (nn.GroupNorm(3, 6, affine=False), (3, 6, 4, 5), "channels-last"),
+            (nn.GroupNorm(1, 4, eps=0.1), (2, 4), "contiguous"),
+            (nn.GroupNorm(4, 4), (2, 4, 3), "contiguous"),
+            (nn.GroupNorm(4, 4), (2, 4, 1), "contiguous"),  # one value each
+            (nn.GroupNorm(2, 4), (0, 4, 3), "contiguous"),
+        ],
+        ids=str,
+    )
+    def test_drop_in_for_the_stock_layers(self, stock, shape, layout):
+        """Values, gradients to second order, state dict."""
+        stock = copy.deepcopy(stock).double()
+        for p in stock.parameters():
+            nn.init.uniform_(p, 0.5, 2.0)
+        fast = convert_batchnorm(copy.deepcopy(stock))
+        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        x = torch.randn(shape, dtype=torch.float64)
+        x = x.contiguous(memory_format=FORMATS[layout])
+        found = []
+        for norm in (fast, stock):
+            leaves = [x.clone().requires_grad_(), *norm.parameters()]
+            y = norm(leaves[0])
+            first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves, allow_unused=True)
+            found.append([y, *first, *(torch.zeros(()) if g is None else g for g in second)])
+        torch.testing.assert_close(*found)
+        assert list(fast.state_dict()) == list(stock.state_dict())
+
+    def test_one_group_is_layer_norm_and_one_per_channel_instance_norm(self):
+        x = torch.randn(5, 6, 4, 3, dtype=torch.float64)
+        torch.testing.assert_close(group_norm(x, 1), layer_norm(x, x.shape[1:]))
+        torch.testing.assert_close(group_norm(x, 6), instance_norm(x))
+        torch.testing.assert_close(group_norm(x, 3)[2:4], group_norm(x[2:4], 3))
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 2e-3)])
+    def test_other_dtypes_against_float64(self, dtype, tolerance):
+        x = (torch.randn(4, 6, 10, 10) * 2 + 1).to(dtype)
+        norm = GroupNorm(3, 6)
+        expected, found = copy.deepcopy(norm).double()(x.double()), norm.to(dtype)(x)
+        assert found.dtype == dtype and (found.double() - expected).norm() < tolerance * expected.norm()
+
+    def test_what_pytorch_refuses_is_refused_alike(self):
+        for norm in (nn.GroupNorm(2, 4), GroupNorm(2, 4)):
+            with pytest.raises(RuntimeError, match="to be a vector of size equal to the number of channels"):
+                norm(torch.randn(2, 6, 3))
+            with pytest.raises(RuntimeError, match="at least 2 dimensions"):
+                norm(torch.randn(4))
+        for norm in (nn.GroupNorm(4, 4), GroupNorm(4, 4)):
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                norm(torch.randn(1, 4))
 
 
 class TestConv:

@@ -19,7 +19,7 @@ from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.run import describe_machine
 from l2g_meta.bench.timing import interleaved
-from l2g_meta.norm import BatchNorm2d, InstanceNorm2d, LayerNorm
+from l2g_meta.norm import BatchNorm2d, GroupNorm, InstanceNorm2d, LayerNorm
 
 CHANNELS = 64  # of Conv4's maps
 NORMS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and height = width
@@ -28,6 +28,7 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and heigh
     "InstanceNorm2d, PyTorch": lambda c, size: nn.InstanceNorm2d(c, affine=True),
     "InstanceNorm2d, ours": lambda c, size: InstanceNorm2d(c, affine=True),
     "GroupNorm, PyTorch": lambda c, size: nn.GroupNorm(8, c),
+    "GroupNorm, ours": lambda c, size: GroupNorm(8, c),
     "LayerNorm, PyTorch": lambda c, size: nn.LayerNorm((c, size, size)),
     "LayerNorm, ours": lambda c, size: LayerNorm((c, size, size)),
 }

@@ -45,7 +45,7 @@ def forward(
             x = chosen * per_channel(sign, x)
         else:
             x, where = F.max_pool2d_with_indices(x, [2, 2])
-    y = _affine(x, w * rstd, b - mean * w * rstd)
+    y = affine(x, w * rstd, b - mean * w * rstd)
     return (y.relu_() if relu else y), where
 
 
@@ -62,9 +62,9 @@ def backward(
     g = g if out is None else aten.threshold_backward(g, out, 0)
     if where is None:
         return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
-    sum_g, sum_h = _sums(g, _take(x, where), mean, rstd)
+    sum_g, sum_h = channel_sums(g, _take(x, where), mean, rstd)
     of_g, slope, shift = of_backward(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
-    return _add_at(_affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
+    return _add_at(affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
 
 
 def double_backward(
@@ -82,18 +82,18 @@ def double_backward(
     """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in three passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
     chosen, v_at = (x, v) if where is None else (_take(x, where), _take(v, where))
-    sum_g, sum_h = _sums(g, chosen, mean, rstd)
-    sum_v, sum_vh = _sums(v, x, mean, rstd)
-    _, sum_vg = _sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
+    sum_g, sum_h = channel_sums(g, chosen, mean, rstd)
+    sum_v, sum_vh = channel_sums(v, x, mean, rstd)
+    _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
     sums = sum_g, sum_h, sum_v, sum_vh, sum_vg
     bar_w, of_x, of_g = of_double_backward(vw, vb, w, mean, rstd, *sums, n=x.numel() // x.shape[1])
 
     of_v, slope, shift = of_g
-    bar_g = _affine(chosen, slope, shift).addcmul_(v_at, per_channel(of_v, v))
+    bar_g = affine(chosen, slope, shift).addcmul_(v_at, per_channel(of_v, v))
     bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
 
     times_g, slope, shift, of_v = of_x
-    bar_x = _affine(x, slope, shift).addcmul_(v, per_channel(of_v, v))
+    bar_x = affine(x, slope, shift).addcmul_(v, per_channel(of_v, v))
     times_g = per_channel(times_g, g)
     return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
 
@@ -103,7 +103,7 @@ def index(where: Tensor, x: Tensor) -> Tensor:
     return where
 
 
-def _sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def channel_sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Σ t and Σ t x̂ per channel, in one pass without an intermediate map."""
     _, with_x, alone = aten.native_batch_norm_backward(
         t, x, None, None, None, mean, rstd, True, 0.0, [False, True, True]
@@ -111,7 +111,7 @@ def _sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Ten
     return alone, with_x
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale x + shift`` per channel, in one pass: what batch normalisation does with mean 0 and variance 1."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     return torch.native_batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
