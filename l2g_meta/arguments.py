@@ -36,7 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             train.add_argument(flag, type=TYPES[str(f.type).removesuffix(" | None")], **options)
     train.add_argument("--out", type=Path, help="run directory (default: runs/DATA-METHOD-HEAD-seedSEED)")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    train.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; "
+                       "without one: that in --out if there is one, else begin it")  # fmt: skip
+    train.add_argument("--force", action="store_true", help="resume with another config than the run had so far")
+    train.add_argument("--replay", type=Path, metavar="RUN", help="run a run's failed update again and show where")
 
     evaluate = commands.add_parser(
         "evaluate",

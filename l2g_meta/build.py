@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from l2g_meta.model import MetricModel, SoftmaxClassifier, build_head, feature_s
 from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.task import Task, split_queries
 from l2g_meta.wrapper import L2GWrapper
+
+T = TypeVar("T")
 
 
 def build_device(name: str) -> torch.device:
@@ -132,8 +134,28 @@ def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task
     L2G takes B pairs; ``maml`` the T_i of the same B pairs; the others both tasks of the same B pairs. With
     ``tasks_per_update`` N, all but L2G take N consecutive tasks of T_i, T_j, T_i, T_j, ….
     """
+    return tasks_of_calls(config, pairs, calls_of_update(config, k))
+
+
+Place = tuple[int, int]  # of a task: the position of its pair in the stream, and 0 for T_i or 1 for T_j
+
+
+def calls_of_update(config: Config, k: int) -> list[tuple[Place, ...]]:
+    """Where the tasks of each call of the objective in update k are in the stream.
+
+    Example:
+        >>> calls_of_update(Config(method="episodic", tasks_per_update=3).resolved(), 1)
+        [((1, 1),), ((2, 0),), ((2, 1),)]
+    """
     skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
-    return arrange(config, pairs.batch(positions_of_update(config, k)), skip)
+    return _select(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
+
+
+def tasks_of_calls(config: Config, pairs: TaskPairs, calls: Sequence[tuple[Place, ...]]) -> list[tuple[Task, ...]]:
+    """The tasks of some calls of the objective; their images in one gather."""
+    positions = sorted({position for call in calls for position, _ in call})
+    found = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
+    return [_halved(config, tuple(found[position][member] for position, member in call)) for call in calls]
 
 
 def positions_of_update(config: Config, k: int) -> range:
@@ -144,8 +166,13 @@ def positions_of_update(config: Config, k: int) -> range:
     return range(k * n // 2, (k * n + n + 1) // 2)
 
 
-def arrange(config: Config, batch: Sequence[tuple[Task, Task]], skip: int = 0) -> list[tuple[Task, ...]]:
-    """The tasks of each call of the objective, from an update's pairs; ``skip`` tasks belong to the update before."""
+def arrange(config: Config, batch: Sequence[tuple[Task, Task]]) -> list[tuple[Task, ...]]:
+    """The tasks of each call of the objective, from an update's pairs."""
+    return [_halved(config, call) for call in _select(config, batch)]
+
+
+def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list[tuple[T, ...]]:
+    """What each call of the objective takes of an update's pairs; ``skip`` tasks belong to the update before."""
     n = config.tasks_per_update
     if n is None and config.method == "l2g":
         return list(batch)
@@ -154,7 +181,11 @@ def arrange(config: Config, batch: Sequence[tuple[Task, Task]], skip: int = 0) -
         tasks = tasks[skip : skip + n]
     elif config.method == "maml":
         tasks = tasks[0::2]
-    return [split_queries(task) if config.fresh_queries else (task,) for task in tasks]
+    return [(task,) for task in tasks]
+
+
+def _halved(config: Config, call: tuple[Task, ...]) -> tuple[Task, ...]:
+    return split_queries(call[0]) if config.fresh_queries else call
 
 
 def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:

@@ -19,7 +19,9 @@ from l2g_meta.data.pairs import IndexedSource, TaskLayout, TaskPairs
 from l2g_meta.data.placement import HostDataset
 from l2g_meta.errors import L2GError
 from l2g_meta.objectives import Objective, UpdateStats, accumulate
+from l2g_meta.state import generators
 from l2g_meta.task import Task
+from l2g_meta.updates import Update, all_finite
 from l2g_meta.wrapper import L2GWrapper
 
 Arrange = Callable[[list[tuple[Task, Task]]], list[tuple[Task, ...]]]
@@ -69,18 +71,24 @@ class StaticUpdate:
         self.layout = TaskLayout.of(drawn, self.device)
         self.rows = torch.zeros(sum(self.layout.sizes), dtype=torch.long, device=self.device)
         self.draws = None if draws is None else Draws(*(torch.as_tensor(d).to(self.device) for d in draws))
-        self.stats = torch.zeros(3, device=self.device)
+        self.stats = torch.zeros(4, device=self.device)  # means, and whether all was finite
+        self.kept: dict[int, Tensor] = {}  # the state before the last update
+        self.generators: dict[str, Tensor] = {}
         self.next: tuple[int, list[Tensor]] | None = None
 
-    def __call__(self, k: int) -> UpdateStats:
-        """Runs update k; its means."""
+    def __call__(self, k: int, asked: int = 0) -> Update:
+        """Runs update k; ``asked`` is the signal that came to the process, or 0."""
+        self.generators = generators(self.device)
         self.fill(k)
         if self.graph is None:
             self.program()
         else:
             self.graph.replay()
         self.next = (k + 1, self.drawn(k + 1))  # while the device works
-        return UpdateStats(*self.stats.tolist())
+        *means, finite = self.stats.tolist()
+        if not finite:
+            self._restore(self.kept)
+        return Update(UpdateStats(*means), bool(finite), asked)
 
     def drawn(self, k: int) -> list[Tensor]:
         """Rows and draws of update k, on the CPU, in memory that the device can read."""
@@ -99,8 +107,16 @@ class StaticUpdate:
         x = self.source.dataset.gather(self.rows, draws=self.draws)
         tasks = self.layout.tasks(x)
         batch = self.arrange(list(zip(tasks[0::2], tasks[1::2], strict=True)))
+        with torch.no_grad():
+            for t in self._state():
+                if id(t) not in self.kept:
+                    self.kept[id(t)] = torch.empty_like(t)
+                self.kept[id(t)].copy_(t)
         self.optimizer.zero_grad(set_to_none=True)
-        self.stats.copy_(accumulate(self.objective, self.wrapper, batch))
+        means = accumulate(self.objective, self.wrapper, batch)
+        gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
+        finite = all_finite([means[0], *gradients, *self.wrapper.parameters()])
+        self.stats.copy_(torch.cat([means, finite.float().view(1)]))
         self.optimizer.step()
 
     def capture(self) -> bool:
@@ -135,8 +151,12 @@ class StaticUpdate:
                 with torch.enable_grad():
                     yield
             finally:
-                for t in self._state():
-                    t.copy_(before[id(t)]) if id(t) in before else t.zero_()  # the optimizer's start at 0
+                self._restore(before)
+
+    @torch.no_grad()
+    def _restore(self, before: dict[int, Tensor]) -> None:
+        for t in self._state():
+            t.copy_(before[id(t)]) if id(t) in before else t.zero_()  # the optimizer's start at 0
 
     def _state(self) -> list[Tensor]:
         of_optimizer = [t for state in self.optimizer.state.values() for t in state.values()]

@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors with JSON in their header, written beside their place and renamed into it."""
+"""Checkpoint files: safetensors with JSON and a checksum in their header, written beside their place and renamed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,90 +17,93 @@ from torch import Tensor, nn
 
 from l2g_meta.errors import CheckpointError
 
+FORMAT = 1  # of the files; raised when an older version could not read them
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON values to ``path``; a crash leaves the old file or the new one, never a part."""
+    """Writes tensors and JSON values to ``path``; a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder cannot be written; the old file is untouched.
+    """
     # Copies, since tied weights share memory, which the format refuses.
     data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(safetensors.torch.save(data, metadata={"info": json.dumps(dict(info))}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = json.dumps(dict(info))
+    header = {"format": str(FORMAT), "info": text, "sha256": _digest(data, text)}
+    write_bytes(path, safetensors.torch.save(data, metadata=header))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text beside its place and renames it into it; several processes may do so at once."""
+    """Writes a text as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file beside its place, to the disk, and renames it into it; several processes may do so at once.
+
+    Raises:
+        CheckpointError: if that fails; the old file is untouched.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)  # the new name, too, survives a power failure
+    except OSError as error:
+        _remove(partial)
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; what was there before is untouched; make room or choose "
+            "another folder"
+        ) from error
+    except BaseException:  # interrupted
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # a folder that cannot be written has no such file
+        pass
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save_tensors`` wrote.
+    """What ``save_tensors`` wrote, unchanged to the bit.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or of another kind.
+        CheckpointError: if the file is missing, damaged, of another kind or of a later version.
     """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, read_info(path)
+    with _named_errors(path):
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        version, text = int(header["format"]), header["info"]
+        if version > FORMAT:
+            raise ValueError(f"a file of format {version} from a later version of l2g-meta, this one reads {FORMAT}")
+        data = safetensors.torch.load(content)
+        if _digest(data, text) != header["sha256"]:
+            raise ValueError("content that does not fit its checksum")
+        return data, json.loads(text)
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """The JSON values that ``save_tensors`` wrote, without the tensors.
+    """The JSON values that ``save_tensors`` wrote.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or of another kind.
+        CheckpointError: if the file is missing, damaged, of another kind or of a later version.
     """
-    with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get("info", "{}"))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
-
-
-def save_training(folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
-    """``last.safetensors`` (the wrapper's state dict) and, beside it, what resuming needs besides.
-
-    The second file is written first under a name of its own, which the first one's header refers to: renaming
-    ``last.safetensors`` into place switches both at once.
-    """
-    resume = f"resume-{info['iteration']}.safetensors"
-    state = optimizer.state_dict()
-    tensors = {
-        f"optimizer.{index}.{key}": torch.as_tensor(value)
-        for index, values in state["state"].items()
-        for key, value in values.items()
-    }
-    save_tensors(folder / resume, {**tensors, "generator": torch.get_rng_state()}, {})
-    save_tensors(folder / "last.safetensors", wrapper.state_dict(), {**info, "resume": resume})
-    for old in folder.glob("resume-*.safetensors"):
-        if old.name != resume:
-            old.unlink()
-
-
-def load_training(folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts wrapper, optimizer and PyTorch's generator back as ``save_training`` found them; returns its ``info``.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, or belongs to another model.
-    """
-    info = load_weights(folder / "last.safetensors", wrapper)
-    tensors, _ = load_tensors(folder / str(info.get("resume")))
-    torch.set_rng_state(tensors.pop("generator"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        _, index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return info
+    return load_tensors(path)[1]
 
 
 def load_weights(path: Path, wrapper: nn.Module) -> dict[str, Any]:
@@ -109,8 +113,39 @@ def load_weights(path: Path, wrapper: nn.Module) -> dict[str, Any]:
         CheckpointError: if the file is missing or damaged, or belongs to another model.
     """
     tensors, info = load_tensors(path)
+    put(tensors, wrapper, path)
+    return info
+
+
+def put(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
+    """Loads a state dict that came from ``path``.
+
+    Raises:
+        CheckpointError: if it belongs to another model.
+    """
     try:
-        wrapper.load_state_dict(tensors)
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path} belongs to another model: {error}") from error
-    return info
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"need a checkpoint in {path}, got a file without {error}; use another") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"need a checkpoint in {path}, there is no such file") from error
+    except (OSError, ValueError, TypeError, RecursionError, MemoryError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of everything in the file: names, types, shapes, values, JSON."""
+    digest = hashlib.sha256(f"{FORMAT} {text}".encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

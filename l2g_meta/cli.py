@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -16,6 +17,7 @@ from l2g_meta.arguments import build_parser
 from l2g_meta.bench.case import Case
 from l2g_meta.checkpoint import read_info
 from l2g_meta.config import Config
+from l2g_meta.distributed import shutdown
 from l2g_meta.errors import L2GError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 in part, 2 unusable input, 130 interrupted."""
+    """Runs a command; returns the exit code: 0 done, 1 in part, 2 unusable input, 128 + n stopped by signal n."""
     args = build_parser().parse_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
@@ -34,35 +36,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (L2GError, ImportError) as error:
         print(f"l2g: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        what = str(error) or "interrupted"
         resume = "l2g train --resume RUN continues a run" if args.command == "train" else "the same command continues"
-        print(f"l2g: interrupted; {resume} from the last checkpoint", file=sys.stderr)
-        return 130
+        print(f"l2g: {what}; {resume} to the same bits", file=sys.stderr)
+        return getattr(error, "code", 130)
+    finally:
+        shutdown()
 
 
 def _train(args: argparse.Namespace) -> int:
     from l2g_meta.data.pairs import listed
+    from l2g_meta.replay import replay
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.resume is not None:
-        if args.out is not None or given.keys() - {"root", "device"}:
-            raise L2GError("need --resume RUN alone, or with --root and --device: a run continues with its own config")
-        config, out = replace(Config.load(args.resume / "config.json"), **given), args.resume
-        _refuse_given(out / "last.safetensors", "continue it with l2g_meta.training.train(..., resume=True)")
-    else:
-        config = Config(**given).resolved()
-        out = (
-            args.out
-            or Path("runs") / f"{config.data}-{config.method}-{config.head.rpartition(':')[2]}-seed{config.seed}"
-        )
-    train(config, out, resume=args.resume is not None)
+    if args.replay is not None:
+        if given.keys() - {"device"} or args.out or args.resume or args.force:
+            raise L2GError("need --replay RUN alone, or with --device")
+        replay(args.replay, device=given.get("device"))
+        return 0
+    config, out, resume = _what_to_train(args, given)
+    train(config, out, resume=resume)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     best = read_info(out / "best.safetensors")
+    skipped = read_info(out / "last.safetensors")["skipped"]
+    if skipped:
+        print(f"{out}: {skipped} of {config.iterations} updates were left out, a number not being finite")
     print(
         f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
     return 0
+
+
+def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
+    """Config, folder, and whether a run is there to go on with."""
+    from l2g_meta.state import newest
+
+    named = isinstance(args.resume, str)
+    if named and args.out is not None:
+        raise L2GError("need --resume RUN, or --out RUN --resume; got two folders")
+    if args.force and not args.resume:
+        raise L2GError("--force belongs to --resume: it lets a run go on with another config")
+    config = Config(**given)
+    if named:
+        out = Path(args.resume)
+    else:
+        config = config.resolved()
+        default = f"{config.data}-{config.method}-{config.head.rpartition(':')[2]}-seed{config.seed}"
+        out = args.out or Path("runs") / default
+    if not named and not (args.resume and (out / "config.json").exists()):
+        return config, out, False
+    config = replace(Config.load(out / "config.json"), **given).resolved()
+    _, _, info = newest(out)
+    _refuse_given(info, out, "continue it with l2g_meta.training.train(..., resume=True)")
+    difference = config.differences(Config.of(info["config"]))
+    if difference and not args.force:
+        raise L2GError(
+            f"need the config that {out} was trained with so far, got {difference}; leave that out, begin another "
+            "run, or go on with the new values by --force"
+        )
+    return config, out, True
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -148,7 +184,8 @@ def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2G
     same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard"}
     _check_alike([config for _, config in loaded], sorted(same), "to be seeds of one experiment")
     for run in runs:
-        _refuse_given(run / f"{args.checkpoint}.safetensors", "evaluate it with l2g_meta.evaluation.evaluate")
+        path = run / f"{args.checkpoint}.safetensors"
+        _refuse_given(read_info(path), path, "evaluate it with l2g_meta.evaluation.evaluate")
     return loaded
 
 
@@ -208,8 +245,8 @@ def _check_writable(path: Path) -> None:
         raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}") from error
 
 
-def _refuse_given(path: Path, remedy: str) -> None:
-    given = read_info(path).get("given")
+def _refuse_given(info: dict[str, Any], path: Path, remedy: str) -> None:
+    given = info.get("given")
     if given:
         raise L2GError(
             f"need a run that its config describes, {path} was given its {' and '.join(given)} from Python; {remedy}"

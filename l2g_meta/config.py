@@ -24,6 +24,7 @@ LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports
 METHODS = (*OBJECTIVES, *LEARNERS)
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
+MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -97,6 +98,10 @@ class Config:
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
     cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
+    skip_nonfinite: bool = _flag(False, "leave updates out whose loss or gradient is not finite, and count them")
+    save_every: int = _flag(None, "updates between states to resume from (default: as --eval-every)")
+    keep: int = _flag(2, "how many of those states stay; the older ones serve if the newest is damaged")
+    rank_timeout: float = _flag(600.0, "torchrun: seconds after which a process that waits for a dead one gives up")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps …")
     tensorboard: bool = _flag(False, "also log to RUN/tensorboard")
 
@@ -110,6 +115,7 @@ class Config:
         filled: dict[str, Any] = {
             name: defaults[name] for name in (*PAPER, "image_size") if getattr(self, name) is None
         }
+        filled["save_every"] = self.save_every or self.eval_every or filled["eval_every"]
         filled |= self._of_method()
         if self.backbone is None:
             filled["backbone"] = {"relation": "conv4-relation", "softmax": "conv4-32"}.get(filled["head"], "conv4")
@@ -155,6 +161,8 @@ class Config:
             raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise L2GError(f"need --temperature above 0 and finite, got {self.temperature}")
+        if not 0 < self.rank_timeout < math.inf:
+            raise L2GError(f"need --rank-timeout above 0 and finite, got {self.rank_timeout}")
         if not 0 < self.lr < math.inf:
             raise L2GError(f"need --lr above 0 and finite, got {self.lr}")
         if not 0 <= self.inner_lr < math.inf:
@@ -212,6 +220,18 @@ class Config:
         values = {name: getattr(self, name) for name in HEAD_FLAGS}
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
+    def differences(self, other: Config) -> str:
+        """What another run does differently, in words; empty if nothing. Where it runs does not count.
+
+        Example:
+            >>> Config(lr=0.1).differences(Config(lr=0.2, device="cpu"))
+            '--lr 0.1, not 0.2'
+        """
+        names = [name for name in vars(self) if name not in MACHINE and getattr(self, name) != getattr(other, name)]
+        return "; ".join(
+            f"--{name.replace('_', '-')} {getattr(self, name)}, not {getattr(other, name)}" for name in names
+        )
+
     def save(self, path: Path) -> None:
         """Writes JSON, beside its place and renamed into it."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
@@ -224,9 +244,13 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-            config = cls(**values)
+            config = cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (AttributeError, OSError, TypeError, ValueError) as error:
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
         return config.resolved()
+
+    @classmethod
+    def of(cls, values: Any) -> Config:
+        """A config from JSON values, of lists tuples are made."""
+        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**found)

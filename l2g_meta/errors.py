@@ -15,3 +15,7 @@ class FitError(L2GError):
 
 class CheckpointError(L2GError):
     """A run directory or checkpoint cannot be used."""
+
+
+class NotFiniteError(L2GError):
+    """A loss, a gradient or a weight is NaN or infinite."""

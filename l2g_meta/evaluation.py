@@ -16,6 +16,7 @@ from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, IndexedSource, TaskRows, listed
 from l2g_meta.data.placement import placed
+from l2g_meta.distributed import World, gathered
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import Policy, batchnorm_policy
@@ -83,6 +84,7 @@ def evaluate(
     episode_seed: int = 0,
     device: torch.device | str | None = None,
     split: str | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Accuracy of ``model(task)`` on episodes that depend on ``episode_seed`` alone.
 
@@ -104,6 +106,7 @@ def evaluate(
         episode_seed: of the episodes.
         device: where the model is.
         split: name of the split in the result; the data set's own by default.
+        world: processes that share the episodes; each returns the whole result.
 
     Raises:
         DataError: if the split has too few classes or images.
@@ -125,12 +128,14 @@ def evaluate(
         Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=(episode_seed, run), device=device)
         for run in range(runs)
     ]
+    world = world or World()
+    share = world.share(runs * episodes)
     with torch.no_grad(), batchnorm_policy(model, bn):
         scored = [
             torch.stack([_accuracy(scores, y), loss_fn(scores, y).double()])
-            for scores, y in _scores(model, streams, episodes, bn)
+            for scores, y in _scores(model, streams, [divmod(i, episodes) for i in share], bn)
         ]
-    accuracy, losses = torch.stack(scored).T
+    accuracy, losses = gathered(world, scored, share, runs * episodes).T
     accuracies: list[float] = (100 * accuracy).tolist()
     return Evaluation(
         accuracy_mean=float(np.mean(accuracies)),
@@ -222,20 +227,21 @@ def _check_same_episodes(a: Evaluation, b: Evaluation) -> None:
 
 
 def _scores(
-    model: nn.Module, streams: Sequence[Episodes], episodes: int, bn: Policy
+    model: nn.Module, streams: Sequence[Episodes], which: Sequence[tuple[int, int]], bn: Policy
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (n_query, n_way) and labels (n_query,) of each episode of each stream."""
+    """Scores (n_query, n_way) and labels (n_query,) of episodes, given as stream and position."""
     source = streams[0].source
+    if not which:  # more processes than episodes
+        return
     if bn == "running" and isinstance(source, IndexedSource) and _scores_from_embeddings(model):
-        drawn = [stream.rows(k) for stream in streams for k in range(episodes)]
+        drawn = [streams[run].rows(k) for run, k in which]
         features = _embeddings(model, source, drawn, streams[0].device)
         if features is not None:
             yield from _from_embeddings(model, features, drawn)
             return
-    for stream in streams:
-        for k in range(episodes):
-            task = stream[k]
-            yield model(task), task.query_y
+    for run, k in which:
+        task = streams[run][k]
+        yield model(task), task.query_y
 
 
 def _scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:

@@ -49,7 +49,8 @@ def group_norm(
 class _GroupNorm(Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_group_norm(x, w, b, *x.shape, groups, eps)
+        n, c, size = x.shape
+        return torch.native_group_norm(x, w, b, n, c, size, groups, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import CheckpointError, L2GError
 
 COLUMNS = (
     "iteration",  # updates done
@@ -18,6 +24,7 @@ COLUMNS = (
     "lr",
     "tasks",  # tasks in the update
     "seconds",  # of the update, validation left out
+    "skipped",  # 1 if the update was left out, a number not being finite
     "val_accuracy",  # per cent; empty between validations
     "val_ci95",
     "val_loss",  # under θ, mean over episodes
@@ -38,12 +45,10 @@ class RunLog:
         from tqdm.auto import tqdm
 
         self.out, self.path = out, out / "log.csv"
-        kept = [row for row in read_log(out) if int(row["iteration"]) <= start] if start else []
-        partial = self.path.with_name(".log.csv.partial")
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writeheader()
-            csv.DictWriter(file, COLUMNS).writerows(kept)
-        partial.replace(self.path)
+        text = StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writeheader()
+        csv.DictWriter(text, COLUMNS).writerows(_rows_until(out, start) if start else [])
+        write_text(self.path, text.getvalue())
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, COLUMNS)
         self.bar = tqdm(
@@ -55,10 +60,15 @@ class RunLog:
         if config.tensorboard:
             self.board = require_tensorboard()(out / "tensorboard", purge_step=start + 1)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Logs one update."""
-        self.writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN: no such thing here
-        self.file.flush()
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Logs one update.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
+        with self._full_disk():
+            self.writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN: no such thing here
+            self.file.flush()
         self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / row['seconds']:.1f}"}
         if "val_accuracy" in row:
             self.shown["val"] = f"{row['val_accuracy']:.1f}%"
@@ -69,16 +79,53 @@ class RunLog:
                 if name != "iteration" and value == value:
                     self.board.add_scalar(name, value, row["iteration"])
 
+    def sync(self) -> None:
+        """Returns when all rows are on the disk.
+
+        Raises:
+            CheckpointError: if it is full.
+        """
+        with self._full_disk():
+            os.fsync(self.file.fileno())
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}; make room, then --resume {self.out}"
+            ) from error
+
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError:  # what could not be written was said before
+            pass
         self.bar.close()
         if self.board is not None:
             self.board.close()
+
+
+def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
+    """Whole rows of an existing log up to an update, each once; a warning says which are missing."""
+    try:
+        lines = (out / "log.csv").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError:
+        lines = []
+    found = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
+    whole = [row for row in found if set(row) == set(COLUMNS) and None not in row.values()]
+    whole = [row for row in whole if row["iteration"].isdigit()]
+    kept = {int(row["iteration"]): row for row in whole if 1 <= int(row["iteration"]) <= iteration}
+    missing = iteration - len(kept)
+    if missing:
+        warnings.warn(f"{out / 'log.csv'} lacks {missing} of the {iteration} updates before this one", stacklevel=2)
+    return [kept[k] for k in sorted(kept)]
 
 
 def read_log(run: Path) -> list[dict[str, str]]:

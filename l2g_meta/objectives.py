@@ -90,18 +90,24 @@ def meta_gradient(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Seq
     return UpdateStats(*accumulate(objective, wrapper, batch).tolist())
 
 
-def accumulate(objective: Objective, wrapper: L2GWrapper, batch: Sequence[Sequence[Task]]) -> Tensor:  # (3,)
-    """``meta_gradient`` without waiting for the device: its means, as ``UpdateStats`` orders them."""
-    totals = []
+def accumulate(
+    objective: Objective, wrapper: L2GWrapper, batch: Sequence[Sequence[Task]], *, of: int | None = None
+) -> Tensor:  # (3,)
+    """``meta_gradient`` without waiting for the device: its means, as ``UpdateStats`` orders them.
+
+    ``of`` is the number of pairs of the update, where ``batch`` is a part of them: gradients and means then are its
+    share, to be summed over the parts.
+    """
+    of, totals = of or len(batch), [torch.zeros(3)] if not batch else []
     for tasks in batch:
         loss, learner = objective(wrapper, *tasks)
         products = _watch_alignment(learner)
-        (loss / len(batch)).backward()
+        (loss / of).backward()
         unknown = torch.full_like(loss, torch.nan)
         inner = unknown if learner is None or learner.inner_loss is None else learner.inner_loss
-        alignment = sum(products) * len(batch) / loss if products else unknown
+        alignment = sum(products) * of / loss if products else unknown
         totals.append(torch.stack([loss, inner, alignment]).detach())
-    return torch.stack(totals).mean(0)
+    return torch.stack(totals).sum(0) / of
 
 
 def _watch_alignment(learner: L2GWrapper | None) -> list[Tensor]:

@@ -34,7 +34,7 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
     for run, label in zip(runs, labels or [Path(run).name for run in runs], strict=True):
         rows = read_log(Path(run))
         k = np.array([int(row["iteration"]) for row in rows])
-        loss = np.array([float(row["loss"]) for row in rows])
+        loss = np.array([float(row["loss"] or "nan") for row in rows])
         window = max(1, len(loss) // 50)
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         left.plot(k[window - 1 :], smooth, label=label)

@@ -21,18 +21,18 @@ from l2g_meta.build import (
     build_wrapper,
     positions_of_update,
     set_precision,
-    tasks_of_update,
 )
 from l2g_meta.captured import StaticUpdate
-from l2g_meta.checkpoint import load_training, save_tensors, save_training
 from l2g_meta.clone import backend
 from l2g_meta.config import Config
-from l2g_meta.data.pairs import Episodes, task_source, values
-from l2g_meta.errors import CheckpointError, DataError, L2GError
+from l2g_meta.data.pairs import Episodes, TaskPairs, task_source, values
+from l2g_meta.distributed import World, join
+from l2g_meta.errors import DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
-from l2g_meta.logs import RunLog, require_tensorboard
-from l2g_meta.objectives import meta_gradient
+from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
+from l2g_meta.run import Run
+from l2g_meta.updates import EagerUpdate
 from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
@@ -52,21 +52,24 @@ def train(
 
     Args:
         config: the run.
-        out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``.
+        out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``, and
+            ``resume-N.safetensors``, from which it goes on.
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
-        resume: continue the run in ``out`` from its last checkpoint.
+        resume: continue the run in ``out`` from its newest sound state, to the same bits.
         progress: show a progress bar.
 
     Returns:
         The wrapper as last trained.
 
     Raises:
-        L2GError: for a config that cannot be run, an occupied folder, or a loss that is not finite.
+        L2GError: for a config that cannot be run or is not the run's, an occupied folder, a full disk, or a number
+            that is not finite.
+        Stopped: on SIGINT, SIGTERM or SIGUSR1, when everything is saved (see ``l2g_meta.signals``).
     """
     config, out = config.resolved(), Path(out)
-    device = build_device(config.device)
+    world, device = join(build_device(config.device), timeout=config.rank_timeout)
     set_precision(config.precision)
     if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
@@ -74,61 +77,57 @@ def train(
         validation = build_data(config, "validation")
     pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
-    objective = build_objective(config)
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
-    graph = config.cuda_graph and device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if graph else config.lr
-    optimizer = torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
-    update = None
-    if config.cuda_graph:
-        positions = partial(positions_of_update, config)
-        update = StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
+    optimizer = build_optimizer(config, wrapper, device)
+    update = build_update(config, wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
         require_tensorboard()
     if config.method != "episodic":
         backend()  # learn2learn's import takes seconds, which are not the first update's
-    given = [name for name, value in (("data", data), ("model", model)) if value is not None]
-    if resume:
-        info = load_training(out, wrapper, optimizer)
-    else:
-        _new_folder(out)
-        # What it takes to build the model again, and what of the run is not in its config.
-        info = {"iteration": 0, "best": -1.0, "image_shape": image_shape, "given": given}
-        save_training(out, wrapper, optimizer, info)
-        config.save(out / "config.json")  # last: a folder that has it can be resumed
-    if update is not None:
-        wrapper.train()
-        update.capture()
 
-    with RunLog(out, config, start=info["iteration"], progress=progress) as log:
+    with Run(out, config, world) as run:
+        given = [name for name, value in (("data", data), ("model", model)) if value is not None]
+        info = run.resume(wrapper, optimizer) if resume else run.begin(wrapper, optimizer, image_shape, given)
+        if isinstance(update, StaticUpdate):
+            wrapper.train()
+            update.capture()  # now: resuming replaces the optimizer's tensors
+
+        def finish(row: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+            """Validates, logs and saves; what comes before is saved, so that a signal need not wait."""
+            with run.saved(info):
+                result = validate(wrapper, config, validation, device, world)
+            row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
+            row |= {"val_loss": result.loss_mean}
+            run.log(row)
+            return run.save(wrapper, optimizer, info, result)
+
+        run.open_log(info, progress=progress and world.main)
+        if info["pending"] is not None:  # stopped before this validation was over
+            info = finish(info["pending"], info)
         for k in range(info["iteration"], config.iterations):
             wrapper.train()
             _set_lr(optimizer, learning_rate(config, k))
             began = time.perf_counter()
-            if update is not None:
-                stats = update(k)
-                _check_finite(stats.loss, wrapper, k)
-            else:
-                optimizer.zero_grad()
-                batch = tasks_of_update(config, pairs, k)
-                stats = meta_gradient(objective, wrapper, batch)  # eq. 3 and 4
-                _check_finite(stats.loss, wrapper, k)
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(wrapper.parameters(), config.clip_norm)
-                optimizer.step()  # eq. 5
-            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k)}
+            stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
+            if not finite:
+                run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
+            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": time.perf_counter() - began}
 
             due = (k + 1) % config.eval_every == 0 or k + 1 == config.iterations
+            info = {**info, "iteration": k + 1, "skipped": info["skipped"] + row["skipped"]}
+            info["pending"] = row if due else None
+            if not due:
+                run.log(row)  # before saving: rows past a state are dropped on resuming, missing ones would be lost
+            if due or asked or (k + 1) % config.save_every == 0:
+                run.save_state(wrapper, optimizer, info)
+            if asked:
+                run.stop(asked, k + 1)
             if due:
-                result = validate(wrapper, config, validation, device)
-                row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
-                row |= {"val_loss": result.loss_mean}
-            log.write(row)  # before saving: rows past the checkpoint are dropped on resuming, missing ones are lost
-            if due:
-                info = _save(out, wrapper, optimizer, info, k + 1, result)
-    learning_curve([out], out / "curve.png")
+                info = finish(row, info)
+    if world.main:
+        learning_curve([out], out / "curve.png")
     return wrapper
 
 
@@ -160,7 +159,9 @@ def validation_shape(config: Config, dataset: Any) -> dict[str, Any]:
     return {"ways": ways[0] if len(ways) == 1 else ways, "shots": config.outer_shots, "queries": config.queries}
 
 
-def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device) -> Evaluation:
+def validate(
+    wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.device, world: World | None = None
+) -> Evaluation:
     """Accuracy under θ on validation episodes, the same in every run."""
     return evaluate(
         wrapper,
@@ -170,7 +171,32 @@ def validate(wrapper: L2GWrapper, config: Config, dataset: Any, device: torch.de
         bn=config.bn,  # type: ignore[arg-type]
         episode_seed=VALIDATION_SEED,
         device=device,
+        world=world,
     )
+
+
+def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -> torch.optim.Adam:
+    """Adam (eq. 5); in a form that a CUDA graph can record, if that is wanted."""
+    graph = config.cuda_graph and device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if graph else config.lr
+    return torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
+
+
+def build_update(
+    config: Config, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, pairs: TaskPairs, world: World
+) -> EagerUpdate | StaticUpdate:
+    """The update as the config wants it run.
+
+    Raises:
+        L2GError: if a CUDA graph is wanted of what none can be recorded of.
+    """
+    objective = build_objective(config)
+    if not config.cuda_graph:
+        return EagerUpdate(config, objective, wrapper, optimizer, pairs, world)
+    if world.size > 1:
+        raise L2GError(f"--cuda-graph is for one process, got {world.size}; leave it out")
+    positions = partial(positions_of_update, config)
+    return StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -179,39 +205,3 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"].fill_(lr)  # in place: a CUDA graph reads this tensor
     else:
         group["lr"] = lr
-
-
-def _check_finite(loss: float, wrapper: L2GWrapper, k: int) -> None:
-    gradients = [p.grad for p in wrapper.parameters() if p.grad is not None]
-    if not math.isfinite(loss) or not all(torch.stack([g.isfinite().all() for g in gradients]).tolist()):
-        raise L2GError(
-            f"the loss of update {k} is {loss}, or its gradient is not finite; lower --inner-lr or --lr, or use "
-            "--dims mean; the last checkpoint is from before"
-        )
-
-
-def _save(
-    out: Path,
-    wrapper: L2GWrapper,
-    optimizer: torch.optim.Optimizer,
-    info: dict[str, Any],
-    iteration: int,
-    val: Evaluation,
-) -> dict[str, Any]:
-    """The last checkpoint, and the best on validation so far; returns the header of both."""
-    improved = val.accuracy_mean > info["best"]
-    info = {**info, "iteration": iteration, "val_accuracy": val.accuracy_mean, "val_ways": val.ways}
-    info["best"] = max(info["best"], val.accuracy_mean)
-    if improved:
-        save_tensors(out / "best.safetensors", wrapper.state_dict(), info)
-    save_training(out, wrapper, optimizer, info)
-    return info
-
-
-def _new_folder(out: Path) -> None:
-    if (out / "config.json").exists():
-        raise CheckpointError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"need a folder for the run, cannot make {out}: {error.strerror}") from error

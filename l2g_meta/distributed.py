@@ -1,0 +1,207 @@
+r"""One update on several processes: each takes its share of the pairs, one all-reduce joins what they found.
+
+Launched by torchrun, ``l2g train`` runs on all ranks alike. The meta-gradient is a mean over pairs, so the ranks' sums
+add up to it. Running statistics are what one process, pair after pair, would have: a rank whose n passes came before n'
+passes of later ranks took its b from
+
+.. math:: b_r = (1-m)^n b_0 + L_r, \qquad\text{so that}\qquad b = (1-m)^N b_0 + \sum_r (1-m)^{n'} L_r
+
+with N passes in all. No DDP: its hooks do not see ``autograd.grad``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from l2g_meta.errors import L2GError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one is ``rank`` of ``size``.
+
+    Example:
+        >>> World().main, World(1, 3).share(5), World(2, 3).share(5)
+        (True, range(2, 4), range(4, 5))
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that logs and saves."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """This rank's part of n things, consecutive, the first ranks' one larger where they do not divide."""
+        each, more = divmod(n, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return range(start, start + each + (self.rank < more))
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, the same bits on each; in place."""
+        if self.size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Returns when all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device: torch.device, *, timeout: float = 600.0) -> tuple[World, torch.device]:
+    """The processes that torchrun started, and this one's device; alone without it.
+
+    Args:
+        device: as of one process; ``cuda`` becomes the GPU of this rank.
+        timeout: seconds after which a rank that waits for a dead one gives up.
+
+    Raises:
+        L2GError: if there are fewer GPUs here than ranks.
+    """
+    if not dist.is_available() or ("RANK" not in os.environ and not dist.is_initialized()):
+        return World(), device
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise L2GError(
+                f"need a GPU for each rank, got local rank {local} and {torch.cuda.device_count()} GPUs; lower "
+                "--nproc-per-node, or give --device cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return World(dist.get_rank(), dist.get_world_size()), device
+
+
+class Joined:
+    """What the ranks found in an update, packed into one flat buffer, summed, and put back.
+
+    Args:
+        world: the processes.
+        module: holds the parameters, whose ``.grad`` are added up, and the running statistics.
+        before: its floating-point buffers before the update, by name.
+        mine: how many objective calls were this rank's.
+        later: how many those of later ranks are.
+    """
+
+    def __init__(self, world: World, module: nn.Module, before: dict[str, Tensor], mine: int, later: int):
+        self.world, self.mine, self.later = world, mine, later
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.running = list(_running(module, before))
+        owned = {name for norm in self.running for name in norm.names}
+        self.others = [(b, before[name]) for name, b in module.named_buffers() if name in before and name not in owned]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Gradients, buffers, and the sum of ``values`` (n,), in one all-reduce."""
+        have = torch.tensor([float(p.grad is not None) for p in self.parameters]).to(values)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        parts: list[Tensor] = [values, have, *gradients]
+        for norm in self.running:
+            parts += norm.contribution(self.mine, self.later)
+        parts += [b if self.world.main else torch.zeros_like(b) for b, _ in self.others]  # of no known law: rank 0's
+        wide = torch.float32
+        for part in parts:
+            wide = torch.promote_types(wide, part.dtype)
+        flat = self.world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
+        found = iter(flat.split([part.numel() for part in parts]))
+        values, have = next(found).to(values.dtype), next(found)
+        for p, present in zip(self.parameters, have.tolist(), strict=True):
+            gradient = next(found)
+            p.grad = gradient.view_as(p).to(p.dtype) if present else None
+        for norm in self.running:
+            norm.put(found)
+        for buffer, _ in self.others:
+            buffer.copy_(next(found).view_as(buffer))
+        return values
+
+
+@dataclass(frozen=True)
+class _Running:
+    """Running statistics of one norm, and what they were before the update."""
+
+    norm: _NormBase
+    names: tuple[str, ...]
+    before: tuple[Tensor, ...]
+    count: Tensor | None  # num_batches_tracked before
+
+    def contribution(self, mine: int, later: int) -> list[Tensor]:
+        """Passes of this rank, then of each statistic what they add."""
+        count = self.norm.num_batches_tracked if self.count is not None else None
+        passes = mine if count is None or self.count is None else int(count - self.count)
+        after = later * (passes // mine if mine else 1)  # every call makes as many
+        found = [self.before[0].new_tensor([float(passes)])]
+        for b, b0 in zip(self.now, self.before, strict=True):
+            if self.norm.momentum is None and count is not None and self.count is not None:  # the mean of all passes
+                found.append(b * count - b0 * self.count)
+            else:
+                keep = 1 - (self.norm.momentum or 0.0)
+                found.append(keep**after * (b - keep**passes * b0) if passes else torch.zeros_like(b))
+        return found
+
+    def put(self, sums: Iterator[Tensor]) -> None:
+        """The statistics after all ranks' passes."""
+        passes = round(next(sums).item())
+        for b, b0 in zip(self.now, self.before, strict=True):
+            total = next(sums).view_as(b)
+            if self.norm.momentum is None and self.count is not None:
+                b.copy_((b0 * self.count + total) / max(1, int(self.count) + passes))
+            else:
+                b.copy_((1 - (self.norm.momentum or 0.0)) ** passes * b0 + total)
+        if self.count is not None and self.norm.num_batches_tracked is not None:
+            self.norm.num_batches_tracked.copy_(self.count + passes)
+
+    @property
+    def now(self) -> Sequence[Tensor]:
+        return [t for t in (self.norm.running_mean, self.norm.running_var) if t is not None]
+
+
+def _running(module: nn.Module, before: dict[str, Tensor]) -> Iterator[_Running]:
+    for name, norm in module.named_modules():
+        if isinstance(norm, _NormBase) and isinstance(norm.running_mean, Tensor) and norm.running_var is not None:
+            names = tuple(f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var"))
+            if all(n in before for n in names):
+                count = before.get(f"{name}.num_batches_tracked".lstrip("."))
+                # Instance norms have the counter and never count.
+                counts = count is not None and "Instance" not in type(norm).__name__
+                yield _Running(norm, names, tuple(before[n] for n in names), count if counts else None)
+
+
+def shutdown() -> None:
+    """Leaves the group of processes, if ``join`` made one."""
+    if dist.is_available() and dist.is_initialized() and "RANK" in os.environ:
+        dist.destroy_process_group()
+
+
+def gathered(world: World, rows: Sequence[Tensor], index: range, n: int) -> Tensor:  # (n, 2)
+    """All n rows (2,), of which this rank has those of ``index``."""
+    if world.size == 1:
+        return torch.stack(list(rows))
+    on_gpu = dist.get_backend() == "nccl"
+    whole = torch.zeros(n, 2, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    for i, row in zip(index, rows, strict=True):
+        whole[i] = row
+    return world.sum(whole)

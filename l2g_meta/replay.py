@@ -1,0 +1,97 @@
+"""Runs an update that found a number that is not finite again, pair by pair, and shows where it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.build import (
+    build_data,
+    build_device,
+    build_model,
+    build_objective,
+    build_pairs,
+    build_wrapper,
+    calls_of_update,
+    set_precision,
+    tasks_of_calls,
+)
+from l2g_meta.checkpoint import load_tensors
+from l2g_meta.config import Config
+from l2g_meta.errors import CheckpointError
+from l2g_meta.objectives import accumulate
+from l2g_meta.state import restore
+
+
+def replay(run: Path, *, device: str | None = None, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """The last failed update of a run again, from the state before it; nothing of the run is changed.
+
+    Args:
+        run: its folder, with ``failed-K.safetensors``.
+        device: another device than the run's.
+        say: is given each line of the report.
+
+    Returns:
+        For each call of the objective ``tasks`` (positions in the stream and members), ``loss``, ``inner_loss``,
+        ``alignment``, ``gradient`` (its norm) and ``first``: the first module with an output that is not finite.
+
+    Raises:
+        CheckpointError: if no update of the run has failed, or its state is damaged.
+    """
+    found = sorted(run.glob("failed-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+    if not found:
+        raise CheckpointError(f"need failed-K.safetensors in {run}, which a run leaves when it stops at update K")
+    tensors, info = load_tensors(found[-1])
+    config = Config.of(info["config"]).resolved()
+    config = config if device is None else replace(config, device=device)
+    set_precision(config.precision)
+    where, k = build_device(config.device), info["iteration"]
+    wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"]))).to(where).train()
+    restore(tensors, wrapper, torch.optim.Adam(wrapper.parameters()), found[-1])
+    pairs, objective = build_pairs(config, build_data(config, "train"), where), build_objective(config)
+
+    say(f"{found[-1]}: update {k}, each call of the objective on its own")
+    say(f"{'tasks':22}{'loss':>12}{'inner loss':>12}{'alignment':>12}{'|gradient|':>12}  first module not finite")
+    rows = []
+    for call in calls_of_update(config, k):
+        wrapper.zero_grad()
+        with _first_not_finite(wrapper) as first:
+            loss, inner, alignment = accumulate(objective, wrapper, tasks_of_calls(config, pairs, [call])).tolist()
+        gradients = [p.grad.flatten() for p in wrapper.parameters() if p.grad is not None]
+        norm = torch.cat(gradients).norm().item() if gradients else 0.0
+        tasks = ", ".join(f"T_{'ij'[member]} {position}" for position, member in call)
+        rows.append(
+            {"tasks": call, "loss": loss, "inner_loss": inner, "alignment": alignment, "gradient": norm}
+            | {"first": first[0] if first else None}
+        )
+        say(f"{tasks:22}{loss:12.4g}{inner:12.4g}{alignment:12.4g}{norm:12.4g}  {first[0] if first else ''}")
+    broken = [name for name, p in wrapper.named_parameters() if not p.isfinite().all()]
+    if broken:
+        say(f"weights that are not finite before the update: {', '.join(broken)}")
+    return rows
+
+
+@contextlib.contextmanager
+def _first_not_finite(wrapper: nn.Module) -> Iterator[list[str]]:
+    """Names of modules whose outputs are not finite, in the order in which they ran."""
+    names: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                names.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in wrapper.named_modules() if name]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()

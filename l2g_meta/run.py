@@ -1,0 +1,221 @@
+"""A run directory while a run is in it: locked, logged, saved; a process that does not log or save leaves it alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2g_meta import state
+from l2g_meta.build import positions_of_update
+from l2g_meta.checkpoint import load_tensors, save_tensors
+from l2g_meta.config import Config
+from l2g_meta.distributed import World
+from l2g_meta.errors import CheckpointError, NotFiniteError
+from l2g_meta.evaluation import Evaluation
+from l2g_meta.lock import claim
+from l2g_meta.logs import RunLog
+from l2g_meta.objectives import UpdateStats
+from l2g_meta.signals import Signals, Stopped, requeue
+from l2g_meta.updates import all_finite
+from l2g_meta.wrapper import L2GWrapper
+
+
+class Run:
+    """Holds a run directory for one process, or for the first of several.
+
+    Args:
+        out: the directory.
+        config: of the run, resolved.
+        world: the processes that train together.
+
+    Raises:
+        CheckpointError: on entering, if the folder cannot be written or another process trains in it.
+    """
+
+    def __init__(self, out: Path, config: Config, world: World):
+        self.out, self.config, self.world = out, config, world
+        self.signals = Signals()
+        self.stack = ExitStack()
+        self.rows: RunLog | None = None
+
+    def __enter__(self) -> Run:
+        self.stack.enter_context(self.signals)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    def begin(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, image_shape: Sequence[int], given: Sequence[str]
+    ) -> dict[str, Any]:
+        """A new run: makes the folder and saves its beginning; returns the header of its states.
+
+        Raises:
+            CheckpointError: if the folder holds a run or cannot be written.
+        """
+        # What it takes to build the model again, and what of the run is not in its config.
+        info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
+        info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
+        if self.world.main:
+            if (self.out / "config.json").exists():
+                raise CheckpointError(
+                    f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
+                )
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"need a folder for the run, cannot make {self.out}: {error.strerror}") from error
+            self._claim()
+            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+            self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
+        self._share(wrapper, optimizer)
+        return info
+
+    def resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Puts the newest sound state back; returns its header.
+
+        Raises:
+            CheckpointError: if no state is sound, or it belongs to another model.
+        """
+        info: dict[str, Any] = {}
+        if self.world.main:
+            if not self.out.is_dir():
+                raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
+            self._claim()
+            path, tensors, info = state.newest(self.out)
+            state.restore(tensors, wrapper, optimizer, path)
+            info["config"] = vars(self.config)
+            info = self._with_best(info)
+            self.config.save(self.out / "config.json")
+        self._share(wrapper, optimizer)
+        return self.world.from_main(info)
+
+    def open_log(self, info: Mapping[str, Any], *, progress: bool) -> None:
+        """Starts or continues ``log.csv``."""
+        if self.world.main:
+            start = info["iteration"] - (info["pending"] is not None)
+            self.rows = self.stack.enter_context(RunLog(self.out, self.config, start=start, progress=progress))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Writes one row."""
+        if self.rows is not None:
+            self.rows.write(row)
+
+    def save_state(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
+        """What resuming needs.
+
+        Raises:
+            NotFiniteError: if a weight is not finite; nothing is saved.
+        """
+        if not all_finite(wrapper.parameters()):
+            raise NotFiniteError(
+                f"a weight is not finite after update {info['iteration'] - 1}; lower --lr; the state before is saved"
+            )
+        if self.rows is not None:
+            self.rows.sync()
+            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+
+    def save(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], result: Evaluation
+    ) -> dict[str, Any]:
+        """The state after a validation, and the best weights so far; returns the header of both."""
+        info = {**info, "pending": None, "val_accuracy": result.accuracy_mean, "val_ways": result.ways}
+        if result.accuracy_mean > info["best"]:
+            info |= {"best": result.accuracy_mean, "best_iteration": info["iteration"]}
+            if self.world.main:
+                save_tensors(self.out / "best.safetensors", wrapper.state_dict(), info)
+        self.save_state(wrapper, optimizer, info)
+        return info
+
+    def saved(self, info: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """While nothing is unsaved, a signal ends the run at once."""
+        return self.signals.saved(self._stopped(info["iteration"]), alone=self.world.size == 1)
+
+    def stop(self, asked: int, iteration: int) -> None:
+        """Ends the run for a signal to any of its processes, its state being saved.
+
+        Raises:
+            Stopped: always.
+        """
+        self.world.wait()  # for the main process, which saved
+        if self.world.main:
+            requeue(asked)
+        raise Stopped(self._stopped(iteration), asked)
+
+    def not_finite(
+        self,
+        k: int,
+        stats: UpdateStats,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        generators: Mapping[str, Tensor],
+        info: Mapping[str, Any],
+    ) -> None:
+        """Ends a run whose update k found a number that is not finite, unless such updates are to be left out.
+
+        Raises:
+            NotFiniteError: with the update, its tasks and the command that replays it.
+        """
+        if self.config.skip_nonfinite:
+            return
+        positions = positions_of_update(self.config, k)
+        path = self.out / f"failed-{k}.safetensors"
+        if self.world.main:
+            save_tensors(path, state.collect(wrapper, optimizer) | dict(generators), {**info, "pending": None})
+        inner = "" if math.isnan(stats.inner_loss) else f", inner loss {stats.inner_loss}"
+        raise NotFiniteError(
+            f"update {k} (pairs {positions.start} to {positions.stop - 1} of the stream of seed {self.config.seed}) "
+            f"found a number that is not finite: loss {stats.loss}{inner}, or a gradient or weight; nothing was "
+            f"changed. `l2g train --replay {self.out}` runs this update again and shows where; then lower --inner-lr "
+            "or --lr, use --dims mean, or leave such updates out with --skip-nonfinite"
+        )
+
+    def _claim(self) -> None:
+        if not self.stack.enter_context(claim(self.out / ".lock")):
+            raise CheckpointError(
+                f"another process trains in {self.out}; wait for it or stop it, or choose another --out"
+            )
+        for left in self.out.glob(".*.safetensors.*"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+
+    def _share(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> None:
+        if self.world.size > 1:  # other machines may not see the folder, and a given model may differ
+            tensors = self.world.from_main(
+                {name: t.cpu() for name, t in state.collect(wrapper, optimizer).items()} if self.world.main else None
+            )
+            if tensors is not None and not self.world.main:
+                state.restore(tensors, wrapper, optimizer, self.out)
+
+    def _with_best(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Makes sure that the best weights so far are there and sound."""
+        if info["best_iteration"] is None:
+            return info
+        path = self.out / "best.safetensors"
+        try:
+            load_tensors(path)
+            return info
+        except CheckpointError as error:
+            kept = state.weights_after(self.out, info["best_iteration"])
+            if kept is not None:
+                warnings.warn(f"{error}; made again from the state after update {info['best_iteration']}", stacklevel=2)
+                save_tensors(path, *kept)
+                return info
+            warnings.warn(
+                f"{error}; the best weights of {info['best']:.2f} % at update {info['best_iteration']} are lost, the "
+                "best of what follows is kept instead",
+                stacklevel=2,
+            )
+            return {**info, "best": -1.0, "best_iteration": None}
+
+    def _stopped(self, iteration: int) -> str:
+        return f"stopped after update {iteration} of {self.config.iterations}, saved"

@@ -1,0 +1,94 @@
+"""Stopping a run from outside: the update is finished, the state saved, then the process ends.
+
+======== =============================================================== =========
+signal   what happens                                                    exit code
+======== =============================================================== =========
+SIGINT   (Ctrl-C) saves and ends; a second one ends at once              130
+SIGTERM  saves and ends; further ones change nothing                     143
+SIGUSR1  saves and ends; under Slurm the job is put back in the queue    138
+======== =============================================================== =========
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows lacks the last
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by a signal, its state saved. ``code`` is what the command exits with."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Signals:
+    """While entered, takes note of signals instead of ending the process; ``asked`` is the one that came, or 0.
+
+    Signals that the process ignores stay ignored, and outside the main thread, where Python allows no handlers,
+    nothing changes.
+
+    Example:
+        >>> with Signals() as signals:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(signals.asked == signal.SIGTERM)
+        True
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.at_once: str | None = None
+
+    def __enter__(self) -> Signals:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: files are whole at any moment
+        self.asked = self.asked or number
+        if self.at_once is not None:
+            raise Stopped(self.at_once, self.asked)
+
+    @contextmanager
+    def saved(self, message: str, *, alone: bool = True) -> Iterator[None]:
+        """While everything is saved and other processes do not wait, a signal ends the run at once."""
+        if self.asked and alone:
+            raise Stopped(message, self.asked)
+        self.at_once = message if alone else None
+        try:
+            yield
+        finally:
+            self.at_once = None
+
+
+def requeue(number: int) -> None:
+    """Puts the Slurm job that this process runs in back in the queue, if ``number`` is SIGUSR1."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or number != getattr(signal, "SIGUSR1", None):
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60, capture_output=True, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        warnings.warn(f"cannot put job {job} back in the queue ({detail}); submit it again", stacklevel=2)

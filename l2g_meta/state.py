@@ -1,0 +1,127 @@
+"""The state of a run between two updates, saved such that a run goes on to the same bits, whatever happened to it.
+
+``resume-N.safetensors`` holds everything after N updates: weights, Adam's moments, generators, and in its header the
+config, the best accuracy and what else is no tensor. The newest few are kept; if the newest is damaged, the one before
+it is as good, since tasks are functions of (seed, position) and the updates after it give the same again.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.checkpoint import load_tensors, put, save_tensors
+from l2g_meta.errors import CheckpointError
+
+PREFIX = "resume"
+
+
+def collect(wrapper: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run's state, by name; not copies."""
+    tensors = {f"wrapper.{name}": t for name, t in wrapper.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    return tensors | generators(_device(wrapper))
+
+
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators, which a model's own randomness (dropout) draws from."""
+    found = {"generator.cpu": torch.get_rng_state()}
+    return found | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Puts what ``collect`` found back; ``path`` is where it was stored.
+
+    Raises:
+        CheckpointError: if it belongs to another model.
+    """
+    put(_of_wrapper(tensors), wrapper, path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["generator.cpu"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} belongs to another run: {error}") from error
+    device = _device(wrapper)
+    if device.type == "cuda" and "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+
+
+def save(
+    folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], *, keep: int = 2
+) -> None:
+    """Saves the state after ``info["iteration"]`` updates, and the weights alone as ``last.safetensors``.
+
+    The newest ``keep`` states stay; older ones go when this one is on the disk.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder cannot be written; older files are untouched.
+    """
+    n = info["iteration"]
+    save_tensors(_path(folder, n), collect(wrapper, optimizer), info)
+    save_tensors(folder / "last.safetensors", wrapper.state_dict(), info)
+    there = numbers(folder)
+    for old in set(there) - set([k for k in there if k <= n][-keep:]):  # later ones were passed over as damaged
+        _path(folder, old).unlink(missing_ok=True)
+
+
+def numbers(folder: Path) -> list[int]:
+    """After how many updates the states in a folder were saved, ascending."""
+    names = (re.fullmatch(rf"{PREFIX}-(\d+)\.safetensors", path.name) for path in folder.glob(f"{PREFIX}-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest state that is sound; each damaged one is named in a warning.
+
+    Raises:
+        CheckpointError: if there is none, with all that were tried.
+    """
+    tried: list[str] = []
+    for path, found in _states(folder):
+        if not isinstance(found, CheckpointError):
+            for message in tried:
+                warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
+            return path, *found
+        tried.append(str(found))
+    raise CheckpointError(f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}")
+
+
+def weights_after(folder: Path, n: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The wrapper's state dict after n updates and the header, if that state was kept and is sound."""
+    try:
+        tensors, info = load_tensors(_path(folder, n))
+    except CheckpointError:
+        return None
+    return _of_wrapper(tensors), info
+
+
+def _of_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("wrapper."): t for name, t in tensors.items() if name.startswith("wrapper.")}
+
+
+def _states(folder: Path) -> Iterator[tuple[Path, tuple[dict[str, Tensor], dict[str, Any]] | CheckpointError]]:
+    for n in reversed(numbers(folder)):
+        try:
+            yield _path(folder, n), load_tensors(_path(folder, n))
+        except CheckpointError as error:
+            yield _path(folder, n), error
+
+
+def _path(folder: Path, n: int) -> Path:
+    return folder / f"{PREFIX}-{n}.safetensors"
+
+
+def _device(wrapper: nn.Module) -> torch.device:
+    return next((p.device for p in wrapper.parameters()), torch.device("cpu"))

@@ -1,0 +1,104 @@
+"""One update of a run, all or nothing: where a number is not finite, weights and statistics stay as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.build import calls_of_update, tasks_of_calls
+from l2g_meta.config import Config
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.distributed import Joined, World
+from l2g_meta.objectives import Objective, UpdateStats, accumulate
+from l2g_meta.signals import SIGNALS
+from l2g_meta.state import generators
+from l2g_meta.wrapper import L2GWrapper
+
+
+class Update(NamedTuple):
+    """What an update found: means over its tasks, whether all was finite, and the signal that came to any rank."""
+
+    stats: UpdateStats
+    finite: bool
+    asked: int
+
+
+class EagerUpdate:
+    """Algorithm 1 for update k: tasks, meta-gradient, all-reduce, Adam.
+
+    Args:
+        config: of the run.
+        objective: what it minimises.
+        wrapper: the model and its step sizes.
+        optimizer: of its parameters.
+        pairs: the stream of tasks.
+        world: the processes that share each update.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        pairs: TaskPairs,
+        world: World | None = None,
+    ):
+        self.config, self.objective, self.wrapper, self.optimizer = config, objective, wrapper, optimizer
+        self.pairs, self.world = pairs, world or World()
+        self.device = next(wrapper.parameters()).device
+        self.generators: dict[str, Tensor] = {}  # before the last update, to replay it
+
+    def __call__(self, k: int, asked: int = 0) -> Update:
+        """Runs update k; ``asked`` is the signal that came to this process, or 0."""
+        self.generators = generators(self.device)
+        buffers = {name: b.clone() for name, b in self.wrapper.named_buffers()}
+        calls = calls_of_update(self.config, k)
+        share = self.world.share(len(calls))
+        batch = tasks_of_calls(self.config, self.pairs, [calls[i] for i in share])
+        self.optimizer.zero_grad()
+        means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
+        values = torch.cat([means.to(self.device), self._flags(asked)])
+        if self.world.size > 1:
+            values = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)(values)
+        finite = self._finite(values)
+        if finite:
+            if self.config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.wrapper.parameters(), self.config.clip_norm)
+            self.optimizer.step()  # eq. 5
+        else:
+            for name, b in self.wrapper.named_buffers():
+                b.copy_(buffers[name])
+        *stats, _ = values[:4].tolist()
+        return Update(UpdateStats(*stats), finite, _signal(values[4:].tolist()))
+
+    def _flags(self, asked: int) -> Tensor:  # (1 + signals,)
+        gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
+        bad = ~all_finite([*gradients, *self.wrapper.parameters()])
+        signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
+        return torch.cat([bad.float().view(1), signals])
+
+    def _finite(self, values: Tensor) -> bool:
+        loss, inner, _, bad = values[:4].tolist()
+        finite = [loss] + [inner] * (self.config.method in ("l2g", "maml"))
+        return bad == 0 and bool(torch.tensor(finite).isfinite().all())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
+    """Whether all numbers of all tensors are finite, without waiting for the device.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor(float("nan"))])
+        tensor(False)
+    """
+    values = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
+    if not values:
+        return torch.tensor(True)
+    return torch.stack([n.float() for n in torch._foreach_norm(values, float("inf"))]).isfinite().all()
+
+
+def _signal(counts: list[float]) -> int:
+    return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)

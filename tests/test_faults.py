@@ -1,0 +1,512 @@
+"""Whatever happens to a run: it goes on to the same bits, or ends in a clear error; nothing that was saved is lost."""
+
+import csv
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from l2g_meta import checkpoint, state
+from l2g_meta.checkpoint import load_tensors
+from l2g_meta.cli import main
+from l2g_meta.config import Config
+from l2g_meta.data import ClassDataset
+from l2g_meta.errors import CheckpointError, NotFiniteError
+from l2g_meta.heads import PrototypicalHead
+from l2g_meta.signals import Stopped
+from l2g_meta.training import train
+from l2g_meta.updates import EagerUpdate
+
+DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (72, 12, 12, 1), dtype=np.uint8), np.arange(72) // 6)
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+CONFIG = Config(
+    ways=2, queries=2, pairs=2, iterations=12, eval_every=4, save_every=2, eval_episodes=4, device="cpu", keep=3,
+    learn_inner_lr="tensor",
+)  # fmt: skip
+
+
+class Net(nn.Module):
+    """Small, with a norm and with randomness of its own: what resuming has to put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+        self.head = PrototypicalHead()
+
+    def forward(self, task):
+        s, q = self.encoder(torch.cat([task.support_x, task.query_x])).split([len(task.support_x), len(task.query_x)])
+        return self.head(s, task.support_y, q, task.n_way)
+
+
+def go(out, *, resume=False, config=CONFIG, **options):
+    torch.manual_seed(0)
+    return train(
+        config, out, data=DATA, validation=DATA, model=options.pop("model", Net)(), resume=resume,
+        progress=False, **options,
+    )  # fmt: skip
+
+
+def contents(out):
+    """All that a run leaves and that says something about it: tensors, headers, log without the seconds."""
+    found = {}
+    for path in out.glob("*.safetensors"):
+        tensors, info = load_tensors(path)
+        if isinstance(info["pending"], dict):
+            info["pending"].pop("seconds")
+        found[path.name] = {name: t.tolist() for name, t in tensors.items()}, info
+    with open(out / "log.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return found, rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    go(out)
+    return contents(out)
+
+
+def finish(out):
+    """Goes on with a run, or begins it if it was stopped before it could be resumed."""
+    go(out, resume=(out / "config.json").exists())
+
+
+class TestKilled:
+    @FORKS
+    @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+    def test_at_random_moments(self, kills, whole, tmp_path):
+        out, rng, killed = tmp_path / "run", np.random.default_rng(kills), 0
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["l2g_meta.training", "learn2learn", "matplotlib.pyplot"])
+        for _ in range(3 * kills):
+            process = context.Process(target=finish, args=(out,))
+            process.start()
+            while not (out / "log.csv").exists() and process.is_alive():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            killed += process.is_alive()
+            process.kill()
+            process.join()
+            if killed == kills:
+                break
+            if process.exitcode == 0:
+                shutil.rmtree(out)
+        assert killed == kills
+        finish(out)
+        assert contents(out) == whole
+
+    @pytest.mark.parametrize("write", range(12))
+    def test_during_each_write(self, write, whole, tmp_path, monkeypatch):
+        """A process that ends within the n-th write of a file, before it is renamed."""
+        out, real, done = tmp_path / "run", os.replace, []
+
+        def stop(source, target):
+            done.append(target)
+            if len(done) == write + 1:
+                raise SystemExit("killed")
+            real(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(os, "replace", stop)
+            patch.setattr(checkpoint, "_remove", lambda path: None)  # nobody is left to do so
+            go(out)
+        finish(out)
+        assert contents(out) == whole and not list(out.glob(".*.safetensors.*"))
+
+
+class TestDamaged:
+    @pytest.fixture
+    def run(self, tmp_path):
+        out = tmp_path / "run"
+        go(out, config=Config(**{**vars(CONFIG), "iterations": 8}))
+        return out
+
+    @pytest.mark.parametrize("damage", ["empty", "half", "99 %", "a bit", "a bit of the header", "missing"])
+    def test_the_state_before_is_used(self, damage, run, whole):
+        path = run / "resume-8.safetensors"
+        content = bytearray(path.read_bytes())
+        if damage == "missing":
+            path.unlink()
+        else:
+            where = {"a bit": len(content) - 9, "a bit of the header": 60}.get(damage, 0)
+            content[where] ^= 4 * (where > 0)
+            path.write_bytes(content[: int({"empty": 0, "half": 0.5, "99 %": 0.99}.get(damage, 1) * len(content))])
+        if damage == "missing":
+            go(run, resume=True)
+        else:
+            with pytest.warns(UserWarning, match=r"resume-8\.safetensors.* going on from resume-6\.safetensors"):
+                go(run, resume=True)
+        found, rows = contents(run)
+        assert rows == whole[1]
+        assert found["last.safetensors"] == whole[0]["last.safetensors"]
+        assert found["best.safetensors"] == whole[0]["best.safetensors"]
+
+    def test_every_bit_counts(self, run):
+        path = run / "resume-8.safetensors"
+        content = path.read_bytes()
+        for bit in np.random.default_rng(0).integers(0, 8 * len(content), 300):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError, match=r"resume-8\.safetensors, got"):
+                load_tensors(path)
+
+    def test_without_a_sound_one_nothing_is_begun_anew(self, run, capsys):
+        for n in state.numbers(run):
+            (run / f"resume-{n}.safetensors").write_bytes(b"torn")
+        before = {p.name: p.read_bytes() for p in run.iterdir()}
+        assert main(["train", "--resume", str(run)]) == 2
+        error = capsys.readouterr().err
+        assert all(f"resume-{n}.safetensors" in error for n in state.numbers(run)) and len(state.numbers(run)) == 3
+        assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+    def test_the_best_weights_are_made_again_or_said_to_be_lost(self, run, tmp_path):
+        best = load_tensors(run / "best.safetensors")
+        n = best[1]["iteration"]
+        (run / "best.safetensors").write_bytes(b"")
+        lost = tmp_path / "lost"
+        shutil.copytree(run, lost)
+        (lost / f"resume-{n}.safetensors").unlink(missing_ok=True)
+        if n in state.numbers(run):
+            with pytest.warns(UserWarning, match=f"made again from the state after update {n}"):
+                go(run, resume=True)
+        with pytest.warns(UserWarning, match=f"the best weights of .* at update {n} are lost"):
+            go(lost, resume=True)
+        assert load_tensors(lost / "best.safetensors")[1]["iteration"] in (8, 12)
+
+    def test_a_log_that_is_torn_or_lost(self, run, whole):
+        log = (run / "log.csv").read_bytes()
+        (run / "log.csv").write_bytes(log[:-7])  # of update 8, which resuming from 8 cannot write again
+        with pytest.warns(UserWarning, match="lacks 1 of the 8 updates before"):
+            go(run, resume=True)
+        assert contents(run)[1] == [row for row in whole[1] if row["iteration"] != "8"]
+
+
+class TestNoPlace:
+    @pytest.mark.parametrize("write", range(1, 15))
+    def test_disk_full_at_each_write(self, write, whole, tmp_path, monkeypatch):
+        out, real, done = tmp_path / "run", os.fsync, []
+
+        def full(descriptor):
+            done.append(descriptor)
+            if len(done) == write + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
+            patch.setattr(os, "fsync", full)
+            go(out)
+        assert not list(out.glob(".*.safetensors.*"))
+        for path in out.glob("*.safetensors"):
+            load_tensors(path)  # what is there is whole
+        finish(out)
+        assert contents(out) == whole
+
+    @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a small file system of its own")
+    def test_a_disk_that_is_really_full(self, tmp_path):
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False).returncode:
+            pytest.skip("may not mount")
+        try:
+            with pytest.raises(CheckpointError, match="No space left on device"):
+                go(disk / "run", config=Config(**{**vars(CONFIG), "iterations": 2000, "eval_every": 2000}))
+            before = {p.name: p.read_bytes() for p in (disk / "run").glob("*.safetensors")}
+            with pytest.raises(CheckpointError, match="No space left on device"):
+                go(disk / "run", resume=True, config=Config(**{**vars(CONFIG), "iterations": 2000, "eval_every": 2000}))
+            assert {p.name: p.read_bytes() for p in (disk / "run").glob("*.safetensors")} == before
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+    @FORKS
+    def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(self, tmp_path):
+        out = tmp_path / "run"
+        go(out, config=Config(**{**vars(CONFIG), "iterations": 4}))
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        for folder in (tmp_path, out):
+            folder.chmod(0o555)
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+
+        def as_nobody():
+            if os.geteuid() == 0:
+                for parent in reversed(tmp_path.parents):
+                    if len(parent.parts) > 2:
+                        parent.chmod(parent.stat().st_mode | 0o055)
+                os.setuid(65534)
+            for folder, resume in ((tmp_path / "new", False), (out, True)):
+                try:
+                    go(folder, resume=resume)
+                    queue.put("trained")
+                except CheckpointError as error:
+                    queue.put(str(error))
+
+        process = context.Process(target=as_nobody)
+        process.start()
+        messages = [queue.get(timeout=60) for _ in range(2)]
+        process.join()
+        for folder in (tmp_path, out):
+            folder.chmod(0o755)
+        assert "cannot make" in messages[0] and "Permission denied" in messages[0]
+        assert "Permission denied" in messages[1]
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+class TestSignals:
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+    @pytest.mark.parametrize("rung, at", [(3, 3), (4, 4), (5, 4)])  # before a validation: it is the resumed run's
+    def test_finish_the_update_save_and_end(self, name, rung, at, whole, tmp_path, monkeypatch):
+        out, number = tmp_path / "run", getattr(signal, name)
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            ring_after(patch, rung, number)
+            go(out)
+        assert stopped.value.code == 128 + number and f"after update {at} of 12, saved" in str(stopped.value)
+        assert max(state.numbers(out)) == at
+        assert signal.getsignal(number) == (signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+        go(out, resume=True)
+        found, rows = contents(out)
+        assert rows == whole[1] and found["last.safetensors"] == whole[0]["last.safetensors"]
+
+    def test_during_validation_ends_at_once(self, whole, tmp_path, monkeypatch):
+        import l2g_meta.training as training
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(training, "evaluate", lambda *a, **o: signal.raise_signal(signal.SIGTERM))
+            go(tmp_path / "run")
+        go(tmp_path / "run", resume=True)
+        assert contents(tmp_path / "run") == whole
+
+    def test_a_second_one_during_the_save_changes_nothing(self, whole, tmp_path, monkeypatch):
+        real, out = os.fsync, tmp_path / "run"
+
+        def again(descriptor):
+            signal.raise_signal(signal.SIGTERM)
+            real(descriptor)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            ring_after(patch, 3, signal.SIGTERM, then=lambda: patch.setattr(os, "fsync", again))
+            go(out)
+        assert stopped.value.code == 143 and max(state.numbers(out)) == 3
+        go(out, resume=True)
+        assert contents(out)[1] == whole[1]
+
+    def test_the_command_ends_with_the_documented_code(self, tmp_path):
+        out = tmp_path / "run"
+        command = [sys.executable, "-m", "l2g_meta", "train", "--out", str(out), "--resume", "--image-size", "16"]
+        command += ["--iterations", "100000", "--device", "cpu"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (out / "log.csv").exists():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 143 and "saved; l2g train --resume RUN continues a run to the same bits" in error
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # the same command goes on
+        before = load_tensors(out / "last.safetensors")[1]["iteration"]
+        time.sleep(1)
+        while process.poll() is None and len((out / "log.csv").read_text().splitlines()) < before + 3:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130 and load_tensors(out / "last.safetensors")[1]["iteration"] > before
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_slurm_gets_the_job_back_once(self, fails, tmp_path, monkeypatch):
+        tool, calls = tmp_path / "scontrol", tmp_path / "calls"
+        tool.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit {int(fails)}\n')
+        tool.chmod(0o755)
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            patch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+            patch.setenv("SLURM_JOB_ID", "17")
+            ring_after(patch, 2, signal.SIGUSR1, times=3)
+            if fails:
+                with pytest.warns(UserWarning, match="cannot put job 17 back in the queue"):
+                    go(tmp_path / "run")
+            go(tmp_path / "run" if not fails else tmp_path / "second")
+        assert stopped.value.code == 138 and set(calls.read_text().splitlines()) == {"requeue 17"}
+
+
+def ring_after(patch, update, number, *, times=1, then=lambda: None):
+    """Sends this process a signal while that update runs."""
+    real = EagerUpdate.__call__
+
+    def ring(self, k, asked=0):
+        found = real(self, k, asked)
+        if k + 2 == update:  # it is noticed by the update after
+            for _ in range(times):
+                signal.raise_signal(number)
+            then()
+        return found
+
+    patch.setattr(EagerUpdate, "__call__", ring)
+
+
+class TestFolders:
+    def test_two_runs_into_one_are_refused(self, tmp_path, monkeypatch):
+        import l2g_meta.training as training
+
+        real = training.evaluate
+
+        def another(*arguments, **options):
+            with pytest.raises(CheckpointError, match="another process trains in"):
+                go(tmp_path / "run", resume=True)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(training, "evaluate", another)
+        go(tmp_path / "run", config=Config(**{**vars(CONFIG), "iterations": 4}))
+
+    def test_a_moved_run_goes_on(self, whole, tmp_path):
+        go(tmp_path / "run", config=Config(**{**vars(CONFIG), "iterations": 8}))
+        (tmp_path / "run").rename(tmp_path / "moved")
+        go(tmp_path / "moved", resume=True)
+        assert contents(tmp_path / "moved")[1] == whole[1]
+
+    def test_a_clock_that_goes_backwards_changes_nothing(self, whole, tmp_path, monkeypatch):
+        now = iter(range(10**9, 0, -7))
+        monkeypatch.setattr(time, "time", lambda: next(now))
+        go(tmp_path / "run")
+        assert contents(tmp_path / "run") == whole
+
+    def test_another_config_is_refused_with_the_difference(self, tmp_path, capsys):
+        small = [
+            "--image-size",
+            "16",
+            "--iterations",
+            "2",
+            "--eval-every",
+            "1",
+            "--eval-episodes",
+            "2",
+            "--device",
+            "cpu",
+        ]
+        out = str(tmp_path / "run")
+        assert main(["train", "--out", out, *small, "--pairs", "1", "--queries", "2"]) == 0
+        assert main(["train", "--resume", out, "--lr", "0.5", "--iterations", "3"]) == 2
+        error = capsys.readouterr().err
+        assert "--lr 0.5, not 0.001; --iterations 3, not 2" in error and "--force" in error
+        assert main(["train", "--out", out, "--resume", *small, "--pairs", "1", "--queries", "2"]) == 0  # the same
+        assert main(["train", "--resume", out, "--lr", "0.5", "--iterations", "3", "--force"]) == 0
+        assert main(["train", "--resume", out]) == 0
+        for wrong in (["--force"], ["--resume", out, "--out", out], ["--replay", out, "--lr", "1"], ["--replay", out]):
+            assert main(["train", *wrong]) == 2
+
+
+class Blows(nn.Module):
+    """Stops being finite at some update: its own weight, the loss of T_i, or the gradient of T_j alone."""
+
+    def __init__(self, kind, at, calls=2):
+        super().__init__()
+        self.net, self.kind, self.at, self.calls, self.passes = Net(), kind, at, calls, [0]  # of clones, too
+
+    def forward(self, task):
+        scores = self.net(task)
+        self.passes[0] += self.training
+        if not self.training or (self.passes[0] - 1) // (2 * self.calls) != self.at:
+            return scores
+        inner = self.passes[0] % 2 == 1
+        if self.kind == "nan in T_i" and inner:
+            return scores * float("nan")
+        if self.kind == "inf in T_i" and inner:
+            return scores + float("inf")
+        if self.kind == "inf in the meta-gradient" and not inner:
+            return _Explode.apply(scores)
+        return scores
+
+
+class _Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("inf")
+
+
+KINDS = ["nan in T_i", "inf in T_i", "inf in the meta-gradient"]
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_stops_before_the_update(self, kind, tmp_path):
+        config = Config(**{**vars(CONFIG), "iterations": 6, "learn_inner_lr": None})
+        with pytest.raises(NotFiniteError, match=r"update 5 \(pairs 10 to 11 of the stream of seed 0\)") as error:
+            go(tmp_path / "run", config=config, model=lambda: Blows(kind, 5))
+        assert "nothing was changed" in str(error.value) and "--replay" in str(error.value)
+        failed, info = load_tensors(tmp_path / "run" / "failed-5.safetensors")
+        assert info["iteration"] == 5 and all(t.isfinite().all() for t in failed.values() if t.is_floating_point())
+        sound = tmp_path / "sound"
+        go(sound, config=Config(**{**vars(config), "iterations": 5}), model=lambda: Blows(kind, 99))
+        same, _ = load_tensors(sound / "resume-5.safetensors")
+        assert failed.keys() == same.keys()
+        assert all(torch.equal(failed[name], same[name]) for name in failed)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_or_is_left_out_and_counted(self, kind, tmp_path):
+        config = Config(**{**vars(CONFIG), "skip_nonfinite": True, "learn_inner_lr": None})
+        wrapper = go(tmp_path / "run", config=config, model=lambda: Blows(kind, 5))
+        found, rows = contents(tmp_path / "run")
+        assert [row["iteration"] for row in rows if row["skipped"] == "1"] == ["6"]
+        assert found["last.safetensors"][1]["skipped"] == 1
+        assert all(t.isfinite().all() for t in wrapper.state_dict().values() if t.is_floating_point())
+        assert wrapper.module.net.encoder[1].num_batches_tracked == 2 * 11  # that one's statistics neither
+
+    def test_replay_shows_where(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "mine.py").write_text(
+            "import torch\n"
+            "from l2g_meta.heads import PrototypicalHead\n"
+            "class Head(torch.nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__(); self.inner = PrototypicalHead()\n"
+            "        self.register_buffer('passes', torch.zeros(()))\n"
+            "    def forward(self, s, y, q, n):\n"
+            "        if self.training: self.passes.add_(1)\n"
+            "        scores = self.inner(s, y, q, n)\n"
+            "        return scores * (float('nan') if self.training and self.passes > 2 else 1.0)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        out = tmp_path / "run"
+        small = ["--image-size", "16", "--iterations", "3", "--eval-every", "3", "--eval-episodes", "2", "--pairs", "1"]
+        command = ["train", "--out", str(out), *small, "--queries", "2", "--head", "mine:Head", "--device", "cpu"]
+        assert main(command) == 2
+        assert "found a number that is not finite" in capsys.readouterr().err
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        assert main(["train", "--replay", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "module.head (Head)" in printed and "nan" in printed and "T_i" in printed
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+    def test_a_weight_that_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
+        real = EagerUpdate.__call__
+
+        def overflow(self, k, asked=0):
+            found = real(self, k, asked)
+            if k == 5:
+                next(self.wrapper.parameters()).data.flatten()[0] = float("inf")
+            return found
+
+        monkeypatch.setattr(EagerUpdate, "__call__", overflow)
+        with pytest.raises(NotFiniteError, match="a weight is not finite after update 5; lower --lr"):
+            go(tmp_path / "run")
+        assert max(state.numbers(tmp_path / "run")) == 4
+        for path in (tmp_path / "run").glob("[rl]*.safetensors"):
+            assert all(t.isfinite().all() for t in load_tensors(path)[0].values() if t.is_floating_point())
+
+
+def test_files_of_a_later_version_are_refused_by_name(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 7)
+        checkpoint.save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)}, {})
+    with pytest.raises(CheckpointError, match="a file of format 7 from a later version of l2g-meta, this one reads 1"):
+        load_tensors(tmp_path / "x.safetensors")
