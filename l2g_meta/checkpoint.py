@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: if the file is missing, damaged or of another kind.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, read_info(path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return tensors, read_info(path)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -53,7 +55,10 @@ def read_info(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is missing, damaged or of another kind.
     """
     with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get("info", "{}"))
+        info = json.loads((file.metadata() or {}).get("info", "{}"))
+        if not isinstance(info, dict):
+            raise ValueError("its header is of another kind")
+        return info
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # damaged JSON, types that PyTorch lacks, ...
         raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
 
 
@@ -91,15 +96,32 @@ def load_training(folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optim
     Raises:
         CheckpointError: if a file is missing or damaged, or belongs to another model.
     """
-    info = load_weights(folder / "last.safetensors", wrapper)
-    tensors, _ = load_tensors(folder / str(info.get("resume")))
-    torch.set_rng_state(tensors.pop("generator"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        _, index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    path = folder / "last.safetensors"
+    info = load_weights(path, wrapper)
+    iteration, best, resume = (info.get(name) for name in ("iteration", "best", "resume"))
+    if type(iteration) is not int or iteration < 0 or not isinstance(best, int | float):
+        raise CheckpointError(f"need the state of a run in {path}, got iteration {iteration!r} and best {best!r}")
+    if not isinstance(resume, str) or not re.fullmatch(r"resume-[0-9]{1,18}\.safetensors", resume):  # no path elsewhere
+        raise CheckpointError(f"need the name of a file beside {path} in it, got {str(resume)[:80]!r}; train again")
+    _restore(folder / resume, optimizer)
     return info
+
+
+def _restore(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    tensors, _ = load_tensors(path)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        generator = tensors.pop("generator")
+        for name, value in tensors.items():
+            _, index, key = name.split(".")
+            if key != "step" and value.shape != parameters[int(index)].shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+            state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(generator)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} belongs to another run: {error}; train again") from error
 
 
 def load_weights(path: Path, wrapper: nn.Module) -> dict[str, Any]:

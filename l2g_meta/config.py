@@ -51,7 +51,7 @@ class Config:
     data: str = _flag("glyphs", "data set", choices=DATASETS)
     root: str | None = _flag(None, "folder that holds the data (not needed for glyphs)")
     image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
-    download: bool = _flag(False, "let learn2learn download missing data")
+    download: bool = _flag(False, "download missing data from where learn2learn gets it")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
 
     method: str = _flag("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
@@ -226,7 +226,8 @@ class Config:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-            config = cls(**values)
-        except (AttributeError, OSError, TypeError, ValueError) as error:
+            return cls(**values).resolved()
+        except L2GError:
+            raise
+        except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
-        return config.resolved()
