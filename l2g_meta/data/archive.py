@@ -12,7 +12,7 @@ import tarfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 from l2g_meta.data import images
 from l2g_meta.data.cache import cached, file_fingerprint
@@ -77,7 +77,7 @@ def unpack(path: Path, out: Path) -> None:
 class _Metered:
     """Counts what is read, so that neither headers nor the whole can grow beyond what images need."""
 
-    def __init__(self, file: BinaryIO | gzip.GzipFile, most: int) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, most: int) -> None:
         self.file, self.left, self.step = file, most, HEADER
 
     def read(self, n: int) -> bytes:
@@ -91,13 +91,14 @@ class _Metered:
         return data
 
 
-def _images(metered: _Metered) -> Iterator[tuple[list[str], BinaryIO]]:
+def _images(metered: _Metered) -> Iterator[tuple[list[str], IO[bytes]]]:
     """Checked name and content of each image; content is to be read before the next."""
     seen: dict[str, str] = {}  # spelling of each path, by its letters alone: file systems may ignore case
     files: set[str] = set()
-    with tarfile.open(fileobj=metered, mode="r|", tarinfo=_Header, encoding="utf-8", errors="strict") as tar:  # type: ignore[call-overload]  # all it calls is read
+    stream: Any = metered  # has read alone, which is all that is called
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, encoding="utf-8", errors="strict") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             parts = _parts(member)
             metered.step = member.size + HEADER
             if member.isdir() or parts[-1].startswith(".") or Path(parts[-1]).suffix.lower() not in images.FORMATS:

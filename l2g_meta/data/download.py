@@ -56,8 +56,9 @@ def fetch(
         digest_path(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
         os.replace(part, path)
     except (DataError, HTTPException, OSError) as error:  # OSError: of files, sockets, TLS and urllib
+        reason = " ".join(str(error).split())  # on one line
         raise DataError(
-            f"need {path.name}, got no download of {url} ({error}); get the file by other means, put it at {path}, "
+            f"need {path.name}, got no download of {url} ({reason}); get the file by other means, put it at {path}, "
             "pass that root (--root)"
         ) from error
     finally:
