@@ -178,8 +178,10 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
             "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
         )
     shape = info.get("image_shape")
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape) or math.prod(shape) > 2**28:
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
         raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
+    if math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
+        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
     wrapper = build_wrapper(config, build_model(config, tuple(shape)))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)

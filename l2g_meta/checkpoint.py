@@ -56,7 +56,8 @@ def read_info(path: Path) -> dict[str, Any]:
     """
     with _opened(path) as file:
         info = json.loads((file.metadata() or {}).get("info", "{}"))
-        if not isinstance(info, dict):
+        given = info.get("given", []) if isinstance(info, dict) else None
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
             raise ValueError("its header is of another kind")
         return info
 

@@ -229,5 +229,5 @@ class Config:
             return cls(**values).resolved()
         except L2GError:
             raise
-        except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        except Exception as error:  # JSON can hold values that fail in any comparison
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "good.pkl?4": ({"sha256": 64 * "0"}, "its SHA-256 is "),
     "endless.pkl": ({"max_bytes": 500_000}, "at most 500000 are expected"),
     "away": ({}, "need an https:// address, got 'http://localhost"),
-    "file": ({}, "redirection to url 'file:///etc/passwd' is not allowed"),
+    "file": ({}, "Redirection to url 'file:///etc/passwd' is not allowed"),
     "loop": ({}, "infinite loop"),
     "slow.pkl": ({}, "timed out"),
     "good.pkl?5": ({"opener": https_opener()}, "certificate verify failed"),
