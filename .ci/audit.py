@@ -34,7 +34,8 @@ def main() -> None:
     for package, advisory in found:
         fixed = ", ".join(advisory["fix_versions"]) or "no version yet"
         print(f"advisory: {package['name']} {package['version']}: {advisory['id']}, fixed in {fixed}")
-    print(f"audit: {len(found)} advisories for {len(known)} packages, {len(packages) - len(known)} not known to the index")
+    unknown = len(packages) - len(known)
+    print(f"audit: {len(found)} advisories for {len(known)} packages, {unknown} packages not known to the index")
 
 
 if __name__ == "__main__":
