@@ -348,4 +348,4 @@ def test_changed_files(name: str, folder: Path, little_memory: None) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", READERS)
 def test_many_changed_files(name: str, folder: Path) -> None:
-    fuzz(name, folder, factor=50, derandomize=False)
+    fuzz(name, folder, factor=20, derandomize=False)

@@ -44,8 +44,8 @@ def test_rules(path: Path) -> None:
     "source",
     [
         "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=w)", "tar.extractall(d)",
-        "tar.extract(m)", "pickle.load(f)", "pickle.loads(b)", "yaml.load(f)", "eval('1')", "exec('x = 1')",
-        "np.load(f)",        "numpy.load(f, allow_pickle=True)", "run('ls', shell=True)", "requests.get(u, verify=False)",
+        "tar.extract(m)", "pickle.load(f)", "pickle.loads(b)", "yaml.load(f)", "eval('1')", "exec('x')",
+        "np.load(f)", "numpy.load(f, allow_pickle=True)", "run('ls', shell=True)", "requests.get(u, verify=False)",
     ],
 )  # fmt: skip
 def test_the_rules_bite(source: str) -> None:
