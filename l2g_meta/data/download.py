@@ -53,9 +53,10 @@ def fetch(
         if sha256 is not None and digest != sha256.lower():
             raise DataError(f"its SHA-256 is {digest}, not {sha256}")
         check(part)
-        digest_path(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+        digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
         os.replace(part, path)
-    except (DataError, HTTPException, OSError) as error:  # OSError: of files, sockets, TLS and urllib
+        digest_path(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    except (HTTPException, OSError, ValueError) as error:  # OSError: of files, sockets, TLS and urllib
         reason = " ".join(str(error).split())  # on one line
         raise DataError(
             f"need {path.name}, got no download of {url} ({reason}); get the file by other means, put it at {path}, "
