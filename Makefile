@@ -6,7 +6,7 @@ BIN := .venv/bin
 # dependencies (qpth) makes pip compile NumPy 1.26: there the library uses its built-in clone and update instead.
 LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo test slow lint docs audit clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +24,9 @@ lint: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+audit: .venv/installed
+	$(BIN)/python .ci/audit.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

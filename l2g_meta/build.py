@@ -208,7 +208,12 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
             f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
         )
-    wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"])))
+    shape = info.get("image_shape")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
+    if math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
+        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
+    wrapper = build_wrapper(config, build_model(config, tuple(shape)))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
@@ -223,12 +228,16 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
     if not colon:
         raise FitError(f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises
         raise FitError(
             f"cannot load --{kind} {name}: {error}; the module must import without error from this folder, "
             "PYTHONPATH or an installed package"
         ) from error
+    # The name may come from the config of somebody else's run: os:system is not to be called.
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        raise FitError(f"need a class derived from torch.nn.Module as --{kind}, {name} is none; wrap it in one")
+    return found
 
 
 def _call(encoder: Callable[..., nn.Module], in_channels: int) -> nn.Module:

@@ -50,9 +50,11 @@ class Config:
     """
 
     data: str = _flag("glyphs", "data set", choices=DATASETS)
-    root: str | None = _flag(None, "folder that holds the data (not needed for glyphs)")
+    root: str | None = _flag(
+        None, "folder that holds the data (not needed for glyphs); for folder also a tar file of it"
+    )
     image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
-    download: bool = _flag(False, "let learn2learn download missing data")
+    download: bool = _flag(False, "download missing data from where learn2learn gets it")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
 
     method: str = _flag("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
@@ -244,13 +246,14 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            config = cls.of(json.loads(path.read_text(encoding="utf-8")))
-        except (AttributeError, OSError, TypeError, ValueError) as error:
+            return cls.of(json.loads(path.read_text(encoding="utf-8"))).resolved()
+        except L2GError:
+            raise
+        except Exception as error:  # JSON can hold values that fail in any comparison
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
-        return config.resolved()
 
     @classmethod
     def of(cls, values: Any) -> Config:
-        """A config from JSON values, of lists tuples are made."""
+        """A config from JSON values: lists become tuples."""
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**found)

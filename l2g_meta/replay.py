@@ -22,11 +22,10 @@ from l2g_meta.build import (
     set_precision,
     tasks_of_calls,
 )
-from l2g_meta.checkpoint import load_tensors
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError
 from l2g_meta.objectives import accumulate
-from l2g_meta.state import restore
+from l2g_meta.state import load, restore
 
 
 def replay(run: Path, *, device: str | None = None, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -47,7 +46,7 @@ def replay(run: Path, *, device: str | None = None, say: Callable[[str], None] =
     found = sorted(run.glob("failed-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
     if not found:
         raise CheckpointError(f"need failed-K.safetensors in {run}, which a run leaves when it stops at update K")
-    tensors, info = load_tensors(found[-1])
+    tensors, info = load(found[-1])
     config = Config.of(info["config"]).resolved()
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)

@@ -88,7 +88,8 @@ def requeue(number: int) -> None:
     if job is None or number != getattr(signal, "SIGUSR1", None):
         return
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60, capture_output=True, text=True)
+        command = ["scontrol", "requeue", job]  # the user's own Slurm, wherever it is; the number is its own
+        subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(f"cannot put job {job} back in the queue ({detail}); submit it again", stacklevel=2)

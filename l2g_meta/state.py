@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.checkpoint import load_tensors, put, save_tensors
+from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError
 
 PREFIX = "resume"
@@ -43,15 +44,18 @@ def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.
         CheckpointError: if it belongs to another model.
     """
     put(_of_wrapper(tensors), wrapper, path)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
     try:
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                if key != "step" and value.shape != parameters[int(index)].shape:
+                    raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+                state.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator.cpu"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} belongs to another run: {error}") from error
     device = _device(wrapper)
     if device.type == "cuda" and "generator.cuda" in tensors:
@@ -98,10 +102,29 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     raise CheckpointError(f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}")
 
 
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a state.
+
+    Raises:
+        CheckpointError: if it is damaged, or its header is not one of a run.
+    """
+    tensors, info = load_tensors(path)
+    try:
+        numbers = [info[name] for name in ("iteration", "skipped")] + [info["best_iteration"] or 0]
+        sound = all(type(n) is int and n >= 0 for n in numbers) and isinstance(info["best"], int | float)
+        sound = sound and (info["pending"] is None or {"iteration", "loss", "tasks", "seconds"} <= set(info["pending"]))
+        Config.of(info["config"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"need the state of a run in {path}, got a header with: {error}") from error
+    if not sound:
+        raise CheckpointError(f"need the state of a run in {path}, got a header that is none of a run")
+    return tensors, info
+
+
 def weights_after(folder: Path, n: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The wrapper's state dict after n updates and the header, if that state was kept and is sound."""
     try:
-        tensors, info = load_tensors(_path(folder, n))
+        tensors, info = load(_path(folder, n))
     except CheckpointError:
         return None
     return _of_wrapper(tensors), info
@@ -114,7 +137,7 @@ def _of_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _states(folder: Path) -> Iterator[tuple[Path, tuple[dict[str, Tensor], dict[str, Any]] | CheckpointError]]:
     for n in reversed(numbers(folder)):
         try:
-            yield _path(folder, n), load_tensors(_path(folder, n))
+            yield _path(folder, n), load(_path(folder, n))
         except CheckpointError as error:
             yield _path(folder, n), error
 

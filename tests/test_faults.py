@@ -216,7 +216,7 @@ class TestNoPlace:
     def test_a_disk_that_is_really_full(self, tmp_path):
         disk = tmp_path / "disk"
         disk.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False).returncode:
+        if subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False).returncode:
             pytest.skip("may not mount")
         try:
             with pytest.raises(CheckpointError, match="No space left on device"):
@@ -226,7 +226,7 @@ class TestNoPlace:
                 go(disk / "run", resume=True, config=Config(**{**vars(CONFIG), "iterations": 2000, "eval_every": 2000}))
             assert {p.name: p.read_bytes() for p in (disk / "run").glob("*.safetensors")} == before
         finally:
-            subprocess.run(["umount", str(disk)], check=True)
+            subprocess.run(["/bin/umount", str(disk)], check=True)
 
     @FORKS
     def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(self, tmp_path):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.data import folder, images, mini_imagenet, tiered_imagenet
+from l2g_meta.data import download, folder, images, mini_imagenet, tiered_imagenet
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -177,11 +176,11 @@ def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([1], "image_data"),
         ({"image_data": np.zeros((2, 4, 4, 3))}, "image_data.*got float64"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8)}, "class_dict"),
-        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {}}, "each of the 2 images once"),
+        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {}}, "class_dict"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0, 1], "b": []}}, "class_dict"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0], "b": [0]}}, "each of the 2"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0], "b": [2]}}, "each of the 2"),
-        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0], "b": ["x"]}}, "each of the 2"),
+        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0], "b": ["x"]}}, "class_dict"),
     ],
 )
 def test_odd_mini_pickles(tmp_path: Path, data: Any, message: str) -> None:
@@ -228,9 +227,23 @@ def test_tiered_label_files(tmp_path: Path) -> None:
             tiered_imagenet.load("train", root=tmp_path / f"e{i}")
 
 
-def fake_learn2learn(monkeypatch: pytest.MonkeyPatch, download_file: Any) -> None:
-    module = SimpleNamespace(data=SimpleNamespace(utils=SimpleNamespace(download_file=download_file)))
-    monkeypatch.setitem(sys.modules, "l2g_meta.clone", SimpleNamespace(require_learn2learn=lambda: module))
+class Served:
+    """An opener and its response: the bytes of a file."""
+
+    def __init__(self, content: bytes) -> None:
+        self.headers: dict[str, str] = {}
+        self.read = io.BytesIO(content).read
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], bytes]) -> None:
+    opener = SimpleNamespace(open=lambda url, timeout: Served(answer(url)))
+    monkeypatch.setattr(download, "https_opener", lambda: opener)
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,15 +253,20 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiered(source, tmp_path / "served" / "tiered-imagenet")
     urls = []
 
-    def download_file(url: str, destination: str) -> None:
+    def answer(url: str) -> bytes:
         urls.append(url)
         name = url.rpartition("/")[2].replace("tiered-imagenet-", "tiered-imagenet/")
-        Path(destination).write_bytes((tmp_path / "served" / name).read_bytes())
+        return (tmp_path / "served" / name).read_bytes()
 
-    fake_learn2learn(monkeypatch, download_file)
+    serve(monkeypatch, answer)
     root = tmp_path / "new"
-    root.mkdir()
-    (root / "mini-imagenet-cache-test.pkl").write_bytes(b"<html>an earlier failure")
+    (root / "tiered-imagenet").mkdir(parents=True)
+    for failed in (
+        "mini-imagenet-cache-test.pkl",
+        "tiered-imagenet/val_labels.pkl",
+        "tiered-imagenet/val_images_png.pkl",
+    ):
+        (root / failed).write_bytes(b"<html>an earlier failure")
     for _ in range(2):
         assert same(mini_imagenet.load("test", root=root, download=True), mini_imagenet.load("test", root=source))
         assert tiered_imagenet.load("validation", root=root, download=True).n_classes == N_CLASSES
@@ -259,16 +277,28 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_download_that_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folders(tmp_path / "folders")
+    write_mini_pickles(source, tmp_path)
+    path = tmp_path / "mini-imagenet-cache-test.pkl"
+    content = path.read_bytes()
+    path.unlink()
+    serve(monkeypatch, lambda url: content)
+    assert mini_imagenet.load("test", root=tmp_path, image_size=8, download=True).n_classes == N_CLASSES
+    path.write_bytes(content.replace(b"image_data", b"image_date"))
+    with pytest.raises(DataError, match=r"got other content than its digest in mini-imagenet-cache-test\.pkl\.sha256"):
+        mini_imagenet.load("test", root=tmp_path, image_size=8)
+
+
 def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_learn2learn(monkeypatch, lambda url, destination: Path(destination).write_bytes(b"<html>not found"))
-    with pytest.raises(DataError, match=r"HTML page.*learn2learn's published file.*MiniImagenet.*put it at .*\(--root"):
+    serve(monkeypatch, lambda url: b"<html>not found")
+    with pytest.raises(DataError, match=r"HTML page.*by other means, put it at .*\(--root"):
         mini_imagenet.load("train", root=tmp_path / "root", download=True)
 
-    def no_network(url: str, destination: str) -> None:
-        Path(destination).write_bytes(b"\x80\x04")
+    def no_network(url: str) -> bytes:
         raise ConnectionError("no route to host")
 
-    fake_learn2learn(monkeypatch, no_network)
+    serve(monkeypatch, no_network)
     with pytest.raises(DataError, match="no route to host"):
         tiered_imagenet.load("train", root=tmp_path / "root", download=True)
     assert [path for path in (tmp_path / "root").rglob("*") if path.is_file()] == []

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from l2g_meta.data.pickles import load_pickle
+from l2g_meta.data import mini_imagenet, pickles
+from l2g_meta.data.pickles import integers, load_pickle
 from l2g_meta.errors import DataError
 
 U8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1I00\nI01\ntR"  # protocol 0 and 1 instructions, readable with pickletools.dis
@@ -83,6 +85,11 @@ def object_state(dtype: bytes) -> bytes:
     return ARRAY + b"(I1\n(I1\nt" + dtype + b"I00\n(lp9\nI1\natb."
 
 
+def nested(depth: int) -> bytes:
+    """A tuple of two tuples of two tuples …, each stored once: to hash, compare or print it takes 2^depth steps."""
+    return b")" + b"".join(b"p%d\n0(g%d\ng%d\nt" % (i, i, i) for i in range(depth))
+
+
 HOSTILE = {
     "os.system": lambda s: pickle.dumps(Call(os.system, f"touch {s}")),
     "builtins.eval": lambda s: pickle.dumps(Call(eval, f"open({s!r}, 'w')")),
@@ -118,6 +125,17 @@ HOSTILE = {
     "extension registry": lambda s: b"\x80\x02\x82\x01.",
     "out-of-band buffer": lambda s: b"\x80\x05\x97.",
     "a set": lambda s: pickle.dumps({1, 2}),
+    "__reduce__ within __reduce__": lambda s: pickle.dumps(Call(Call, Call(os.system, f"touch {s}"))),
+    "getattr": lambda s: b"cbuiltins\ngetattr\n(cos\npath\nVsystem\ntR.",
+    "__import__": lambda s: b"cbuiltins\n__import__\n(Vos\ntR.",
+    "torch tensor": lambda s: pickle.dumps(torch.ones(2)),
+    "numpy.ndarray by attribute": lambda s: (
+        b"\x80\x04\x8c\x15numpy.core.multiarray\x8c\x18_reconstruct.__globals__\x93."
+    ),
+    "length beyond what NumPy counts": lambda s: object_state(b"cnumpy\ndtype\n(VU999999999\nI00\nI01\ntR"),
+    "tuples in tuples as a key": lambda s: b"}" + nested(60) + b"Ns.",
+    "tuples in tuples as a codec": lambda s: b"c_codecs\nencode\n(Vabc\n" + nested(60) + b"tR.",
+    "tuples in tuples as a dtype": lambda s: b"cnumpy\ndtype\n(" + nested(60) + b"tR.",
     "the same bytes many times": lambda s: (
         b"(lp0\nV" + 5000 * b"a" + b"\np1\na" + 99 * b"c_codecs\nencode\n(g1\nVlatin1\ntRa" + b"."
     ),
@@ -135,7 +153,7 @@ def test_hostile(tmp_path: Path, name: str) -> None:
 
 def test_the_hostile_files_are_live(tmp_path: Path) -> None:
     sentinel = tmp_path / "executed"
-    pickle.loads(HOSTILE["os.system"](str(sentinel)))
+    pickle.loads(HOSTILE["os.system"](str(sentinel)))  # noqa: S301  # our own file, to see that it would act
     assert sentinel.exists()
 
 
@@ -167,6 +185,16 @@ DAMAGED = {
     "text longer than the file": b"\x80\x04\x8d" + (2**50).to_bytes(8, "little") + b"abc.",
     "frame longer than the file": b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.",
     "protocol 9": b"\x80\x09N.",
+    "tuples in tuples as a shape": (ARRAY + b"(I1\n(" + nested(60) + b"t" + U8 + b"I00\nC\x03abctb."),
+    "enormous numbers as a shape": ARRAY
+    + b"(I1\n("
+    + 40 * (b"\x8b\0\x20\0\0" + 8192 * b"\x7f")
+    + b"t"
+    + U8
+    + b"I00\nC\0tb.",
+    "more dimensions than arrays have": ARRAY + b"(I1\n(" + 40 * b"I1\n" + b"t" + U8 + b"I00\nC\x01atb.",
+    "pickle and zip in one": WHOLE + b"PK\x05\x06" + bytes(18),
+    "two pickles": WHOLE + WHOLE,
 }
 
 
@@ -174,6 +202,27 @@ DAMAGED = {
 def test_damaged(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"need .*some\.pkl.*; .*get it again"):
         load_pickle(write(tmp_path, DAMAGED[name]))
+
+
+def test_number_of_instructions_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles._Dispatch, "left", 100)
+    assert load_pickle(write(tmp_path, 99 * b"]" + b".")) == []
+    with pytest.raises(DataError, match="more instructions than any published file has"):
+        load_pickle(write(tmp_path, 100 * b"]" + b"."))
+
+
+@pytest.mark.parametrize("value", [[2**64], [0.5], ["a"], [[1, 2]], np.ones((2, 2), int), np.ones(2), 3, None, "ab"])
+def test_integers_are_flat(value: Any) -> None:
+    assert integers(value) is None
+
+
+def test_lists_in_lists_are_not_unfolded(tmp_path: Path) -> None:
+    rows = b"(lp0\n" + b"".join(b"0(lp%d\ng%d\nag%d\na" % (i + 1, i, i) for i in range(60))  # 2^60 empty lists
+    pixels = ARRAY + b"(I1\n(I1\nI1\nI1\nI3\nt" + U8 + b"I00\nC\x03abctb"
+    path = tmp_path / "mini-imagenet-cache-train.pkl"
+    path.write_bytes(b"}Vimage_data\n" + pixels + b"sVclass_dict\n}Va\n" + rows + b"ss.")
+    with pytest.raises(DataError, match='need "class_dict"'):
+        mini_imagenet.load("train", root=tmp_path)
 
 
 def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def load(
         split: ``"train"``, ``"validation"`` or ``"test"``.
         root: folder that holds the data; not needed for glyphs.
         image_size: height and width in pixels; the data set's own by default. Another size is another benchmark.
-        download: let learn2learn download missing files.
+        download: get missing files from where learn2learn gets them.
         options: arguments of one data set, such as ``split_seed`` of ``folder``.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -69,7 +70,13 @@ def file_fingerprint(path: Path) -> list[Any]:
 
 
 def create_images(folder: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """Writable uint8 memory map (n, H, W, C) that ``open_dataset`` will find in ``folder``."""
+    """Writable uint8 memory map (n, H, W, C) that ``open_dataset`` will find in ``folder``.
+
+    Raises:
+        DataError: if the disk has no room for it; writing to a map would end the process instead.
+    """
+    if (need := math.prod(shape)) > (free := shutil.disk_usage(folder).free):
+        raise DataError(f"need {need:,} bytes for converted data, {folder.parent} has {free:,} left; set L2G_CACHE")
     return np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
 
 
@@ -82,9 +89,23 @@ def write_classes(folder: Path, labels: Sequence[int] | np.ndarray, class_names:
 def open_dataset(
     folder: Path, *, name: str, split: str, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
 ) -> ClassDataset:
-    """The data set in a finished cache folder, its images memory-mapped."""
-    # Copy-on-write: PyTorch wants writable memory, the file stays as it is.
-    images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
-    labels = np.load(folder / "labels.npy", allow_pickle=False)
-    names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    return ClassDataset(images, labels, tuple(names), name=name, split=split, mean=mean, std=std)
+    """The data set in a finished cache folder, its images memory-mapped.
+
+    Raises:
+        DataError: if a file is missing or damaged.
+    """
+    try:
+        # Copy-on-write: PyTorch wants writable memory, the file stays as it is. A map is never larger than its file.
+        images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)
+        names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError("its images are not uint8 (n, H, W, C)")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its class names are no list of texts")
+        return ClassDataset(images, np.array(labels), tuple(names), name=name, split=split, mean=mean, std=std)
+    except Exception as error:  # a damaged header or JSON text can fail in many ways
+        raise DataError(
+            f"need converted data in {folder}, got {type(error).__name__}: {str(error)[:200]}; delete that folder, it "
+            "is made again"
+        ) from error

@@ -193,10 +193,11 @@ def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
     """
     if labels.size == 0 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise DataError(f"need integer labels from 0, at least one, got {labels.dtype} labels of shape {labels.shape}")
-    counts = np.bincount(labels)
+    # Below the largest label of more classes than labels there is a gap; numbers too large to count are cut off.
+    counts = np.bincount(np.minimum(labels, labels.size).astype(np.int64))
     if (counts == 0).any():
         raise DataError(
-            f"need an image of every class 0 … {len(counts) - 1}, got none of class {int(np.argmin(counts))}; "
+            f"need an image of every class 0 … {labels.max()}, got none of class {int(np.argmin(counts))}; "
             "number the classes without gaps (np.unique(labels, return_inverse=True))"
         )
     order = np.argsort(labels, kind="stable")

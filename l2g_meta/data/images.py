@@ -1,4 +1,4 @@
-"""Image files: fetched, found by class, decoded, and converted once to a class-sorted array."""
+"""Image files: found by class, decoded, and converted once to a class-sorted array."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 
 from l2g_meta.data.cache import cached, create_images, open_dataset, write_classes
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pickles import is_html
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB on the [0, 1] scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 50_000_000  # per image; beyond it a small file may unpack to gigabytes
+MAX_BYTES = 2**28  # per image file; more than MAX_PIXELS take, even uncompressed
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Source = TypeVar("Source")
 Resize = Callable[[Image.Image, int], Image.Image]
@@ -43,9 +43,13 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
         upright: turn the image as its Exif orientation says.
 
     Raises:
-        DataError: if it is not a readable 8-bit image of that format with at most ``MAX_PIXELS`` pixels.
+        DataError: if it is not a readable 8-bit image of that format with at most ``MAX_PIXELS`` pixels and
+            ``MAX_BYTES`` bytes.
     """
     try:
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=[file_format]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
@@ -169,31 +173,3 @@ def open_folders(
             digest.update(os.fsencode(f"{file}\n{stat.st_size} {stat.st_mtime_ns}\n"))
     source = {"files": digest.hexdigest(), "read": read.__name__, "resize": resize.__name__}
     return open_converted(name, split, size, source, partial(convert, classes, read, resize, size))
-
-
-def fetch_pickle(url: str, path: Path) -> None:
-    """Download ``path`` from ``url`` with learn2learn, unless it is there; it appears only when it is complete.
-
-    Raises:
-        DataError: if the download fails or gives an HTML page.
-        ImportError: if learn2learn is missing.
-    """
-    if path.is_file() and not is_html(path):
-        return
-    from l2g_meta.clone import require_learn2learn
-
-    download_file = require_learn2learn().data.utils.download_file
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download_file(url, str(part))
-        if is_html(part):
-            raise OSError("the server sent an HTML page")
-        part.replace(path)
-    except Exception as error:  # whatever the HTTP library raises
-        raise DataError(
-            f"need {path.name}, got no download of {url} ({error}); get learn2learn's published file (its MiniImagenet "
-            f"and TieredImagenet classes have the links) by other means, put it at {path}, pass that root (--root)"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)

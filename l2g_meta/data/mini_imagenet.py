@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -12,13 +12,15 @@ from PIL import Image
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pickles import load_pickle
+from l2g_meta.data.download import check_digest, fetch
+from l2g_meta.data.pickles import check_pickle, integers, is_html, load_pickle
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
 DEFAULTS: dict[str, Any] = {"image_size": 84}
 LAYOUTS = ("mini-imagenet/<split>/<class>/*.jpg", "<split>/<class>/*.jpg", "mini-imagenet-cache-<split>.pkl")
 URL = "https://zenodo.org/record/7978538/files/"  # where learn2learn's MiniImagenet downloads from
+MAX_BYTES = 2 * 2**30  # the largest of the published files has 0.8 GB
 
 
 def load(
@@ -34,19 +36,18 @@ def load(
         root: folder with one of the layouts above.
         image_size: S; by default 84, the size the images have, where nothing is resampled. Other sizes are resized
             (bilinear, antialiased): label such runs, their numbers are not mini-ImageNet's.
-        download: where no layout is found, let learn2learn download the pickle into ``root``.
+        download: where no layout is found, download learn2learn's pickle into ``root``.
 
     Raises:
         DataError: if the data are missing or damaged, or the download fails.
-        ImportError: if ``download`` needs learn2learn and it is missing.
     """
     root, size = images.check_request("mini-ImageNet", split, root, image_size, LAYOUTS)
     folder = images.find_folder(root / "mini-imagenet", root, split=split)
     if folder is not None:
         return images.open_folders("mini-imagenet", split, size, images.class_files(folder))
     path = root / f"mini-imagenet-cache-{split}.pkl"
-    if download:
-        images.fetch_pickle(URL + path.name, path)
+    if download and (not path.is_file() or is_html(path)):  # a page: another tool's failed download
+        fetch(URL + path.name, path, max_bytes=MAX_BYTES, check=check_pickle)
     if not path.is_file():
         raise images.missing(f"the {split} split of mini-ImageNet", root, LAYOUTS)
     source = {"file": file_fingerprint(path)}
@@ -55,17 +56,32 @@ def load(
 
 def _convert_pickle(path: Path, size: int, out: Path) -> None:
     """Convert ``{"image_data": uint8 (n, H, W, 3), "class_dict": {class name: [row, ...]}}``."""
-    data = load_pickle(path)
+    check_digest(path)
+    data = load_pickle(path, max_bytes=MAX_BYTES)
     pixels, rows = (data.get("image_data"), data.get("class_dict")) if isinstance(data, dict) else (None, None)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+    if not _are_images(pixels):
         raise DataError(f'need "image_data", uint8 (n, H, W, 3), in {path}, got {_describe(pixels)}; get it again')
-    if not isinstance(rows, dict) or not all(isinstance(r, list | np.ndarray) and len(r) for r in rows.values()):
+    index: dict[str, np.ndarray] = {}
+    given: dict[Any, Any] = rows if isinstance(rows, dict) else {}
+    for name, numbers in given.items():
+        if isinstance(name, str) and (r := integers(numbers)) is not None and len(r):
+            index[name] = r
+    if not index or len(index) != len(given):
         raise DataError(f'need "class_dict", the rows of each class, in {path}, got {_describe(rows)}; get it again')
-    used = np.sort(np.concatenate([np.asarray(r).reshape(-1) for r in rows.values()] or [np.empty(0)]))
+    used = np.sort(np.concatenate(list(index.values())))
     if not np.array_equal(used, np.arange(len(pixels))):
         raise DataError(f'need each of the {len(pixels)} images once in "class_dict" in {path}; get the file again')
-    classes = {str(name): [pixels[row] for row in rows[name]] for name in sorted(rows, key=str)}
+    classes = {name: [pixels[row] for row in index[name]] for name in sorted(index)}
     images.convert(classes, Image.fromarray, images.stretch, size, out)
+
+
+def _are_images(pixels: Any) -> TypeGuard[np.ndarray]:
+    return (
+        isinstance(pixels, np.ndarray)
+        and pixels.dtype == np.uint8
+        and pixels.ndim == 4
+        and (pixels.shape[3] == 3 and pixels.size > 0)
+    )
 
 
 def _describe(value: Any) -> str:

@@ -29,9 +29,10 @@ _INSTRUCTIONS = [
     GLOBAL STACK_GLOBAL
     """.split()
 ]
+MAX_INSTRUCTIONS = 50_000_000  # tieredImageNet's largest file has some 13 million; one byte can claim 64 of memory
 
 
-def load_pickle(path: Path | str, *, max_bytes: int = 40 * 2**30) -> Any:
+def load_pickle(path: Path | str, *, max_bytes: int = 16 * 2**30) -> Any:
     """What a pickle of NumPy arrays, builtin values, lists, tuples and dictionaries holds.
 
     Arrays of booleans, integers, floats and strings are read, of any pickle protocol and NumPy version; text that
@@ -42,7 +43,8 @@ def load_pickle(path: Path | str, *, max_bytes: int = 40 * 2**30) -> Any:
         max_bytes: largest file that is opened.
 
     Raises:
-        DataError: if the file is missing, too large, damaged, an HTML page, or refers to anything but arrays.
+        DataError: if the file is missing, too large, damaged, an HTML page, goes on after its end, or refers to
+            anything but arrays.
 
     Example:
         >>> import tempfile
@@ -60,7 +62,10 @@ def load_pickle(path: Path | str, *, max_bytes: int = 40 * 2**30) -> Any:
         raise DataError(f"need a pickle, got {path}: this is an HTML page, a failed download; delete it, try again")
     with open(path, "rb") as file:
         try:
-            return _ArrayUnpickler(_Bounded(file, size)).load()
+            value = _ArrayUnpickler(_Bounded(file, size)).load()
+            if file.read(1):
+                raise ValueError("data follow its end, as in a file of two kinds")
+            return value
         except _Refused as error:
             raise DataError(
                 f"need NumPy arrays and builtin containers, got {error} in {path}; "
@@ -77,6 +82,41 @@ def is_html(path: Path) -> bool:
     """Whether a file starts like an HTML or XML page, as no pickle does."""
     with open(path, "rb") as file:
         return file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
+def check_pickle(path: Path) -> None:
+    """Whether a file begins and ends as a pickle does, without reading it.
+
+    Raises:
+        DataError: if not.
+    """
+    with open(path, "rb") as file:
+        first = file.read(1)
+        file.seek(max(0, path.stat().st_size - 1))
+        last = file.read(1)
+    if is_html(path):
+        raise DataError("an HTML page, no pickle")
+    if first not in (b"\x80", b"(", b"c", b"]", b"}", b"l", b"d") or last != pickle.STOP:
+        raise DataError("no pickle, or a part of one")
+
+
+def integers(value: Any) -> np.ndarray | None:
+    """A list or array of integers as an array (n,), ``None`` for anything else.
+
+    NumPy alone would unfold nested lists, of which a short pickle can describe astronomically many.
+
+    Example:
+        >>> integers([3, 1]), integers([[3], [1]]), integers([0.5])
+        (array([3, 1]), None, None)
+    """
+    if isinstance(value, list) and all(isinstance(n, int | np.integer) for n in value):
+        try:
+            value = np.array(value, dtype=np.int64)
+        except OverflowError:
+            return None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.ndim != 1:
+        return None
+    return value
 
 
 class _Refused(pickle.UnpicklingError):
@@ -96,6 +136,14 @@ class _Bounded:
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
+    left = MAX_INSTRUCTIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise _Refused("more instructions than any published file has")
+        return super().__getitem__(code)
+
     def __missing__(self, code: int) -> Callable[[Any], None]:
         name = {opcode.code: opcode.name for opcode in pickletools.opcodes}.get(chr(code))
         raise _Refused(f"the pickle instruction {name}") if name else ValueError(f"no pickle instruction is {code}")
@@ -105,8 +153,8 @@ class _Dtype:
     """Stands for a NumPy dtype, whose own ``__setstate__`` would accept any state."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[buifSU][1-9][0-9]{0,8}", code):
-            raise _Refused(f"an array of dtype {str(code)[:40]!r}")
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[buifSU][1-9][0-9]{0,5}", code):
+            raise _Refused(f"an array of dtype {_short(code)}")
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
@@ -120,9 +168,16 @@ def _array_of(raw: Any, dtype: Any, shape: Any) -> tuple[bytes, np.dtype, tuple[
     raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote a string
     if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or not isinstance(shape, tuple):
         raise _Refused("an array without plain data")
-    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.dtype.itemsize != len(raw):
+    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ValueError("an array has no such shape")
+    if math.prod(shape) * dtype.dtype.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} and {dtype.dtype} does not fit its {len(raw)} bytes")
     return raw, dtype.dtype, shape
+
+
+def _short(value: Any) -> str:
+    """For messages; what a text is, and of anything else only the type: tuples in tuples can print without end."""
+    return ascii(value[:40]) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
@@ -141,7 +196,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 def _encode(text: Any, encoding: Any) -> bytes:  # how protocol 2 writes bytes
     if not isinstance(text, str) or encoding != "latin1":
-        raise _Refused(f"an encoding {encoding!r}")
+        raise _Refused(f"an encoding {_short(encoding)}")
     return text.encode("latin1")
 
 
@@ -155,12 +210,14 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
 class _ArrayUnpickler(pickle._Unpickler):
     """The standard library's Python unpickler (its C one cannot guard BUILD), less most of its instructions."""
 
-    dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS})
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS}
     read: Callable[[int], bytes]
     stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: _Bounded) -> None:
         super().__init__(file, encoding="latin1")
+        self.dispatch = _Dispatch(type(self).dispatch)  # type: ignore[misc]  # it counts, so one for each file
         self.budget = 4 * file.size  # protocol 2 makes text, bytes and array of the same data
 
     def find_class(self, module: str, name: str) -> Any:
@@ -195,4 +252,32 @@ class _ArrayUnpickler(pickle._Unpickler):
     def load_bytearray8(self) -> None:
         self.stack.append(self.read(int.from_bytes(self.read(8), "little")))
 
-    dispatch.update({pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8})
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
+
+    dispatch |= {
+        getattr(pickle, name)[0]: function
+        for name, function in {
+            "REDUCE": load_reduce,
+            "BUILD": load_build,
+            "BYTEARRAY8": load_bytearray8,
+            "SETITEM": load_setitem,
+            "SETITEMS": load_setitems,
+            "DICT": load_dict,
+        }.items()
+    }
+
+
+def _key(key: Any) -> Any:
+    if not isinstance(key, str | bytes | int | float | np.generic | None):  # hashing tuples in tuples can take for ever
+        raise _Refused(f"a dictionary key {_short(key)}")
+    return key

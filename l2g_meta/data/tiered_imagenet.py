@@ -12,7 +12,8 @@ from PIL import Image
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pickles import load_pickle
+from l2g_meta.data.download import check_digest, fetch
+from l2g_meta.data.pickles import check_pickle, integers, is_html, load_pickle
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
@@ -23,6 +24,8 @@ LAYOUTS = (
     "tiered-imagenet/<split>/<class>/*.{jpg,png}",
 )
 URL = "https://zenodo.org/record/7978538/files/tiered-imagenet-"  # where learn2learn's TieredImagenet downloads from
+MAX_BYTES = 16 * 2**30  # of encoded images
+MAX_LABEL_BYTES = 2**28  # of the label file, which has some 16 bytes for each of at most 448,695 images
 
 
 def load(
@@ -38,20 +41,21 @@ def load(
         root: folder with ``tiered-imagenet/`` or with the files themselves.
         image_size: S; by default 84, the size the images have, where nothing is resampled. Other sizes are resized
             (bilinear, antialiased): label such runs, their numbers are not tieredImageNet's.
-        download: where nothing is found, let learn2learn download the files of this split into ``root``.
+        download: where nothing is found, download learn2learn's files of this split into ``root``.
 
     Raises:
         DataError: if the data are missing or damaged, or the download fails.
-        ImportError: if ``download`` needs learn2learn and it is missing.
     """
     root, size = images.check_request("tieredImageNet", split, root, image_size, LAYOUTS)
     files = _find_pickles(root, split)
     folder = images.find_folder(root / "tiered-imagenet", split=split)
     if files is None and folder is not None:
         return images.open_folders("tiered-imagenet", split, size, images.class_files(folder))
-    if files is None and download:
-        for path in _pickles(root / "tiered-imagenet", split):
-            images.fetch_pickle(URL + path.name, path)
+    if download and (files is None or any(is_html(path) for path in files)):  # a page: another tool's failed download
+        for path in files or _pickles(root / "tiered-imagenet", split):
+            if not path.is_file() or is_html(path):
+                limit = MAX_LABEL_BYTES if path.name.endswith("_labels.pkl") else MAX_BYTES
+                fetch(URL + path.name, path, max_bytes=limit, check=check_pickle)
         files = _find_pickles(root, split)
     if files is None:
         raise images.missing(f"the {split} split of tieredImageNet", root, LAYOUTS)
@@ -88,7 +92,8 @@ def _find_pickles(root: Path, split: str) -> tuple[Path, Path] | None:
 def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path) -> None:
     """Convert the list of PNG files, each a uint8 array (bytes,) or (bytes, 1), and their labels."""
     classes, _ = _read_labels(labels_path)
-    encoded = load_pickle(images_path)
+    check_digest(images_path)
+    encoded = load_pickle(images_path, max_bytes=MAX_BYTES)
     n = sum(len(rows) for rows in classes.values())
     if not isinstance(encoded, list) or len(encoded) != n:
         got = len(encoded) if isinstance(encoded, list) else type(encoded).__name__
@@ -105,7 +110,8 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
 
 def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Rows of each class and super-category of each class (none if not given), classes sorted by name."""
-    data = load_pickle(path)
+    check_digest(path)
+    data = load_pickle(path, max_bytes=MAX_LABEL_BYTES)
     specific = _column(data, "label_specific", path)
     general = _column(data, "label_general", path) if "label_general" in data else None
     if general is not None and len(general) != len(specific):
@@ -123,16 +129,20 @@ def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 
 def _column(data: Any, key: str, path: Path) -> np.ndarray:
-    column = np.asarray(data.get(key)) if isinstance(data, dict) else np.empty(0)
-    if column.ndim != 1 or not column.size or not np.issubdtype(column.dtype, np.integer):
-        raise DataError(f'need "{key}", an integer per image, in {path}, got {column.dtype} {column.shape}')
+    column = integers(data.get(key)) if isinstance(data, dict) else None
+    if column is None or not len(column):
+        raise DataError(f'need "{key}", a list or array of an integer per image, in {path}; get it again')
     return column
 
 
 def _names(data: dict[str, Any], key: str, column: np.ndarray) -> dict[int, str]:
     """Name of each label that occurs: from ``<key>_str`` where it has one per label, else the number."""
     labels, names = np.unique(column).tolist(), data.get(f"{key}_str")
-    if names is None or len(names) <= labels[-1] or labels[0] < 0:
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
+    if not isinstance(names, list | tuple) or len(names) <= labels[-1] or labels[0] < 0:
         return {label: str(label) for label in labels}
+    if not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(f'need texts in "{key}_str", got something else; get the label file again')
     unique = len(set(names)) == len(names)  # two ImageNet classes are called "crane"
     return {label: str(names[label]) if unique else f"{names[label]} {label}" for label in labels}

@@ -1,0 +1,145 @@
+"""An image file that is too large, of another kind than its name says, or damaged ends in our own error."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from l2g_meta.data import images
+from l2g_meta.errors import DataError
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+def saved(file_format: str, image: Image.Image = NOISE, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rest = b"".join(chunks) + chunk(b"IDAT", pixels or zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rest
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """A JPEG of 8 × 8 pixels that says it has others."""
+    data = saved("JPEG")
+    start = data.index(b"\xff\xc0")
+    return data[: start + 5] + struct.pack(">HH", height, width) + data[start + 9 :]
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("../../escaped.txt", "x")
+    return buffer.getvalue()
+
+
+HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "PNG bomb": (".png", lambda: png(60_000, 60_000)),
+    "PNG a little too large": (".png", lambda: png(50_000_001, 1)),
+    "PNG of the largest size there is": (".png", lambda: png(2**31 - 1, 2**31 - 1)),
+    "PNG without pixels": (".png", lambda: png(0, 5)),
+    "PNG with a bomb as its profile": (
+        ".png",
+        lambda: png(8, 8, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**27)))),
+    ),
+    "PNG with text bombs": (
+        ".png",
+        lambda: png(8, 8, *(chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20))) for _ in range(70))),
+    ),
+    "PNG with too few pixels": (".png", lambda: png(100, 100)),
+    "PNG that claims a huge chunk": (".png", lambda: saved("PNG")[:33] + b"\xff\xff\xff\xffIDAT"),
+    "PNG with a false checksum": (".png", lambda: saved("PNG")[:29] + b"xxxx" + saved("PNG")[33:]),
+    "PNG of 16 bits": (".png", lambda: saved("PNG", Image.fromarray(np.full((9, 9), 40_000, np.uint16)))),
+    "JPEG bomb": (".jpg", lambda: jpeg(65_000, 65_000)),
+    "JPEG a little too large": (".jpg", lambda: jpeg(10_000, 5_001)),
+    "JPEG cut off": (".jpg", lambda: saved("JPEG")[:-200]),
+    "JPEG without a picture": (".jpg", lambda: b"\xff\xd8\xff\xd9"),
+    "JPEG called PNG": (".png", lambda: saved("JPEG")),
+    "PNG called JPEG": (".jpeg", lambda: saved("PNG")),
+    "GIF": (".png", lambda: saved("GIF", NOISE.convert("P"))),
+    "GIF with a script in it": (".jpg", lambda: b"GIF89a/*" + saved("GIF", NOISE.convert("P"))[8:] + b"*/=alert(1)"),
+    "BMP": (".jpg", lambda: saved("BMP")),
+    "TIFF": (".png", lambda: saved("TIFF")),
+    "WebP header": (".png", lambda: b"RIFF\x24\0\0\0WEBPVP8 " + bytes(40)),
+    "ICO": (".png", lambda: saved("ICO", NOISE.resize((16, 16)))),
+    "EPS, which Ghostscript would run": (".jpg", lambda: saved("EPS")),
+    "PDF": (".jpg", lambda: saved("PDF")),
+    "SVG": (".png", lambda: b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>"),
+    "HTML": (".jpg", lambda: b"<!DOCTYPE html><html><body>429 Too Many Requests"),
+    "pickle": (".png", lambda: pickle.dumps([1, 2])),
+    "zip": (".png", zipped),
+    "zip before an image": (".png", lambda: zipped() + saved("PNG")),
+    "program": (".jpg", lambda: b"#!/bin/sh\ntouch escaped.txt\n" + saved("JPEG")),
+    "nothing": (".png", lambda: b""),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # the error follows
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(tmp_path: Path, name: str) -> None:
+    suffix, make = HOSTILE[name]
+    path = tmp_path / f"some{suffix}"
+    path.write_bytes(make())
+    kind = images.FORMATS[suffix]
+    for upright in (False, True):
+        with pytest.raises(
+            DataError, match=rf"need a readable 8-bit {kind} image, got .*some\{suffix}.*restore or remove"
+        ):
+            images.read_image(str(path), upright=upright)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_follows_an_image_is_not_looked_at(tmp_path: Path) -> None:
+    """Phones append films and tables to photos, so that this is no error."""
+    for suffix, file_format in ((".jpg", "JPEG"), (".png", "PNG")):
+        path = tmp_path / f"some{suffix}"
+        path.write_bytes(saved(file_format) + zipped())
+        assert images.read_image(str(path)).size == (8, 8)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_more_data_than_pixels_is_not_unpacked() -> None:
+    resource = pytest.importorskip("resource", reason="this system does not tell how much memory was used")
+    bomb = png(8, 8, pixels=zlib.compress(bytes(2**29), 9))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images.decode(bomb, "PNG").size == (8, 8)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**28 / 1024
+
+
+def test_size_of_the_file_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    (tmp_path / "some.png").write_bytes(saved("PNG"))
+    with pytest.raises(DataError, match="bytes are more than 100"):
+        images.read_image(str(tmp_path / "some.png"))
+    with pytest.raises(DataError, match="bytes are more than 100"):
+        images.decode(saved("PNG"), "PNG")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "zeros.png").symlink_to("/dev/zero")
+    (tmp_path / "a" / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"got no image in \['a'\]"):
+        images.class_files(tmp_path)
+    (tmp_path / "a" / "0.png").write_bytes(saved("PNG"))
+    assert images.class_files(tmp_path) == {"a": [str(tmp_path / "a" / "0.png")]}
