@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from l2g_meta.data.pairs import listed
+    from l2g_meta.sweep import run_of
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -51,11 +52,8 @@ def _train(args: argparse.Namespace) -> int:
         config, out = replace(Config.load(args.resume / "config.json"), **given), args.resume
         _refuse_given(out / "last.safetensors", "continue it with l2g_meta.training.train(..., resume=True)")
     else:
-        config = Config(**given).resolved()
-        out = (
-            args.out
-            or Path("runs") / f"{config.data}-{config.method}-{config.head.rpartition(':')[2]}-seed{config.seed}"
-        )
+        run = run_of(args)
+        config, out = run.config, run.out
     train(config, out, resume=args.resume is not None)
     best = read_info(out / "best.safetensors")
     print(
@@ -118,6 +116,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _reproduce(args: argparse.Namespace) -> int:
     from l2g_meta.reproduce.cells import run_cells
     from l2g_meta.reproduce.figures import draw
+    from l2g_meta.reproduce.jobs import describe, submit_cells, submitted
     from l2g_meta.reproduce.plan import plan
     from l2g_meta.reproduce.report import write_tables
 
@@ -125,16 +124,39 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.experiment, args.scale, args.out, root=args.data_root, columns=args.columns, rows=args.rows,
         seeds=args.runs, device=args.device,
     )  # fmt: skip
+    failed: list[str] = []
     try:
-        failed = run_cells(what, parallel=args.parallel)
+        if args.submit is not None:
+            submit_cells(what, args.submit, options=_slurm_options(args), parallel=args.parallel)
+        else:
+            _slurm_options(args)
+            with_job = submitted(what)  # theirs: a command that looks at them must not train on a login node
+            here = [cell for cell in what.cells if cell not in with_job]
+            failed = run_cells(what, cells=here, parallel=args.parallel or 1)
+            failed += [describe(cell, job) for cell, job in with_job.items()]
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             print(write_tables(what).read_text(encoding="utf-8"))
-    if args.experiment.startswith("figure") and not failed:
+    if args.experiment.startswith("figure") and all(cell.done for cell in what.cells):
         print(f"picture: {draw(what)}")
     for message in failed:
         print(f"l2g: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from l2g_meta.sweep import submit_sweep
+
+    submit_sweep(args.file, args.submit, options=_slurm_options(args), parallel=args.parallel)
+    return 0
+
+
+def _slurm_options(args: argparse.Namespace) -> dict[str, Any]:
+    from l2g_meta.cluster import parsed
+
+    if args.slurm and args.submit != "slurm":
+        raise L2GError("--slurm belongs to jobs for Slurm; add --submit slurm, or leave it out")
+    return parsed(args.slurm or [])
 
 
 def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
@@ -243,4 +265,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "bench": _bench,
     "reproduce": _reproduce,
+    "submit": _submit,
 }
