@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pages import RESIDENT, Pages
 from l2g_meta.errors import DataError
 
 
@@ -87,4 +88,5 @@ def open_dataset(
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
     names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    return ClassDataset(images, labels, tuple(names), name=name, split=split, mean=mean, std=std)
+    pages = Pages(images) if images.nbytes > RESIDENT else None
+    return ClassDataset(images, labels, tuple(names), name=name, split=split, mean=mean, std=std, pages=pages)

@@ -3,11 +3,14 @@
 A pickle is a program for a stack machine: it may import any callable and call it. The machine here knows the
 instructions for builtin values and containers; the only names it resolves are those NumPy writes for an array, and
 they lead to the functions of this file, not to NumPy's. Nothing else can be imported, called or given a state.
+
+The file is mapped, and arrays of some size are views of it: reading one of many gigabytes takes little memory.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import pickletools
 import re
@@ -17,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from l2g_meta.data.pages import give_back
 from l2g_meta.errors import DataError
 
 _INSTRUCTIONS = [
@@ -29,13 +33,17 @@ _INSTRUCTIONS = [
     GLOBAL STACK_GLOBAL
     """.split()
 ]
+VIEWED = 1024  # bytes from which a string of bytes is a view of the file
+RESIDENT = 2**28  # bytes of the file that are resident while it is read
 
 
 def load_pickle(path: Path | str, *, max_bytes: int = 40 * 2**30) -> Any:
     """What a pickle of NumPy arrays, builtin values, lists, tuples and dictionaries holds.
 
     Arrays of booleans, integers, floats and strings are read, of any pickle protocol and NumPy version; text that
-    Python 2 wrote is taken as Latin-1. No array or string is allocated that is larger than the file.
+    Python 2 wrote is taken as Latin-1. No array or string is allocated that is larger than the file. Arrays from 1 kB
+    are read-only views of the mapped file, except those of protocols 0 to 2 of Python 3, whose text is decoded; so are
+    bytes of that length outside of arrays (``memoryview``).
 
     Args:
         path: the file.
@@ -60,7 +68,7 @@ def load_pickle(path: Path | str, *, max_bytes: int = 40 * 2**30) -> Any:
         raise DataError(f"need a pickle, got {path}: this is an HTML page, a failed download; delete it, try again")
     with open(path, "rb") as file:
         try:
-            return _ArrayUnpickler(_Bounded(file, size)).load()
+            return _ArrayUnpickler(_Mapped(file)).load()
         except _Refused as error:
             raise DataError(
                 f"need NumPy arrays and builtin containers, got {error} in {path}; "
@@ -83,16 +91,48 @@ class _Refused(pickle.UnpicklingError):
     """The pickle asks for something that arrays do not need."""
 
 
-class _Bounded:
+class _Mapped:
     """A file that reads no more than it has: a length claimed by the stream is checked before memory is taken."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.readline = file, size, file.readline
+    def __init__(self, file: BinaryIO) -> None:
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.size, self.readline, self.bytes = len(self.map), self.map.readline, memoryview(self.map)
 
     def read(self, n: int) -> bytes:
-        if n > 65536 and n > self.size - self.file.tell():
+        self.check(n)
+        return self.map.read(n)
+
+    def view(self, n: int) -> bytes | memoryview:
+        """As ``read``, without a copy of what is long."""
+        if n < VIEWED:
+            return self.read(n)
+        self.check(n)
+        start = self.map.tell()
+        self.map.seek(n, 1)
+        if start // RESIDENT != (start + n) // RESIDENT:
+            give_back(self.bytes)
+        return self.bytes[start : start + n]
+
+    def check(self, n: int) -> None:
+        if n > self.size - self.map.tell():
             raise EOFError(f"{n} bytes are claimed, the file ends before")
-        return self.file.read(n)
+
+
+class _Memo(dict[int, Any]):
+    """The numbered values of a pickle; knows the number of an array that is still without data."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            self.numbers[id(value)] = number
+        super().__setitem__(number, value)
+
+    def replace(self, empty: np.ndarray, array: np.ndarray) -> None:
+        number = self.numbers.pop(id(empty), None)
+        if number is not None and self.get(number) is empty:
+            super().__setitem__(number, array)
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
@@ -116,9 +156,9 @@ class _Dtype:
         self.dtype = self.dtype.newbyteorder(order)
 
 
-def _array_of(raw: Any, dtype: Any, shape: Any) -> tuple[bytes, np.dtype, tuple[int, ...]]:
+def _array_of(raw: Any, dtype: Any, shape: Any) -> tuple[bytes | memoryview, np.dtype, tuple[int, ...]]:
     raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote a string
-    if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or not isinstance(shape, tuple):
+    if not isinstance(raw, bytes | memoryview) or not isinstance(dtype, _Dtype) or not isinstance(shape, tuple):
         raise _Refused("an array without plain data")
     if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.dtype.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} and {dtype.dtype} does not fit its {len(raw)} bytes")
@@ -158,9 +198,11 @@ class _ArrayUnpickler(pickle._Unpickler):
     dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS})
     read: Callable[[int], bytes]
     stack: list[Any]
+    memo: _Memo
 
-    def __init__(self, file: _Bounded) -> None:
+    def __init__(self, file: _Mapped) -> None:
         super().__init__(file, encoding="latin1")
+        self.file, self.memo = file, _Memo()
         self.budget = 4 * file.size  # protocol 2 makes text, bytes and array of the same data
 
     def find_class(self, module: str, name: str) -> Any:
@@ -179,8 +221,13 @@ class _ArrayUnpickler(pickle._Unpickler):
         if isinstance(target, np.ndarray):
             version, shape, dtype, fortran, raw = state
             raw, dtype, shape = _array_of(raw, dtype, shape)
-            target.__setstate__((1, shape, dtype, bool(fortran), raw))
-            self.spend(target)
+            if isinstance(raw, memoryview):
+                array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+                self.memo.replace(target, array)
+                self.stack[-1] = array
+            else:
+                target.__setstate__((1, shape, dtype, bool(fortran), raw))
+            self.spend(self.stack[-1])
         elif isinstance(target, _Dtype):
             target.build(state)
         else:
@@ -192,7 +239,19 @@ class _ArrayUnpickler(pickle._Unpickler):
             raise _Refused("more array data than the file has")
         return made
 
-    def load_bytearray8(self) -> None:
-        self.stack.append(self.read(int.from_bytes(self.read(8), "little")))
+    def load_frame(self) -> None:  # frames say how the stream may be read, not what is in it
+        self.file.check(int.from_bytes(self.read(8), "little"))
 
-    dispatch.update({pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8})
+    def load_binbytes(self) -> None:
+        self.stack.append(self.file.view(int.from_bytes(self.read(4), "little")))
+
+    def load_binstring(self) -> None:  # as Python 2 wrote text, and the data of arrays
+        text = self.file.view(int.from_bytes(self.read(4), "little"))
+        self.stack.append(text.decode("latin1") if isinstance(text, bytes) else text)
+
+    def load_binbytes8(self) -> None:
+        self.stack.append(self.file.view(int.from_bytes(self.read(8), "little")))
+
+    dispatch.update({pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.FRAME[0]: load_frame})
+    dispatch.update({pickle.BINBYTES[0]: load_binbytes, pickle.BINSTRING[0]: load_binstring})
+    dispatch.update({pickle.BINBYTES8[0]: load_binbytes8, pickle.BYTEARRAY8[0]: load_binbytes8})
