@@ -90,6 +90,7 @@ def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
     from l2g_meta.bench.norms import norms
     from l2g_meta.bench.run import bench, scaling
+    from l2g_meta.bench.storage import storage
     from l2g_meta.build import build_device
 
     if args.json is not None:
@@ -97,13 +98,15 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    if args.variants and (args.batching or args.norms):
-        raise L2GError("need --variants for the table or --scaling, got it with --batching or --norms; leave it out")
+    if args.variants and (args.batching or args.norms or args.storage):
+        raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)
     elif args.norms:
         result = norms(case, repeats=args.repeats)
+    elif args.storage:
+        result = storage(case, repeats=args.repeats)
     elif args.scaling:
         result = scaling(case, **options)
     else:

@@ -67,7 +67,7 @@ def run(code: str, *arguments: str) -> dict:
 
 @needs_linux
 def test_tasks_from_an_array_of_the_size_of_tiered_imagenet(tmp_path: Path) -> None:
-    """448,695 images, 9.5 GB on a sparse file: 200 pairs read 32,000 of them, whose pages alone are some 3 GB."""
+    """448,695 images, 9.5 GB on a sparse file: without giving pages back, 200 pairs hold 2.3 GB."""
     marked = [0, 1, 123_456, 300_000, N_IMAGES - 1]
     images = create_images(tmp_path, (N_IMAGES, 84, 84, 3))
     for value, row in enumerate(marked, 1):
@@ -132,7 +132,7 @@ def test_pages_that_are_given_back_are_read_again(tmp_path: Path) -> None:
     array = mapped(tmp_path)
     labels, pages = np.arange(40) // 4, Pages(array, limit=1)
     data, plain = ClassDataset(array, labels, pages=pages), ClassDataset(array.copy(), labels)
-    for rows in ([3, 39, 3], [0], []):
+    for rows in ([3, 39, 3], [0]):
         assert torch.equal(data.gather(rows), plain.gather(rows))
     assert pages.resident == 0
     assert torch.equal(pages.copied(data.images, torch.device("cpu")), plain.images)
