@@ -212,6 +212,12 @@ class Config:
         values = {name: getattr(self, name) for name in HEAD_FLAGS}
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
+    def differences(self, found: Config) -> list[str]:
+        """What another config has otherwise, in words; what belongs to a machine is left out."""
+        machine = ("root", "device", "download", "tensorboard")
+        pairs = {f.name: (getattr(found, f.name), getattr(self, f.name)) for f in fields(self) if f.name not in machine}
+        return [f"{name} {theirs} (now {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours]
+
     def save(self, path: Path) -> None:
         """Writes JSON, beside its place and renamed into it."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from l2g_meta.checkpoint import read_info
@@ -16,7 +16,6 @@ from l2g_meta.errors import L2GError
 from l2g_meta.lock import claim
 
 COMMANDS = (["l2g", "train"], ["train"], ["python", "-m", "l2g_meta", "train"])  # how a line may begin
-OF_THE_MACHINE = ("root", "device", "download", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,10 @@ def read_sweep(path: Path) -> list[Run]:
 
 
 def _check_same(run: Run) -> None:
-    if not (run.out / "config.json").exists():
-        return
-    found, wanted = (asdict(config) for config in (Config.load(run.out / "config.json"), run.config))
-    differences = [f"{n} {found[n]} (now {v})" for n, v in wanted.items() if v != found[n] and n not in OF_THE_MACHINE]
-    if differences:
-        raise L2GError(f"{run.out} holds a run with {', '.join(differences)}; choose another --out")
+    if (run.out / "config.json").exists():
+        differences = run.config.differences(Config.load(run.out / "config.json"))
+        if differences:
+            raise L2GError(f"{run.out} holds a run with {', '.join(differences)}; choose another --out")
 
 
 def submit_sweep(

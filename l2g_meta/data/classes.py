@@ -30,7 +30,7 @@ class ClassDataset:
         split: ``"train"``, ``"validation"``, ``"test"`` or ``""``.
         mean: per channel, on the [0, 1] scale; subtracted from uint8 images.
         std: per channel, on the [0, 1] scale; uint8 images are divided by it.
-        pages: of images that are mapped from a file: bounds how many are resident.
+        pages: of images that are mapped from a large file: bounds how many are resident.
 
     Raises:
         DataError: if lengths disagree, a class has no image, or the labels are not 0 … n_classes − 1.
@@ -96,7 +96,10 @@ class ClassDataset:
         Images are varied by ``draws``, one for each row, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
-        x = prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, draws)
+        rows = torch.as_tensor(rows, device=images.device)
+        if self.pages is not None:
+            self.pages.expect(rows)
+        x = prepared(images, rows, self.normalisation, draws)
         if self.pages is not None:
             self.pages.read(images, len(rows))
         return x

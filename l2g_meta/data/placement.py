@@ -57,6 +57,8 @@ class HostDataset:
         rows = torch.as_tensor(rows).cpu()
         shape = (len(rows), *images.shape[1:])
         chosen = torch.empty(shape, dtype=images.dtype, pin_memory=self.device.type == "cuda")
+        if self.dataset.pages is not None:
+            self.dataset.pages.expect(rows)
         torch.index_select(images, 0, rows, out=chosen)
         if self.dataset.pages is not None:
             self.dataset.pages.read(images, len(rows))

@@ -231,13 +231,11 @@ def check_same(cell: Cell, found: Config) -> None:
     Raises:
         L2GError: naming the differences.
     """
-    wanted = cell.config()
-    machine = ("root", "device", "download", "tensorboard")
-    names = [n for n in vars(wanted) if n not in machine and getattr(wanted, n) != getattr(found, n)]
-    if names:
-        differences = ", ".join(f"{n} {getattr(found, n)} (now {getattr(wanted, n)})" for n in names)
+    differences = cell.config().differences(found)
+    if differences:
         raise L2GError(
-            f"{cell.folder} holds a run with {differences}; choose another --out, or remove the folder to run it again"
+            f"{cell.folder} holds a run with {', '.join(differences)}; choose another --out, or remove the folder to "
+            "run it again"
         )
 
 
