@@ -92,7 +92,7 @@ def job_of(run: Path) -> Job | None:
     """The job that a run directory was given to, if it was."""
     try:
         return Job(**json.loads((run / RECORD).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
