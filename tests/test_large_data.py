@@ -67,7 +67,7 @@ def run(code: str, *arguments: str) -> dict:
 
 @needs_linux
 def test_tasks_from_an_array_of_the_size_of_tiered_imagenet(tmp_path: Path) -> None:
-    """448,695 images, 9.5 GB on a sparse file: without giving pages back, 200 pairs hold 2.3 GB."""
+    """448,695 images, 9.5 GB on a sparse file; of a plain map, 200 pairs come to hold 2.3 GB."""
     marked = [0, 1, 123_456, 300_000, N_IMAGES - 1]
     images = create_images(tmp_path, (N_IMAGES, 84, 84, 3))
     for value, row in enumerate(marked, 1):
