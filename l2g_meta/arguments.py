@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.bench.case import Case
+from l2g_meta.cluster import EXECUTORS
 from l2g_meta.config import Config, Sizes
 from l2g_meta.norm import POLICIES
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
@@ -77,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
     instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
     instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
+    instead.add_argument("--storage", action="store_true", help="an update's tasks from memory maps of mini-ImageNet's "
+                         "and of tieredImageNet's size")  # fmt: skip
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
 
     reproduce = commands.add_parser(
@@ -93,9 +96,28 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
     reproduce.add_argument("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     reproduce.add_argument("--runs", type=_positive, metavar="N", help="trained seeds of each cell")
-    reproduce.add_argument("--parallel", type=_positive, default=1, metavar="N", help="cells side by side (default: 1)")
     reproduce.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    reproduce.add_argument("--submit", choices=EXECUTORS, help="hand the cells over as jobs: to Slurm, or to processes "
+                           "in the background; the same command without it prints what there is")  # fmt: skip
+    _add_jobs(reproduce)
+
+    submit = commands.add_parser(
+        "submit",
+        help="many runs on a cluster",
+        description="Hands the runs of a file, one `l2g train` command per line, over to Slurm. Run again, it says "
+        "what has become of them, and submits those that have ended without being finished.",
+    )
+    submit.add_argument("file", type=Path, metavar="FILE", help="one `l2g train` command per line")
+    submit.add_argument("--to", dest="submit", default="slurm", choices=EXECUTORS, help="default: slurm; local: "
+                        "processes in the background")  # fmt: skip
+    _add_jobs(submit)
     return parser
+
+
+def _add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--slurm", action="append", metavar="NAME=VALUE,…", help="options of sbatch, for example "
+                         "partition=gpu,time=240,gpus_per_node=1; time is in minutes")  # fmt: skip
+    command.add_argument("--parallel", type=_positive, metavar="N", help="side by side (default: 1; Slurm: no limit)")
 
 
 def _natural(text: str, *, least: int = 0) -> int:

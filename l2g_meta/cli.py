@@ -74,21 +74,17 @@ def _train(args: argparse.Namespace) -> int:
 def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
     """Config, folder, and whether a run is there to go on with."""
     from l2g_meta.state import newest
+    from l2g_meta.sweep import run_of
 
     named = isinstance(args.resume, str)
     if named and args.out is not None:
         raise L2GError("need --resume RUN, or --out RUN --resume; got two folders")
     if args.force and not args.resume:
         raise L2GError("--force belongs to --resume: it lets a run go on with another config")
-    config = Config(**given)
-    if named:
-        out = Path(args.resume)
-    else:
-        config = config.resolved()
-        default = f"{config.data}-{config.method}-{config.head.rpartition(':')[2]}-seed{config.seed}"
-        out = args.out or Path("runs") / default
-    if not named and not (args.resume and (out / "config.json").exists()):
-        return config, out, False
+    run = None if named else run_of(args)
+    out = Path(args.resume) if run is None else run.out
+    if run is not None and not (args.resume and (out / "config.json").exists()):
+        return run.config, out, False
     config = replace(Config.load(out / "config.json"), **given).resolved()
     _, _, info = newest(out)
     _refuse_given(info, out, "continue it with l2g_meta.training.train(..., resume=True)")
@@ -128,6 +124,7 @@ def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
     from l2g_meta.bench.norms import norms
     from l2g_meta.bench.run import bench, scaling
+    from l2g_meta.bench.storage import storage
     from l2g_meta.build import build_device
 
     if args.json is not None:
@@ -135,13 +132,15 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    if args.variants and (args.batching or args.norms):
-        raise L2GError("need --variants for the table or --scaling, got it with --batching or --norms; leave it out")
+    if args.variants and (args.batching or args.norms or args.storage):
+        raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)
     elif args.norms:
         result = norms(case, repeats=args.repeats)
+    elif args.storage:
+        result = storage(case, repeats=args.repeats)
     elif args.scaling:
         result = scaling(case, **options)
     else:
@@ -154,6 +153,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _reproduce(args: argparse.Namespace) -> int:
     from l2g_meta.reproduce.cells import run_cells
     from l2g_meta.reproduce.figures import draw
+    from l2g_meta.reproduce.jobs import describe, submit_cells, submitted
     from l2g_meta.reproduce.plan import plan
     from l2g_meta.reproduce.report import write_tables
 
@@ -161,16 +161,39 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.experiment, args.scale, args.out, root=args.data_root, columns=args.columns, rows=args.rows,
         seeds=args.runs, device=args.device,
     )  # fmt: skip
+    failed: list[str] = []
     try:
-        failed = run_cells(what, parallel=args.parallel)
+        if args.submit is not None:
+            submit_cells(what, args.submit, options=_slurm_options(args), parallel=args.parallel)
+        else:
+            _slurm_options(args)
+            with_job = submitted(what)  # theirs: a command that looks at them must not train on a login node
+            here = [cell for cell in what.cells if cell not in with_job]
+            failed = run_cells(what, cells=here, parallel=args.parallel or 1)
+            failed += [describe(cell, job) for cell, job in with_job.items()]
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             print(write_tables(what).read_text(encoding="utf-8"))
-    if args.experiment.startswith("figure") and not failed:
+    if args.experiment.startswith("figure") and all(cell.done for cell in what.cells):
         print(f"picture: {draw(what)}")
     for message in failed:
         print(f"l2g: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from l2g_meta.sweep import submit_sweep
+
+    submit_sweep(args.file, args.submit, options=_slurm_options(args), parallel=args.parallel)
+    return 0
+
+
+def _slurm_options(args: argparse.Namespace) -> dict[str, Any]:
+    from l2g_meta.cluster import parsed
+
+    if args.slurm and args.submit != "slurm":
+        raise L2GError("--slurm belongs to jobs for Slurm; add --submit slurm, or leave it out")
+    return parsed(args.slurm or [])
 
 
 def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
@@ -280,4 +303,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "bench": _bench,
     "reproduce": _reproduce,
+    "submit": _submit,
 }

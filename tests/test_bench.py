@@ -84,7 +84,7 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 3 --head relation", r"Conv4 does not take images of shape \(3, 3, 3\).*; use larger images"),
         ("--image-size 8 --batching", r"Conv4 does not take images of shape \(3, 8, 8\)"),
         ("--ways 1", "need --ways of at least 2, got 1"),
-        ("--norms --variants l2g", "need --variants for the table or --scaling, got it with --batching or --norms"),
+        ("--norms --variants l2g", "need --variants for the table or --scaling, got it with another measurement"),
         ("--ways 1 --norms", "need --ways of at least 2, got 1"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
@@ -98,7 +98,7 @@ def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
     assert error.startswith("l2g: ") and error.count("\n") == 1 and re.search(message, error), error
 
 
-@pytest.mark.parametrize("flags", list(itertools.combinations(["--batching", "--scaling", "--norms"], 2)))
+@pytest.mark.parametrize("flags", list(itertools.combinations(["--batching", "--scaling", "--norms", "--storage"], 2)))
 def test_one_thing_is_measured_at_a_time(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *flags])
@@ -112,6 +112,17 @@ def test_json_has_null_where_a_number_is_unknown(tmp_path, monkeypatch):
     assert main(["bench", *flags, "--variants", "l2g", "--json", str(path)]) == 0
     (row,) = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))["rows"]
     assert row["gradient_error"] is None and row["seconds"] > 0
+
+
+def test_storage(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("l2g_meta.bench.storage.SIZES", {"small": (60, 6), "large": (900, 30)})
+    path = tmp_path / "storage.json"
+    flags = "--storage --image-size 12 --ways 2 --queries 2 --repeats 2 --device cpu".split()
+    assert main(["bench", *flags, "--json", str(path)]) == 0
+    small, large = json.loads(path.read_text())["rows"]
+    assert small["ratio"] == 1 and large["ratio"] == large["seconds"] / small["seconds"] > 0
+    assert large["bytes"] == 900 * 12 * 12 * 3 and [len(run) for run in large["all_seconds"]] == [10, 10, 10]
+    assert "ms/update: first    later   ratio\nsmall                    60    0.0" in capsys.readouterr().out
 
 
 def test_norms(tmp_path, capsys):

@@ -80,6 +80,26 @@ def test_python_2_pickle(tmp_path: Path) -> None:
     assert load_pickle(write(tmp_path, data))["label_specific"].tolist() == [1, 255, 2]
 
 
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_long_arrays_are_views_of_the_file_and_stay_the_same_object(tmp_path: Path, protocol: int) -> None:
+    array, grey = np.arange(6000, dtype=np.uint8), np.asfortranarray(np.arange(4000, dtype=np.int32).reshape(40, 100))
+    value = {"first": array, "again": [array, array[:2000]], "grey": grey, "again grey": grey}
+    got = load_pickle(write(tmp_path, pickle.dumps(value, protocol=protocol)))
+    assert got["first"] is got["again"][0] and got["grey"] is got["again grey"]
+    assert not got["first"].flags.writeable and not got["first"].flags.owndata
+    np.testing.assert_array_equal(got["again"][1], array[:2000])
+    np.testing.assert_array_equal(got["grey"], grey)
+
+
+@pytest.mark.parametrize("n", [700, 70_000])
+def test_python_2_strings_of_any_length(tmp_path: Path, n: int) -> None:
+    raw = bytes(range(256)) * (n // 256) + bytes(n % 256)
+    text = b"T" + (500).to_bytes(4, "little") + 500 * b"\xe4"
+    array = ARRAY + b"(I1\n(I" + str(n).encode() + b"\nt" + U8 + b"I00\nT" + n.to_bytes(4, "little") + raw + b"tb"
+    got = load_pickle(write(tmp_path, b"\x80\x02(lp0\n" + array + b"a" + text + b"a."))
+    assert got[0].tobytes() == raw and got[0].dtype == np.uint8 and got[1] == 500 * "ä"
+
+
 def object_state(dtype: bytes) -> bytes:
     """An innocent array that is then given a state with another dtype."""
     return ARRAY + b"(I1\n(I1\nt" + dtype + b"I00\n(lp9\nI1\natb."
@@ -183,6 +203,7 @@ DAMAGED = {
     "bytes longer than the file": b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc.",
     "bytearray longer than the file": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
     "text longer than the file": b"\x80\x04\x8d" + (2**50).to_bytes(8, "little") + b"abc.",
+    "string longer than the file": b"\x80\x02T" + (2**31).to_bytes(4, "little") + b"abc.",
     "frame longer than the file": b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.",
     "protocol 9": b"\x80\x09N.",
     "tuples in tuples as a shape": (ARRAY + b"(I1\n(" + nested(60) + b"t" + U8 + b"I00\nC\x03abctb."),

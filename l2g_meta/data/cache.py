@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.pages import RESIDENT, Pages
 from l2g_meta.errors import DataError
 
 
@@ -99,11 +100,14 @@ def open_dataset(
         images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)
         names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        if not isinstance(images, np.memmap) or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError("its images are not uint8 (n, H, W, C)")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its class names are no list of texts")
-        return ClassDataset(images, np.array(labels), tuple(names), name=name, split=split, mean=mean, std=std)
+        pages = Pages(images) if images.nbytes > RESIDENT else None
+        return ClassDataset(
+            images, np.array(labels), tuple(names), name=name, split=split, mean=mean, std=std, pages=pages
+        )
     except Exception as error:  # a damaged header or JSON text can fail in many ways
         raise DataError(
             f"need converted data in {folder}, got {type(error).__name__}: {str(error)[:200]}; delete that folder, it "

@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from l2g_meta.data import augment
 from l2g_meta.data.augment import Draws
+from l2g_meta.data.pages import Pages
 from l2g_meta.errors import DataError
 
 
@@ -29,6 +30,7 @@ class ClassDataset:
         split: ``"train"``, ``"validation"``, ``"test"`` or ``""``.
         mean: per channel, on the [0, 1] scale; subtracted from uint8 images.
         std: per channel, on the [0, 1] scale; uint8 images are divided by it.
+        pages: of images that are mapped from a large file: bounds how many are resident.
 
     Raises:
         DataError: if lengths disagree, a class has no image, or the labels are not 0 … n_classes − 1.
@@ -46,6 +48,7 @@ class ClassDataset:
     split: str = ""
     mean: Sequence[float] = (0.5,)
     std: Sequence[float] = (0.5,)
+    pages: Pages | None = field(default=None, repr=False)
     index: tuple[np.ndarray, ...] = field(init=False, repr=False)  # rows of each class, ascending
     normalisation: tuple[Tensor, ...] = field(init=False, repr=False)  # mean and std beside the images, (C, 1, 1)
 
@@ -93,12 +96,22 @@ class ClassDataset:
         Images are varied by ``draws``, one for each row, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
-        return prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, draws)
+        rows = torch.as_tensor(rows, device=images.device)
+        if self.pages is not None:
+            self.pages.expect(rows)
+        x = prepared(images, rows, self.normalisation, draws)
+        if self.pages is not None:
+            self.pages.read(images, len(rows))
+        return x
 
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""
         images: Tensor = self.images  # type: ignore[assignment]
-        return self if device is None else replace(self, images=images.to(device))
+        if device is None or torch.device(device) == images.device:
+            return self
+        if self.pages is not None:
+            return replace(self, images=self.pages.copied(images, torch.device(device)), pages=None)
+        return replace(self, images=images.to(device))
 
 
 def prepared(

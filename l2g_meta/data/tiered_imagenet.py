@@ -13,6 +13,7 @@ from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.download import check_digest, fetch
+from l2g_meta.data.pages import give_back
 from l2g_meta.data.pickles import check_pickle, integers, is_html, load_pickle
 from l2g_meta.errors import DataError
 
@@ -23,6 +24,7 @@ LAYOUTS = (
     "the same files directly",
     "tiered-imagenet/<split>/<class>/*.{jpg,png}",
 )
+GIVE_BACK = 2000  # images after which the file's pages are given back; some 100 kB each
 URL = "https://zenodo.org/record/7978538/files/tiered-imagenet-"  # where learn2learn's TieredImagenet downloads from
 MAX_BYTES = 16 * 2**30  # of encoded images
 MAX_LABEL_BYTES = 2**28  # of the label file, which has some 16 bytes for each of at most 448,695 images
@@ -33,8 +35,8 @@ def load(
 ) -> ClassDataset:
     """A split of tieredImageNet as a class-sorted, memory-mapped uint8 array (n, S, S, 3).
 
-    The first call decodes each image of the published files ``{train,val,test}_images_png.pkl`` once; it needs memory
-    for that file (encoded images), not for the result. Classes come from the label file and are sorted by name.
+    The first call decodes each image of the published files ``{train,val,test}_images_png.pkl`` once. Both that file
+    and the result are mapped, not held in memory. Classes come from the label file and are sorted by name.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -103,6 +105,8 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
         png = encoded[row]
         if not isinstance(png, np.ndarray) or png.dtype != np.uint8:
             raise DataError(f"need the bytes of a PNG file, got {type(png).__name__}, image {row} of {images_path}")
+        if row % GIVE_BACK == 0:
+            give_back(png)
         return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
 
     images.convert(classes, read, images.stretch, size, out)

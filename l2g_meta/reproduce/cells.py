@@ -9,7 +9,7 @@ import platform
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -36,16 +36,41 @@ from l2g_meta.training import train
 WAIT = 5.0  # seconds between looks at cells that others hold
 
 
-def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[str]:
+def run_cells(
+    plan: Plan, *, cells: Sequence[Cell] | None = None, parallel: int = 1, progress: bool = True
+) -> list[str]:
     """Brings every cell to its result; returns what failed.
 
     Args:
-        plan: the cells.
+        plan: the experiment.
+        cells: those of its cells that are wanted; all by default.
         parallel: processes, each with its share of the cores.
         progress: show each run's progress bar, if there is one process.
 
     Raises:
         L2GError: if the plan's folder cannot be written.
+    """
+    check(plan)
+    cells = plan.cells if cells is None else cells
+    if parallel == 1:
+        failed = work(cells, progress=progress)
+    else:
+        failed = []  # the workers say what
+        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        threads = max(1, (os.cpu_count() or 1) // parallel)
+        workers = [context.Process(target=_worker, args=(cells, threads), daemon=True) for _ in range(parallel)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return failed or [f"{cell.name}: not done; run the command again to go on" for cell in cells if not cell.done]
+
+
+def check(plan: Plan) -> None:
+    """That the plan's folder can be written and its data read, before hours of work.
+
+    Raises:
+        L2GError: if not.
     """
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -57,26 +82,14 @@ def run_cells(plan: Plan, *, parallel: int = 1, progress: bool = True) -> list[s
     for config in {cell.data: cell.config() for cell in plan.cells if not cell.needs}.values():
         for split in SPLITS:
             build_data(config, split)  # missing data is found now
-    if parallel == 1:
-        failed = work(plan, progress=progress)
-    else:
-        failed = []  # the workers say what
-        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        threads = max(1, (os.cpu_count() or 1) // parallel)
-        workers = [context.Process(target=_worker, args=(plan, threads), daemon=True) for _ in range(parallel)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    return failed or [f"{cell.name}: not done; run the command again to go on" for cell in plan.cells if not cell.done]
 
 
-def _worker(plan: Plan, threads: int) -> None:
+def _worker(cells: Sequence[Cell], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    work(plan, progress=False)
+    work(cells, progress=False)
 
 
 def _end_with_parent() -> None:
@@ -87,10 +100,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(plan: Plan, *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
+def work(cells: Sequence[Cell], *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
     """Takes the first cell that nobody has until all are done; returns what failed."""
     failed: dict[Cell, str] = {}
-    while left := [cell for cell in plan.cells if not cell.done and cell not in failed]:
+    while left := [cell for cell in cells if not cell.done and cell not in failed]:
         for cell in left:
             lost = [need for need in cell.needs if need in failed]
             if lost:

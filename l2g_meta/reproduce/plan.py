@@ -231,11 +231,10 @@ def check_same(cell: Cell, found: Config) -> None:
     Raises:
         L2GError: naming the differences.
     """
-    difference = found.differences(cell.config())
+    difference = cell.config().differences(found)
     if difference:
         raise L2GError(
-            f"{cell.folder} holds a run with {difference} as is wanted now; choose another --out, or remove the folder "
-            "to run it again"
+            f"need {difference}, as {cell.folder} has it; choose another --out, or remove the folder to run it again"
         )
 
 
