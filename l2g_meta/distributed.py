@@ -6,7 +6,8 @@ passes of later ranks took its b from
 
 .. math:: b_r = (1-m)^n b_0 + L_r, \qquad\text{so that}\qquad b = (1-m)^N b_0 + \sum_r (1-m)^{n'} L_r
 
-with N passes in all. No DDP: its hooks do not see ``autograd.grad``.
+with N passes in all. Norms that do not count their passes (instance norms) are taken to have one per task; buffers of
+other kinds are those of rank 0. No DDP: its hooks do not see ``autograd.grad``.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Joined:
     Args:
         world: the processes.
         module: holds the parameters, whose ``.grad`` are added up, and the running statistics.
-        before: its floating-point buffers before the update, by name.
+        before: its buffers before the update, by name.
         mine: how many objective calls were this rank's.
         later: how many those of later ranks are.
     """
@@ -113,7 +114,7 @@ class Joined:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.running = list(_running(module, before))
         owned = {name for norm in self.running for name in norm.names}
-        self.others = [(b, before[name]) for name, b in module.named_buffers() if name in before and name not in owned]
+        self.others = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in owned]
 
     def __call__(self, values: Tensor) -> Tensor:
         """Gradients, buffers, and the sum of ``values`` (n,), in one all-reduce."""
@@ -122,7 +123,7 @@ class Joined:
         parts: list[Tensor] = [values, have, *gradients]
         for norm in self.running:
             parts += norm.contribution(self.mine, self.later)
-        parts += [b if self.world.main else torch.zeros_like(b) for b, _ in self.others]  # of no known law: rank 0's
+        parts += [b if self.world.main else torch.zeros_like(b) for b in self.others]  # of no known law: rank 0's
         wide = torch.float32
         for part in parts:
             wide = torch.promote_types(wide, part.dtype)
@@ -134,7 +135,7 @@ class Joined:
             p.grad = gradient.view_as(p).to(p.dtype) if present else None
         for norm in self.running:
             norm.put(found)
-        for buffer, _ in self.others:
+        for buffer in self.others:
             buffer.copy_(next(found).view_as(buffer))
         return values
 

@@ -98,7 +98,7 @@ def accumulate(
     ``of`` is the number of pairs of the update, where ``batch`` is a part of them: gradients and means then are its
     share, to be summed over the parts.
     """
-    of, totals = of or len(batch), [torch.zeros(3)] if not batch else []
+    of, totals = of or len(batch), [] if batch else [next(wrapper.parameters()).new_zeros(3)]
     for tasks in batch:
         loss, learner = objective(wrapper, *tasks)
         products = _watch_alignment(learner)
