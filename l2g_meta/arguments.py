@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     instead = bench.add_mutually_exclusive_group()
     instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
     instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
+    instead.add_argument("--ranks", action="store_true", help="what several processes would take, on paper")
     instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
     instead.add_argument("--storage", action="store_true", help="an update's tasks from memory maps of mini-ImageNet's "
                          "and of tieredImageNet's size")  # fmt: skip

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.arguments import build_parser
 from l2g_meta.bench.case import Case
-from l2g_meta.checkpoint import read_info
+from l2g_meta.checkpoint import read_info, write_text
 from l2g_meta.config import Config
-from l2g_meta.distributed import shutdown
+from l2g_meta.distributed import join, shutdown
 from l2g_meta.errors import L2GError
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
 def _evaluate(args: argparse.Namespace) -> int:
     from l2g_meta.evaluation import paired_difference
 
-    if args.json is not None:
+    main_process = os.environ.get("RANK", "0") == "0"
+    if args.json is not None and main_process:
         _check_writable(args.json)
     trained, others = _load_runs(args, args.run), _load_runs(args, args.against or [])
     if others:
@@ -111,18 +112,20 @@ def _evaluate(args: argparse.Namespace) -> int:
     if others:
         other = _evaluate_runs(args, args.against, others)
         mean, half = paired_difference(result, other)
-        print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
+        if main_process:
+            print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
         values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
         values |= {"against_configs": [_published(c) for _, c in others], "against_accuracy_mean": other.accuracy_mean}
         values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}
-    if args.json is not None:
-        args.json.write_text(_json(values), encoding="utf-8")
+    if args.json is not None and main_process:
+        write_text(args.json, _json(values))
     return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
     from l2g_meta.bench.norms import norms
+    from l2g_meta.bench.ranks import ranks
     from l2g_meta.bench.run import bench, scaling
     from l2g_meta.bench.storage import storage
     from l2g_meta.build import build_device
@@ -132,13 +135,15 @@ def _bench(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    if args.variants and (args.batching or args.norms or args.storage):
+    if args.variants and (args.batching or args.norms or args.storage or args.ranks):
         raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)
     elif args.norms:
         result = norms(case, repeats=args.repeats)
+    elif args.ranks:
+        result = ranks(case, repeats=args.repeats)
     elif args.storage:
         result = storage(case, repeats=args.repeats)
     elif args.scaling:
@@ -146,7 +151,7 @@ def _bench(args: argparse.Namespace) -> int:
     else:
         result = bench(case, memory=not args.no_memory, **options)
     if args.json is not None:
-        args.json.write_text(json.dumps(_known(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(_known(result), indent=1, allow_nan=False) + "\n")
     return 0
 
 
@@ -221,9 +226,10 @@ def _evaluate_runs(
 
     results = []
     for run, (wrapper, config) in zip(runs, loaded, strict=True):
+        world, device = join(build_device(config.device))
         results.append(
             evaluate(
-                wrapper,
+                wrapper.to(device),
                 build_data(replace(config, root=args.root or config.root), args.split),
                 ways=args.ways or config.outer_ways,
                 shots=args.shots or config.outer_shots,
@@ -232,14 +238,17 @@ def _evaluate_runs(
                 runs=args.runs,
                 bn=args.bn,
                 episode_seed=args.episode_seed,
-                device=build_device(config.device),
+                device=device,
+                world=world,
             )
         )
-        print(f"{run}: {_describe(config)}: {results[-1]}")
+        if world.main:
+            print(f"{run}: {_describe(config)}: {results[-1]}")
     if len(results) == 1:
         return results[0]
     together = over_models(results)
-    print(together)
+    if world.main:
+        print(together)
     return together
 
 

@@ -243,6 +243,14 @@ def test_the_command_under_torchrun(tmp_path):
     assert len(read_log(out)) == 4
     again = subprocess.run([*command[:9], "--resume", str(out)], capture_output=True, text=True, env=env)
     assert again.returncode == 0, again.stderr
+    results = []
+    for size in ("1", "2"):
+        command[4], path = size, tmp_path / f"{size}.json"
+        arguments = ["evaluate", str(out), "--episodes", "7", "--queries", "2", "--json", str(path)]
+        done = subprocess.run([*command[:8], *arguments], capture_output=True, text=True, check=True, env=env)
+        assert done.stdout.count("one model") == 1
+        results.append(path.read_text())
+    assert results[0] == results[1]
 
 
 def test_shares():
