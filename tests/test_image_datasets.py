@@ -176,6 +176,10 @@ def test_broken_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([1], "image_data"),
         ({"image_data": np.zeros((2, 4, 4, 3))}, "image_data.*got float64"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8)}, "class_dict"),
+        ({"image_data": bytes(2000)}, "image_data.*got memoryview"),
+        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": bytes(2000)}, "class_dict.*got memoryview"),
+        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": bytes(2000)}}, "class_dict"),
+        ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": np.arange(500)}}, "each of the 2"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {}}, "class_dict"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0, 1], "b": []}}, "class_dict"),
         ({"image_data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0], "b": [0]}}, "each of the 2"),
@@ -211,6 +215,17 @@ def test_tiered_label_files(tmp_path: Path) -> None:
     assert tiered_imagenet.load("train", root=tmp_path / "a").class_names == ("crane 0", "crane 2", "fox 1")
     with pytest.raises(DataError, match="label_general"):
         tiered_imagenet.super_categories("train", root=tmp_path / "a")
+    many = np.array(["fox", "ant", "bee", *map(str, range(3, 200))])  # long enough to be a view of the file
+    write_tiered(source, tmp_path / "v", label_specific_str=many, label_general=None)
+    assert tiered_imagenet.load("train", root=tmp_path / "v").class_names == ("ant", "bee", "fox")
+    for i, odd in enumerate((3 * [bytes(2000)], bytes(2000))):
+        write_tiered(source, tmp_path / f"w{i}", label_specific_str=odd)
+    with pytest.raises(DataError, match='need texts in "label_specific_str"'):
+        tiered_imagenet.load("train", root=tmp_path / "w0")
+    assert tiered_imagenet.load("train", root=tmp_path / "w1").class_names == ("0", "1", "2")
+    write_tiered(source, tmp_path / "x", label_specific=bytes(2000))
+    with pytest.raises(DataError, match='need "label_specific"'):
+        tiered_imagenet.load("train", root=tmp_path / "x")
     scalars = [np.int64(label) for label in 4 * [5, 7, 9]]
     write_tiered(source, tmp_path / "b", label_specific=scalars, label_specific_str=None)
     assert tiered_imagenet.load("train", root=tmp_path / "b").class_names == ("5", "7", "9")

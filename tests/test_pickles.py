@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import gc
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from l2g_meta.data import mini_imagenet, pickles
+from l2g_meta.data import mini_imagenet, pickles, tiered_imagenet
+from l2g_meta.data.mapped import MappedFile
 from l2g_meta.data.pickles import integers, load_pickle
 from l2g_meta.errors import DataError
 
@@ -100,6 +103,42 @@ def test_python_2_strings_of_any_length(tmp_path: Path, n: int) -> None:
     assert got[0].tobytes() == raw and got[0].dtype == np.uint8 and got[1] == 500 * "ä"
 
 
+def test_views_outlive_the_file(tmp_path: Path) -> None:
+    value = {"pixels": np.arange(9000, dtype=np.uint16), "raw": bytes(range(250)) * 40}
+    path = write(tmp_path, pickle.dumps(value))
+    got = load_pickle(path)
+    (tmp_path / "new").write_bytes(b"other")
+    (tmp_path / "new").replace(path)
+    path.unlink()
+    gc.collect()
+    np.testing.assert_array_equal(got["pixels"], value["pixels"])
+    assert isinstance(got["raw"], memoryview) and got["raw"].readonly and got["raw"] == value["raw"]
+    with pytest.raises(ValueError, match="read-only"):
+        got["pixels"][0] = 1
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, bytes(200_000))
+    with open(path, "rb") as opened:
+        file = MappedFile(opened, 200_000)
+        assert file.read(3) == bytes(3)
+        os.truncate(path, 100_000)
+        assert len(file.view(150_000)) == 150_000  # not looked at, as when a pickle is read
+        for n in (1, 40_000, 70_000):
+            with pytest.raises(EOFError, match="the file ends before"):
+                file.read(n)
+        with pytest.raises(ValueError, match="greater than file size"):
+            MappedFile(opened, 200_000)
+
+
+def test_a_second_state_of_an_array(tmp_path: Path) -> None:
+    raw = b"B" + (2000).to_bytes(4, "little") + bytes(2000)
+    long, brief = (b"(I1\n(I%d\nt" % n + U8 + b"I00\n" + data + b"tb" for n, data in ((2000, raw), (3, b"C\x03abc")))
+    for states, n in ((long + brief, 3), (brief + long, 2000), (long + long, 2000)):
+        array, again = load_pickle(write(tmp_path, b"\x80\x03(lp0\n" + ARRAY + b"p1\n" + states + b"ag1\na."))
+        assert len(array) == n and again.dtype == np.uint8
+
+
 def object_state(dtype: bytes) -> bytes:
     """An innocent array that is then given a state with another dtype."""
     return ARRAY + b"(I1\n(I1\nt" + dtype + b"I00\n(lp9\nI1\natb."
@@ -156,6 +195,24 @@ HOSTILE = {
     "tuples in tuples as a key": lambda s: b"}" + nested(60) + b"Ns.",
     "tuples in tuples as a codec": lambda s: b"c_codecs\nencode\n(Vabc\n" + nested(60) + b"tR.",
     "tuples in tuples as a dtype": lambda s: b"cnumpy\ndtype\n(" + nested(60) + b"tR.",
+    "tuples in tuples put into an array": lambda s: (
+        ARRAY + b"(I1\n(I3\nt" + U8 + b"I00\nC\x03abctbN" + nested(60) + b"s."
+    ),
+    "long bytes as arguments": lambda s: (
+        b"\x80\x03cnumpy\ndtype\nB" + (2000).to_bytes(4, "little") + bytes(2000) + b"R."
+    ),
+    "long bytes as a dtype's state": lambda s: (
+        b"\x80\x03" + U8 + b"B" + (2000).to_bytes(4, "little") + bytes(2000) + b"b."
+    ),
+    "long bytes as a key": lambda s: pickle.dumps({bytes(2000): 1}),
+    "a view many times": lambda s: (
+        b"\x80\x03(lp0\nB"
+        + (2000).to_bytes(4, "little")
+        + bytes(2000)
+        + b"p1\na"
+        + 99 * (ARRAY + b"(I1\n(I2000\nt" + U8 + b"I00\ng1\ntba")
+        + b"."
+    ),
     "the same bytes many times": lambda s: (
         b"(lp0\nV" + 5000 * b"a" + b"\np1\na" + 99 * b"c_codecs\nencode\n(g1\nVlatin1\ntRa" + b"."
     ),
@@ -213,6 +270,8 @@ DAMAGED = {
     + b"t"
     + U8
     + b"I00\nC\0tb.",
+    "text of no characters": pickle.dumps(np.full(3, 0x110000, np.uint32)).replace(b"u4", b"U1"),
+    "long text of no characters": pickle.dumps(np.full(3000, 0x110000, np.uint32)).replace(b"u4", b"U1"),
     "more dimensions than arrays have": ARRAY + b"(I1\n(" + 40 * b"I1\n" + b"t" + U8 + b"I00\nC\x01atb.",
     "pickle and zip in one": WHOLE + b"PK\x05\x06" + bytes(18),
     "two pickles": WHOLE + WHOLE,
@@ -244,6 +303,36 @@ def test_lists_in_lists_are_not_unfolded(tmp_path: Path) -> None:
     path.write_bytes(b"}Vimage_data\n" + pixels + b"sVclass_dict\n}Va\n" + rows + b"ss.")
     with pytest.raises(DataError, match='need "class_dict"'):
         mini_imagenet.load("train", root=tmp_path)
+
+
+def test_rows_of_many_classes_are_not_copied(tmp_path: Path) -> None:
+    rows = list(range(1000))
+    data = {"image_data": np.zeros((1000, 1, 1, 3), np.uint8), "class_dict": {f"c{c}": rows for c in range(20_000)}}
+    (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="each of the 1000 images once"):
+            mini_imagenet.load("train", root=tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 5e7
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_huge_array_of_a_sparse_file_takes_no_memory(tmp_path: Path) -> None:
+    with open(tmp_path / "train_images_png.pkl", "wb") as file:
+        file.write(
+            b"\x80\x04(lp0\n" + ARRAY + b"(I1\n(I%d\nt" % 2**29 + U8 + b"I00\n\x8e" + (2**29).to_bytes(8, "little")
+        )
+        file.seek(2**29, 1)
+        file.write(b"tba.")
+    (tmp_path / "train_labels.pkl").write_bytes(pickle.dumps({"label_specific": [0]}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"at most 268435456 bytes, got 536870912, image 0"):
+            tiered_imagenet.load("train", root=tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1e8
+    finally:
+        tracemalloc.stop()
 
 
 def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:

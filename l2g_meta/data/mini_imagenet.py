@@ -63,16 +63,19 @@ def _convert_pickle(path: Path, size: int, out: Path) -> None:
         raise DataError(f'need "image_data", uint8 (n, H, W, 3), in {path}, got {_describe(pixels)}; get it again')
     index: dict[str, np.ndarray] = {}
     given: dict[Any, Any] = rows if isinstance(rows, dict) else {}
+    once = DataError(f'need each of the {len(pixels)} images once in "class_dict" in {path}; get the file again')
+    count = 0
     for name, numbers in given.items():
         if isinstance(name, str) and (r := integers(numbers)) is not None and len(r):
             index[name] = r
+            if (count := count + len(r)) > len(pixels):
+                raise once  # now: the same list in each of many classes would take memory without end
     if not index or len(index) != len(given):
         raise DataError(f'need "class_dict", the rows of each class, in {path}, got {_describe(rows)}; get it again')
-    used = np.sort(np.concatenate(list(index.values())))
-    if not np.array_equal(used, np.arange(len(pixels))):
-        raise DataError(f'need each of the {len(pixels)} images once in "class_dict" in {path}; get the file again')
-    classes = {name: [pixels[row] for row in index[name]] for name in sorted(index)}
-    images.convert(classes, Image.fromarray, images.stretch, size, out)
+    if count != len(pixels) or not np.array_equal(np.sort(np.concatenate(list(index.values()))), np.arange(count)):
+        raise once
+    classes = {name: index[name].tolist() for name in sorted(index)}
+    images.convert(classes, lambda row: Image.fromarray(pixels[row]), images.stretch, size, out)
 
 
 def _are_images(pixels: Any) -> TypeGuard[np.ndarray]:

@@ -2,21 +2,23 @@
 
 A pickle is a program for a stack machine: it may import any callable and call it. The machine here knows the
 instructions for builtin values and containers; the only names it resolves are those NumPy writes for an array, and
-they lead to the functions of this file, not to NumPy's. Nothing else can be imported, called or given a state.
+they lead to the functions of ``pickled_arrays``, not to NumPy's. Nothing else can be imported, called or given a state.
+
+The file is mapped, and arrays of some size are views of it: reading one of many gigabytes takes little memory.
 """
 
 from __future__ import annotations
 
-import math
 import pickle
 import pickletools
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from l2g_meta.data.mapped import MappedFile
+from l2g_meta.data.pickled_arrays import NAMES, Dtype, Refused, array_of, short
 from l2g_meta.errors import DataError
 
 _INSTRUCTIONS = [
@@ -37,6 +39,10 @@ def load_pickle(path: Path | str, *, max_bytes: int = 16 * 2**30) -> Any:
 
     Arrays of booleans, integers, floats and strings are read, of any pickle protocol and NumPy version; text that
     Python 2 wrote is taken as Latin-1. No array or string is allocated that is larger than the file.
+
+    Arrays from 1 kB are read-only views of the mapped file, except those of protocols 0 to 2 of Python 3, whose text is
+    decoded; so are bytes, and text of Python 2, of that length outside of arrays (``memoryview``). Views stay valid
+    when the file is replaced or deleted, but it must not be written to or cut off as long as they are used.
 
     Args:
         path: the file.
@@ -62,11 +68,11 @@ def load_pickle(path: Path | str, *, max_bytes: int = 16 * 2**30) -> Any:
         raise DataError(f"need a pickle, got {path}: this is an HTML page, a failed download; delete it, try again")
     with open(path, "rb") as file:
         try:
-            value = _ArrayUnpickler(_Bounded(file, size)).load()
+            value = _ArrayUnpickler(MappedFile(file, size)).load()
             if file.read(1):
                 raise ValueError("data follow its end, as in a file of two kinds")
             return value
-        except _Refused as error:
+        except Refused as error:
             raise DataError(
                 f"need NumPy arrays and builtin containers, got {error} in {path}; "
                 "do not load this file by other means, get it again from its publisher"
@@ -103,7 +109,8 @@ def check_pickle(path: Path) -> None:
 def integers(value: Any) -> np.ndarray | None:
     """A list or array of integers as an array (n,), ``None`` for anything else.
 
-    NumPy alone would unfold nested lists, of which a short pickle can describe astronomically many.
+    NumPy alone would unfold nested lists, of which a short pickle can describe astronomically many. An array comes
+    back as it is, which may be a read-only view of the file.
 
     Example:
         >>> integers([3, 1]), integers([[3], [1]]), integers([0.5])
@@ -119,20 +126,21 @@ def integers(value: Any) -> np.ndarray | None:
     return value
 
 
-class _Refused(pickle.UnpicklingError):
-    """The pickle asks for something that arrays do not need."""
+class _Memo(dict[int, Any]):
+    """The numbered values of a pickle; knows the number of an array that is still without data."""
 
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}
 
-class _Bounded:
-    """A file that reads no more than it has: a length claimed by the stream is checked before memory is taken."""
+    def __setitem__(self, number: int, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            self.numbers[id(value)] = number
+        super().__setitem__(number, value)
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.readline = file, size, file.readline
-
-    def read(self, n: int) -> bytes:
-        if n > 65536 and n > self.size - self.file.tell():
-            raise EOFError(f"{n} bytes are claimed, the file ends before")
-        return self.file.read(n)
+    def replace(self, empty: np.ndarray, array: np.ndarray) -> None:
+        number = self.numbers.pop(id(empty), None)
+        if number is not None and self.get(number) is empty:  # else the id is that of an array that is gone
+            super().__setitem__(number, array)
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
@@ -141,70 +149,12 @@ class _Dispatch(dict[int, Callable[[Any], None]]):
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.left -= 1
         if self.left < 0:
-            raise _Refused("more instructions than any published file has")
+            raise Refused("more instructions than any published file has")
         return super().__getitem__(code)
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
         name = {opcode.code: opcode.name for opcode in pickletools.opcodes}.get(chr(code))
-        raise _Refused(f"the pickle instruction {name}") if name else ValueError(f"no pickle instruction is {code}")
-
-
-class _Dtype:
-    """Stands for a NumPy dtype, whose own ``__setstate__`` would accept any state."""
-
-    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[buifSU][1-9][0-9]{0,5}", code):
-            raise _Refused(f"an array of dtype {_short(code)}")
-        self.dtype = np.dtype(code)
-
-    def build(self, state: Any) -> None:
-        version, order, *rest = state
-        if version != 3 or order not in ("<", ">", "|", "=") or rest[:3] != [None, None, None] or len(rest) != 6:
-            raise _Refused("an array of structured dtype")
-        self.dtype = self.dtype.newbyteorder(order)
-
-
-def _array_of(raw: Any, dtype: Any, shape: Any) -> tuple[bytes, np.dtype, tuple[int, ...]]:
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote a string
-    if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or not isinstance(shape, tuple):
-        raise _Refused("an array without plain data")
-    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        raise ValueError("an array has no such shape")
-    if math.prod(shape) * dtype.dtype.itemsize != len(raw):
-        raise ValueError(f"an array of shape {shape} and {dtype.dtype} does not fit its {len(raw)} bytes")
-    return raw, dtype.dtype, shape
-
-
-def _short(value: Any) -> str:
-    """For messages; what a text is, and of anything else only the type: tuples in tuples can print without end."""
-    return ascii(value[:40]) if isinstance(value, str) else f"of type {type(value).__name__}"
-
-
-def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
-    return np.empty(0, np.uint8)  # BUILD, which follows, gives it shape, dtype and data
-
-
-def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    raw, dtype, shape = _array_of(raw, dtype, shape)
-    array = np.frombuffer(raw, dtype).reshape(shape, order="C" if axes else order)
-    return array.transpose(axes) if axes else array
-
-
-def _scalar(dtype: Any, raw: Any) -> Any:
-    return _frombuffer(raw, dtype, (), "C")[()]
-
-
-def _encode(text: Any, encoding: Any) -> bytes:  # how protocol 2 writes bytes
-    if not isinstance(text, str) or encoding != "latin1":
-        raise _Refused(f"an encoding {_short(encoding)}")
-    return text.encode("latin1")
-
-
-_NAMES: dict[str, Any] = {"numpy ndarray": None, "numpy dtype": _Dtype, "_codecs encode": _encode}
-for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    _NAMES[f"{_core}.multiarray _reconstruct"] = _reconstruct
-    _NAMES[f"{_core}.multiarray scalar"] = _scalar
-    _NAMES[f"{_core}.numeric _frombuffer"] = _frombuffer
+        raise Refused(f"the pickle instruction {name}") if name else ValueError(f"no pickle instruction is {code}")
 
 
 class _ArrayUnpickler(pickle._Unpickler):
@@ -213,47 +163,68 @@ class _ArrayUnpickler(pickle._Unpickler):
     dispatch = {code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS}
     read: Callable[[int], bytes]
     stack: list[Any]
+    memo: _Memo
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: _Bounded) -> None:
+    def __init__(self, file: MappedFile) -> None:
         super().__init__(file, encoding="latin1")
+        self.file, self.memo = file, _Memo()
         self.dispatch = _Dispatch(type(self).dispatch)  # type: ignore[misc]  # it counts, so one for each file
         self.budget = 4 * file.size  # protocol 2 makes text, bytes and array of the same data
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module} {name}" not in _NAMES:
-            raise _Refused(f"a reference to {ascii(f'{module}.{name}')[1:100].rstrip(chr(39))}")
-        return _NAMES[f"{module} {name}"]
+        if f"{module} {name}" not in NAMES:
+            raise Refused(f"a reference to {ascii(f'{module}.{name}')[1:100].rstrip(chr(39))}")
+        return NAMES[f"{module} {name}"]
 
     def load_reduce(self) -> None:
         args, function = self.stack.pop(), self.stack[-1]
-        if not callable(function) or function not in _NAMES.values():
-            raise _Refused(f"a call of {type(function).__name__}")
+        if not callable(function) or function not in NAMES.values():
+            raise Refused(f"a call of {type(function).__name__}")
+        if not isinstance(args, tuple):  # from long bytes Python would make one
+            raise Refused(f"a call with a {type(args).__name__}")
         self.stack[-1] = self.spend(function(*args))
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, np.ndarray):
             version, shape, dtype, fortran, raw = state
-            raw, dtype, shape = _array_of(raw, dtype, shape)
-            target.__setstate__((1, shape, dtype, bool(fortran), raw))
-            self.spend(target)
-        elif isinstance(target, _Dtype):
+            raw, dtype, shape = array_of(raw, dtype, shape)
+            if isinstance(raw, memoryview):
+                array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+                self.memo.replace(target, array)
+                self.stack[-1] = array
+            else:
+                target.__setstate__((1, shape, dtype, bool(fortran), raw))
+            self.spend(self.stack[-1])
+        elif isinstance(target, Dtype):
             target.build(state)
         else:
-            raise _Refused(f"a state for {type(target).__name__}")
+            raise Refused(f"a state for {type(target).__name__}")
 
     def spend(self, made: Any) -> Any:
         self.budget -= len(made) if isinstance(made, bytes) else getattr(made, "nbytes", 0)
         if self.budget < 0:  # the same data again and again
-            raise _Refused("more array data than the file has")
+            raise Refused("more array data than the file has")
         return made
 
-    def load_bytearray8(self) -> None:
-        self.stack.append(self.read(int.from_bytes(self.read(8), "little")))
+    def load_frame(self) -> None:  # frames say how the stream may be read, not what is in it
+        self.file.check(int.from_bytes(self.read(8), "little"))
+
+    def load_binstring(self) -> None:  # as Python 2 wrote text, and the data of arrays
+        text = self.file.view(int.from_bytes(self.read(4), "little"))
+        self.stack.append(text.decode("latin1") if isinstance(text, bytes) else text)
+
+    def load_binbytes(self) -> None:
+        self.stack.append(self.file.view(int.from_bytes(self.read(4), "little")))
+
+    def load_binbytes8(self) -> None:
+        self.stack.append(self.file.view(int.from_bytes(self.read(8), "little")))
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
+        if not isinstance(self.stack[-1], dict):  # NumPy would unfold what is put into an array
+            raise Refused(f"an item for a {type(self.stack[-1]).__name__}")
         self.stack[-1][_key(key)] = value
 
     def load_setitems(self) -> None:
@@ -269,7 +240,11 @@ class _ArrayUnpickler(pickle._Unpickler):
         for name, function in {
             "REDUCE": load_reduce,
             "BUILD": load_build,
-            "BYTEARRAY8": load_bytearray8,
+            "FRAME": load_frame,
+            "BINSTRING": load_binstring,
+            "BINBYTES": load_binbytes,
+            "BINBYTES8": load_binbytes8,
+            "BYTEARRAY8": load_binbytes8,
             "SETITEM": load_setitem,
             "SETITEMS": load_setitems,
             "DICT": load_dict,
@@ -279,5 +254,5 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 def _key(key: Any) -> Any:
     if not isinstance(key, str | bytes | int | float | np.generic | None):  # hashing tuples in tuples can take for ever
-        raise _Refused(f"a dictionary key {_short(key)}")
+        raise Refused(f"a dictionary key {short(key)}")
     return key

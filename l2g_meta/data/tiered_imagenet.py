@@ -105,6 +105,9 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
         png = encoded[row]
         if not isinstance(png, np.ndarray) or png.dtype != np.uint8:
             raise DataError(f"need the bytes of a PNG file, got {type(png).__name__}, image {row} of {images_path}")
+        if png.nbytes > images.MAX_BYTES:  # checked here, since the copy that is decoded takes memory
+            limit = f"at most {images.MAX_BYTES} bytes"
+            raise DataError(f"need a PNG file of {limit}, got {png.nbytes}, image {row} of {images_path}; get it again")
         if row % GIVE_BACK == 0:
             give_back(png)
         return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
