@@ -125,6 +125,19 @@ def test_storage(tmp_path, capsys, monkeypatch):
     assert "ms/update: first    later   ratio\nsmall                    60    0.0" in capsys.readouterr().out
 
 
+def test_ranks_on_paper(tmp_path, capsys):
+    """One rank is what was measured; five pairs end at five ranks; the buffer's share moves over each link."""
+    path = tmp_path / "ranks.json"
+    flags = "--ranks --image-size 16 --ways 2 --queries 1 --pairs 5 --repeats 1 --device cpu".split()
+    assert main(["bench", *flags, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    rows = {(row["pairs"], row["ranks"]): row for row in result["rows"] if "Ethernet" in row["link"]}
+    assert rows[5, 1]["efficiency"] == 1 and rows[5, 1]["bytes"] == 0
+    assert rows[5, 1]["seconds"] == pytest.approx(result["fixed_seconds"] + 5 * result["pair_seconds"])
+    assert rows[5, 8]["seconds"] > rows[5, 5]["seconds"] and rows[5, 2]["bytes"] == result["buffer_bytes"]
+    assert "5 pairs an update, 10 Gbit/s Ethernet, on paper" in capsys.readouterr().out
+
+
 def test_norms(tmp_path, capsys):
     path = tmp_path / "norms.json"
     flags = "--norms --image-size 12 --ways 2 --queries 1 --repeats 1 --device cpu".split()
@@ -136,7 +149,7 @@ def test_norms(tmp_path, capsys):
         assert f"{row['ratio']:8.2f}" in printed
 
 
-@pytest.mark.parametrize("kind", ["BatchNorm2d", "InstanceNorm2d", "LayerNorm"])
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm", "LayerNorm"])
 def test_what_is_timed_of_ours_is_what_is_timed_of_pytorchs(kind):
     """First and second derivatives, twice, since the graph is used again and again."""
     x, g, v = torch.randn(3, 2, 8, 4, 4, dtype=torch.float64)
