@@ -127,9 +127,17 @@ def tsne(
         shown = f"{ways} classes of {getattr(data, 'name', '')} {getattr(data, 'split', '')}".strip()
         for axis, (title, model) in zip(row, models.items(), strict=True):
             _embedding(axis, f"{title}: {shown}", model, task, seed)
+    stars, dots = (_marker(marker, size) for marker, size in (("*", 12), ("o", 4)))
+    figure.legend([stars, dots], ["supports", "queries"], loc="outside lower center", ncols=2, frameon=False)
     if heading:
         figure.suptitle(heading, fontsize=8, wrap=True)
     return save(figure, path)
+
+
+def _marker(marker: str, size: int) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="gray", linestyle="", marker=marker, markersize=size)
 
 
 def _embedding(axis: Any, title: str, model: nn.Module, task: Task, seed: int) -> None:

@@ -28,11 +28,20 @@ from l2g_meta.objectives import accumulate
 from l2g_meta.state import load, restore
 
 
-def replay(run: Path, *, device: str | None = None, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def replay(
+    run: Path,
+    *,
+    data: Any = None,
+    model: nn.Module | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
     """The last failed update of a run again, from the state before it; nothing of the run is changed.
 
     Args:
         run: its folder, with ``failed-K.safetensors``.
+        data: training data, if the run was given it from Python.
+        model: the model, if the run was given it.
         device: another device than the run's.
         say: is given each line of the report.
 
@@ -41,19 +50,26 @@ def replay(run: Path, *, device: str | None = None, say: Callable[[str], None] =
         ``alignment``, ``gradient`` (its norm) and ``first``: the first module with an output that is not finite.
 
     Raises:
-        CheckpointError: if no update of the run has failed, or its state is damaged.
+        CheckpointError: if no update of the run has failed, its state is damaged, or data or model are missing.
     """
     found = sorted(run.glob("failed-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
     if not found:
         raise CheckpointError(f"need failed-K.safetensors in {run}, which a run leaves when it stops at update K")
     tensors, info = load(found[-1])
+    missing = [name for name in info["given"] if {"data": data, "model": model}[name] is None]
+    if missing:
+        raise CheckpointError(
+            f"{run} was given its {' and '.join(missing)} from Python; call l2g_meta.replay.replay(run, "
+            f"{', '.join(f'{name}=...' for name in missing)})"
+        )
     config = Config.of(info["config"]).resolved()
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
     where, k = build_device(config.device), info["iteration"]
-    wrapper = build_wrapper(config, build_model(config, tuple(info["image_shape"]))).to(where).train()
+    wrapper = build_wrapper(config, model or build_model(config, tuple(info["image_shape"]))).to(where).train()
     restore(tensors, wrapper, torch.optim.Adam(wrapper.parameters()), found[-1])
-    pairs, objective = build_pairs(config, build_data(config, "train"), where), build_objective(config)
+    data = build_data(config, "train") if data is None else data
+    pairs, objective = build_pairs(config, data, where), build_objective(config)
 
     say(f"{found[-1]}: update {k}, each call of the objective on its own")
     say(f"{'tasks':22}{'loss':>12}{'inner loss':>12}{'alignment':>12}{'|gradient|':>12}  first module not finite")

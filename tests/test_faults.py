@@ -22,6 +22,7 @@ from l2g_meta.config import Config
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import CheckpointError, NotFiniteError
 from l2g_meta.heads import PrototypicalHead
+from l2g_meta.replay import replay
 from l2g_meta.signals import Stopped
 from l2g_meta.training import train
 from l2g_meta.updates import EagerUpdate
@@ -486,6 +487,17 @@ class TestNotFinite:
         printed = capsys.readouterr().out
         assert "module.head (Head)" in printed and "nan" in printed and "T_i" in printed
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+    def test_replay_of_what_was_given_from_python(self, tmp_path):
+        config = Config(**{**vars(CONFIG), "iterations": 2, "learn_inner_lr": None})
+        with pytest.raises(NotFiniteError):
+            go(tmp_path / "run", config=config, model=lambda: Blows("nan in T_i", 1))
+        with pytest.raises(CheckpointError, match=r"was given its data and model from Python; call .*data=..., model="):
+            replay(tmp_path / "run")
+        lines = []
+        rows = replay(tmp_path / "run", data=DATA, model=Blows("nan in T_i", 0), say=lines.append)
+        assert [row["tasks"] for row in rows] == [((2, 0), (2, 1)), ((3, 0), (3, 1))] and len(lines) == 4
+        assert all(row["loss"] != row["loss"] and row["first"] is not None for row in rows)
 
     def test_a_weight_that_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
         real = EagerUpdate.__call__

@@ -57,7 +57,7 @@ def run_cells(
     else:
         failed = []  # the workers say what
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        threads = max(1, (os.cpu_count() or 1) // parallel)
+        threads = max(1, torch.get_num_threads() // parallel)  # of the cores that this process may use
         workers = [context.Process(target=_worker, args=(cells, threads), daemon=True) for _ in range(parallel)]
         for worker in workers:
             worker.start()

@@ -26,19 +26,21 @@ def convergence(plan: Plan, path: Path) -> Path:
     Training losses differ in kind: L(θ) for the base, L(θ'; T_j) for L2G. The validation loss is under θ for both.
     """
     figure, axes = subplots(len(plan.data), 2)
+    lengths = [len(read_log(cell.folder)) for cell in plan.cells]
+    scale = "log" if max(lengths) > 2 * min(lengths) else "linear"  # rows of one task per update have the longer runs
     for (left, right), data in zip(np.reshape(axes, (-1, 2)), plan.data, strict=True):
         for row in plan.rows:
             logs = [read_log(cell.folder) for cell in plan.cells if (cell.data, cell.row) == (data, row)]
             title = ROWS[row].title
             window = max(1, len(logs[0]) // 50)
-            loss = [[float(line["loss"]) for line in log] for log in logs]
+            loss = [[float(line["loss"] or "nan") for line in log] for log in logs]
             smooth = [np.convolve(values, np.ones(window) / window, mode="valid") for values in loss]
             _band(left, np.arange(window, len(loss[0]) + 1), smooth, title)
             done = [[line for line in log if line["val_loss"]] for log in logs]
             at = np.array([int(line["iteration"]) for line in done[0]])
             _band(right, at, [[float(line["val_loss"]) for line in log] for log in done], title)
-        left.set(xlabel="updates", ylabel="L(θ); L2G: L(θ'; T_j)", title=f"{data}: meta-training loss")
-        right.set(xlabel="updates", ylabel="loss", title=f"{data}: validation loss under θ")
+        left.set(xlabel="updates", ylabel="L(θ); L2G: L(θ'; T_j)", title=f"{data}: meta-training loss", xscale=scale)
+        right.set(xlabel="updates", ylabel="loss", title=f"{data}: validation loss under θ", xscale=scale)
         right.legend(fontsize=8)
     figure.suptitle(_title(plan), fontsize=8, wrap=True)
     return save(figure, path)

@@ -53,9 +53,9 @@ def curve(cell: Cell) -> Iterator[dict[str, Any]]:
     seconds, losses = 0.0, []
     for line in read_log(cell.folder):
         seconds += float(line["seconds"])
-        losses.append(float(line["loss"]))
+        losses.append(float(line["loss"] or "nan"))
         if line["val_accuracy"]:
-            numbers = {"loss": np.mean(losses), **{k: float(line[k] or "nan") for k in CURVE[-3:]}}
+            numbers = {"loss": np.nanmean(losses), **{k: float(line[k] or "nan") for k in CURVE[-3:]}}
             rounded = {name: f"{value:.4f}" for name, value in numbers.items()}
             yield of_cell | {"updates": line["iteration"], "seconds": f"{seconds:.1f}"} | rounded
             losses = []
