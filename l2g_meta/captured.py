@@ -15,8 +15,9 @@ from torch import Tensor
 
 from l2g_meta.data.augment import Draws
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pairs import IndexedSource, TaskLayout, TaskPairs
+from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.placement import HostDataset
+from l2g_meta.data.sources import IndexedSource, TaskLayout
 from l2g_meta.errors import L2GError
 from l2g_meta.objectives import Objective, UpdateStats, accumulate
 from l2g_meta.state import generators

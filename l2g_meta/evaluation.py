@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2g_meta import functional as f
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pairs import Choice, Episodes, IndexedSource, TaskRows, listed
+from l2g_meta.data.pairs import Choice, Episodes, listed
 from l2g_meta.data.placement import placed
+from l2g_meta.data.sources import IndexedSource, TaskRows
 from l2g_meta.distributed import World, gathered
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel

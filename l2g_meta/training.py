@@ -25,7 +25,8 @@ from l2g_meta.build import (
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.clone import backend
 from l2g_meta.config import Config
-from l2g_meta.data.pairs import Episodes, TaskPairs, task_source, values
+from l2g_meta.data.pairs import Episodes, TaskPairs, values
+from l2g_meta.data.sources import task_source
 from l2g_meta.distributed import World, join
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate

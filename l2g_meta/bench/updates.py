@@ -19,7 +19,8 @@ from l2g_meta.bench.variants import learn2learn as learn2learn_step
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.clone import require_learn2learn
 from l2g_meta.data.learn2learn import isolated_random
-from l2g_meta.data.pairs import TaskPairs, indexed
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.data.sources import indexed
 from l2g_meta.errors import L2GError
 from l2g_meta.objectives import l2g
 from l2g_meta.task import Task

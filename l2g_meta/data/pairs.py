@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from l2g_meta.data.augment import Augment, Draws
-from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
-from l2g_meta.data.placement import placed
+from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, indexed, task_source
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
-Shapes = Sequence[tuple[int, int, int]]  # (ways, shots, queries) of tasks without a common class
 Choice = int | Collection[int]  # a number, or a set of them to draw from for each task
-
-
-class ClassIndexed(Protocol):
-    """What tasks are drawn from: rows by class, and inputs by row. ``ClassDataset`` is one."""
-
-    @property
-    def index(self) -> Sequence[np.ndarray]:
-        """Rows of each class."""
-        ...
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Inputs of the rows, (len(rows), ...)."""
-        ...
-
-
-class TaskRows(NamedTuple):
-    """A task as rows of a data set: (n_support,), (n_support,), (n_query,), (n_query,), and the classes drawn."""
-
-    support: np.ndarray
-    support_y: np.ndarray
-    query: np.ndarray
-    query_y: np.ndarray
-    classes: np.ndarray
 
 
 class TaskShape(NamedTuple):
@@ -196,133 +170,6 @@ class Episodes:
         rng = generator(self.seed, k)
         (rows,) = indexed(self.source).rows(rng, (self.shape.draw(rng),))
         return rows
-
-
-class TaskSource(Protocol):
-    """Draws tasks without a common class."""
-
-    def draw(self, rng: np.random.Generator, shapes: Shapes) -> Sequence[Task]:
-        """One task for each (ways, shots, queries)."""
-        ...
-
-    def class_sizes(self) -> np.ndarray | None:
-        """Examples of each class (n_classes,), or ``None`` where only drawing can tell."""
-        ...
-
-
-class IndexedSource:
-    """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
-
-    def __init__(self, dataset: Any, augment: Augment | None = None):
-        self.dataset, self.augment = dataset, augment
-
-    def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
-        """Classes of each task, drawn as one set of distinct ones, then split."""
-        return draw_classes(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
-
-    def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
-        """Rows of tasks without a common class, one for each (ways, shots, queries)."""
-        index = self.dataset.index
-        tasks = []
-        for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
-            drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
-            tasks.append(
-                TaskRows(
-                    drawn[:, :shots].reshape(-1),
-                    np.repeat(np.arange(n), shots),
-                    drawn[:, shots:].reshape(-1),
-                    np.repeat(np.arange(n), queries),
-                    chosen,
-                )
-            )
-        return tuple(tasks)
-
-    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Draws | None]:
-        """From each generator one task for each of its (ways, shots, queries), and how their images are varied."""
-        drawn: list[TaskRows] = []
-        draws: list[Draws] = []
-        for rng, own in shapes:
-            rows = self.rows(rng, own)
-            drawn += rows
-            if self.augment is not None:  # after the rows, which are the same with and without
-                draws.append(self.augment.draw(rng, sum(len(r.support) + len(r.query) for r in rows)))
-        return drawn, Draws(*map(np.concatenate, zip(*draws, strict=True))) if draws else None
-
-    def draw(self, rng: np.random.Generator, shapes: Shapes) -> list[Task]:
-        """One task for each (ways, shots, queries)."""
-        return self.load(*self.draw_all([(rng, shapes)]))
-
-    def class_sizes(self) -> np.ndarray:
-        """Examples of each class, (n_classes,)."""
-        return np.array([len(rows) for rows in self.dataset.index])
-
-    def load(self, drawn: Sequence[TaskRows], draws: Draws | None = None) -> list[Task]:
-        """The tasks of these rows, all images in one gather, varied by ``draws``."""
-        options = {} if draws is None else {"draws": draws}
-        x = self.dataset.gather(torch.from_numpy(self.concatenated(drawn)), **options)
-        return TaskLayout.of(drawn, x.device).tasks(x)
-
-    @staticmethod
-    def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
-        """Supports' and queries' rows of one task after the other, (n,)."""
-        return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
-
-
-class TaskLayout(NamedTuple):
-    """How the inputs of tasks, one after the other, become tasks again."""
-
-    sizes: list[int]  # of supports, queries, supports, …
-    labels: list[Tensor]  # (size,) each
-    ways: list[int]
-
-    @classmethod
-    def of(cls, drawn: Sequence[TaskRows], device: torch.device) -> TaskLayout:
-        """The layout of ``IndexedSource.concatenated(drawn)``."""
-        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
-        return cls(
-            [len(y) for y in labels],
-            [torch.from_numpy(y).to(device) for y in labels],
-            [len(rows.classes) for rows in drawn],
-        )
-
-    def tasks(self, x: Tensor) -> list[Task]:  # (n, ...)
-        """The tasks."""
-        x, y = x.split(self.sizes), self.labels
-        parts = zip(x[0::2], y[0::2], x[1::2], y[1::2], self.ways, strict=True)
-        return [Task(*part) for part in parts]
-
-
-def task_source(dataset: Any, device: torch.device | str | None = None, augment: Augment | None = None) -> TaskSource:
-    """The way to draw tasks from any supported data set.
-
-    Raises:
-        DataError: if images are to be augmented that are not a ``ClassDataset``'s.
-    """
-    if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
-        raise DataError(
-            f"need a ClassDataset of uint8 images to augment, got {type(dataset).__name__}; convert them, or vary "
-            "them in your data set's own transform"
-        )
-    if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), augment)
-    if hasattr(dataset, "index") and hasattr(dataset, "gather"):
-        return IndexedSource(dataset)
-    if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
-        from l2g_meta.data.learn2learn import learn2learn_source
-
-        return learn2learn_source(dataset)
-    return IndexedSource(MapDataset(dataset))
-
-
-def indexed(source: TaskSource) -> IndexedSource:
-    """The source itself, if it draws rows.
-
-    Raises:
-        DataError: if it does not.
-    """
-    if not isinstance(source, IndexedSource):
-        raise DataError("need a class-indexed data set to give rows, got learn2learn's")
-    return source
 
 
 def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
