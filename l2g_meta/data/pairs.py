@@ -66,6 +66,7 @@ class TaskPairs:
         DataError: if the data set has too few classes or images, with what would fit.
 
     Example:
+        >>> from l2g_meta.data import ClassDataset
         >>> data = ClassDataset(torch.randn(40, 1, 8, 8), torch.arange(40) // 4)
         >>> task_i, task_j = TaskPairs(data, ways=5, shots=1, queries=3)[7]
         >>> task_i.support_x.shape, task_j.query_y.tolist()
@@ -139,6 +140,7 @@ class Episodes:
         DataError: if the data set has too few classes or images, with what would fit.
 
     Example:
+        >>> from l2g_meta.data import ClassDataset
         >>> data = ClassDataset(torch.randn(20, 1, 8, 8), torch.arange(20) // 4)
         >>> Episodes(data, ways=5, shots=1, queries=3)[0].n_way
         5
