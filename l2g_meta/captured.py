@@ -62,7 +62,10 @@ class StaticUpdate:
         if not isinstance(pairs.source, IndexedSource) or not isinstance(pairs.source.dataset, ClassDataset):
             raise L2GError("need a ClassDataset on the device for a fixed program; leave --cuda-graph out")
         if not pairs.fixed:
-            raise L2GError("need ways, shots and queries as numbers for a fixed program, got sets to draw from")
+            raise L2GError(
+                "need --ways, --shots and --queries as numbers for a fixed program, got several to draw from; leave "
+                "--cuda-graph out"
+            )
         self.objective, self.wrapper, self.optimizer = objective, wrapper, optimizer
         self.pairs, self.positions, self.arrange = pairs, positions, arrange
         self.source = pairs.source

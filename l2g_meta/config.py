@@ -83,7 +83,11 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
-    recompute: bool = _flag(False, "less memory: evaluate the inner loss a second time instead of keeping its graph")
+    recompute: bool = _flag(
+        False,
+        "evaluate the inner loss a second time instead of keeping its graph; saves memory for "
+        "some models, see docs/speed.md",
+    )
     fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
     lr: float = _flag(1e-3, "step size of Adam")
@@ -172,7 +176,10 @@ class Config:
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise L2GError(f"need --clip-norm above 0 and finite, got {self.clip_norm}")
         if self.clip_norm is not None and self.cuda_graph:
-            raise L2GError("--clip-norm does not work with --cuda-graph; leave one out")
+            raise L2GError(
+                f"--clip-norm, by default that of --method {self.method}, does not work with --cuda-graph; leave "
+                "--cuda-graph out"
+            )
         self._check_learner()
         if self.tasks_per_update is not None and self.method == "l2g":
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")

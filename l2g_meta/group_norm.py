@@ -43,7 +43,9 @@ def group_norm(
     maps = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], -1).contiguous()  # (n, c, s)
     w = maps.new_ones(x.shape[1]) if w is None else w.to(maps.dtype)
     b = maps.new_zeros(x.shape[1]) if b is None else b.to(maps.dtype)
-    return _GroupNorm.apply(maps, w, b, groups, eps)[0].view(x.shape).to(x.dtype)
+    y = _GroupNorm.apply(maps, w, b, groups, eps)[0].view(x.shape).to(x.dtype)
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y  # as PyTorch gives it back
 
 
 class _GroupNorm(Function):

@@ -226,7 +226,7 @@ class TestUpdates:
         case, lines = replace(SMALL, inner_steps=2), []
         named = {name: ROWS[name] for name in ("l2g", "l2g, identity")}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "available", lambda names, device: named)
+            patch.setattr(run, "available", lambda names, **options: named)
             result = bench(case, repeats=1, memory=False, say=lines.append)
             with pytest.raises(L2GError, match="of one inner step"):
                 bench(case, variants=list(named), repeats=1, memory=False, say=lines.append)

@@ -25,7 +25,7 @@ def test_in_the_interpreter():
     """All tests below that need TRITON_INTERPRET=1, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout + done.stderr
 
 
 def maps(*shape):
@@ -65,6 +65,26 @@ def test_interpreted_kernels_equal_atens(shape, relu, pool):
         for f, e in zip(found, expected, strict=True):
             assert f.stride() == e.stride()
             torch.testing.assert_close(f, e, **close)
+
+
+@interpreter
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(value, pool):
+    """A diverged run shows: NaN stays NaN through ReLU, pooling and their backward passes."""
+    torch.manual_seed(0)
+    x, (w, b) = maps(2, 3, 4, 4), torch.randn(2, 3)
+    mean, rstd = torch.zeros(3), torch.ones(3)
+    x[0, 0, 1, 1] = x[1, 2, 0, 3] = value
+    (y, where), (y_aten, where_aten) = (m.forward(x, w, b, mean, rstd, True, pool) for m in (fused, aten))
+    torch.testing.assert_close(y, y_aten, equal_nan=True, rtol=1e-5, atol=1e-5)
+    if value == value:
+        return  # the backward pass gives NaN for more than ATen's
+    g = maps(*y.shape)
+    found, expected = (
+        m.backward(g, x, w, mean, rstd, out, at) for m, out, at in ((fused, y, where), (aten, y_aten, where_aten))
+    )
+    assert [f.isfinite().tolist() for f in found] == [e.isfinite().tolist() for e in expected]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")

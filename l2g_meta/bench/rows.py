@@ -24,8 +24,10 @@ BACKBONES: dict[str, Callable[..., Any]] = {"conv4": Conv4, "resnet12": ResNet12
 ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
 
 
-def available(names: Sequence[str] | None = None, *, device: str = "cpu") -> dict[str, Variant | Update]:
-    """The rows of these names, or all; those that cannot run here are left out if they were not named.
+def available(
+    names: Sequence[str] | None = None, *, device: str = "cpu", say: Callable[[str], None] = print
+) -> dict[str, Variant | Update]:
+    """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
 
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
@@ -36,7 +38,8 @@ def available(names: Sequence[str] | None = None, *, device: str = "cpu") -> dic
             raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}")
         row = ROWS[name]
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-            missing = f"the package {row.needs}; pip install l2g-meta[bench]"
+            extra = "learn2learn" if row.needs == "learn2learn" else "bench"
+            missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
         elif row.cuda and not device.startswith("cuda"):
             missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
         else:
@@ -44,6 +47,8 @@ def available(names: Sequence[str] | None = None, *, device: str = "cpu") -> dic
             continue
         if names:
             raise L2GError(f"the variant {name!r} needs {missing}")
+        if not row.cuda:
+            say(f"left out: {name}: it needs {missing}")
     return chosen
 
 

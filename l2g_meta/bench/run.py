@@ -48,11 +48,12 @@ def bench(
         variant ``seconds``, ``ratio`` (of a step to the episodic step on the same layers; ``ratio_to_fastest`` to the
         fastest), ``ratio_to_learn2learn`` (of a whole update to learn2learn's with its own data path),
         ``tasks_per_second``, ``images_per_second``, ``peak_bytes`` beyond model and data, ``of_floor`` (the fraction of
-        the floor's speed that is achieved), and ``gradient_error``, relative to float64.
+        the floor's speed that is achieved; ``of_bandwidth_floor`` of that of moving bytes alone), and
+        ``gradient_error``, relative to float64.
     """
     kept = keep_freed_memory()
     device = torch.device(case.device)
-    chosen = available(variants, device=case.device)
+    chosen = available(variants, device=case.device, say=say)
     stream = task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
     say(f"{describe(case)}; {describe_machine(case)}")
@@ -93,6 +94,7 @@ def bench(
             "ratio_to_learn2learn": median[name] / peers if peers and whole else None,
             "tasks_per_second": 2 * case.pairs / median[name],
             "images_per_second": case.images / median[name],
+            "of_bandwidth_floor": case.pairs * floors[variant.exact]["bytes_s"] / median[name],
             "of_floor": case.pairs * floors[variant.exact]["floor_s"] / median[name],
             "peak_bytes": peak_memory(case, name, kept) if memory else None,
             "gradient_error": errors.get(name),
@@ -224,7 +226,16 @@ def describe_machine(case: Case) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
-    columns = {"s/step": 9, "ratio": 8, "tasks/s": 9, "images/s": 10, "peak MB": 9, "of floor": 10, "error": 10}
+    columns = {
+        "s/step": 9,
+        "ratio": 8,
+        "tasks/s": 9,
+        "images/s": 10,
+        "peak MB": 9,
+        "of floor": 10,
+        "of bytes": 10,
+        "error": 10,
+    }
     names = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
     lines = [" " * names + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for row in result["rows"]:
@@ -234,7 +245,7 @@ def table(result: dict[str, Any]) -> str:
             + (f"{ratio:8.2f}" if ratio else f"{'':8}")
             + f"{row['tasks_per_second']:9.1f}{row['images_per_second']:10.0f}"
             + (f"{peak / 1e6:9.0f}" if peak is not None else f"{'':9}")
-            + f"{100 * row['of_floor']:9.0f}%"
+            + f"{100 * row['of_floor']:9.0f}%{100 * row['of_bandwidth_floor']:9.0f}%"
             + (f"{error:10.1e}" if error is not None else "")
         )
     machine, data = result["machine"], result["data"]["seconds"]

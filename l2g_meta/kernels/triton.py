@@ -52,7 +52,7 @@ def _cotangent(g, y, at, mask, RELU: tl.constexpr):
     """Sᵀg without the pooling: g where ReLU was active."""
     values = tl.load(g + at, mask=mask, other=0.0)
     if RELU:
-        values = tl.where(tl.load(y + at, mask=mask, other=0.0) > 0, values, 0.0)
+        values = tl.where(tl.load(y + at, mask=mask, other=0.0) <= 0, 0.0, values)
     return values
 
 
@@ -100,7 +100,7 @@ def _forward_kernel(
         for k in tl.static_range(1, 4):
             at, exists = _pixel(pixel, right, below, valid, width, k)
             value = tl.load(x + at[:, None] * C + c[None, :], mask=exists[:, None] & channel[None, :], other=0.0)
-            larger = value * s > best * s
+            larger = (value * s > best * s) | (value != value)  # NaN wins, as in PyTorch
             code = tl.where(larger, k, code).to(tl.int8)
             best = tl.where(larger, value, best)
         mask = written[:, None] & channel[None, :]
@@ -110,7 +110,7 @@ def _forward_kernel(
     b = tl.load(shift + c, mask=channel, other=0.0)[None, :]
     value = a * best + b
     if RELU:
-        value = tl.maximum(value, 0.0)
+        value = tl.where(value <= 0, 0.0, value)  # NaN stays NaN
     tl.store(y + place[:, None] * C + c[None, :], value, mask=mask)
 
 
