@@ -19,7 +19,7 @@ from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.placement import HostDataset
 from l2g_meta.data.sources import IndexedSource, TaskLayout
 from l2g_meta.errors import L2GError
-from l2g_meta.objectives import Objective, UpdateStats, accumulate
+from l2g_meta.objectives import Objective, UpdateStats, accumulate, episodic
 from l2g_meta.state import generators
 from l2g_meta.task import Task
 from l2g_meta.updates import Update, all_finite
@@ -119,7 +119,8 @@ class StaticUpdate:
         self.optimizer.zero_grad(set_to_none=True)
         means = accumulate(self.objective, self.wrapper, batch)
         gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
-        finite = all_finite([means[0], *gradients, *self.wrapper.parameters()])
+        losses = means[:1] if self.objective is episodic else means[:2]
+        finite = all_finite([losses, *gradients, *self.wrapper.parameters()])
         self.stats.copy_(torch.cat([means, finite.float().view(1)]))
         self.optimizer.step()
 

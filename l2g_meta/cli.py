@@ -52,16 +52,16 @@ def _train(args: argparse.Namespace) -> int:
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if args.replay is not None:
-        if given.keys() - {"device"} or args.out or args.resume or args.force:
-            raise L2GError("need --replay RUN alone, or with --device")
-        replay(args.replay, device=given.get("device"))
+        if given.keys() - {"device", "root"} or args.out or args.resume or args.force:
+            raise L2GError("need --replay RUN alone, or with --device and --root")
+        replay(args.replay, **given)
         return 0
     config, out, resume = _what_to_train(args, given)
     train(config, out, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return 0
     best = read_info(out / "best.safetensors")
-    skipped = read_info(out / "last.safetensors")["skipped"]
+    skipped = read_info(out / "last.safetensors").get("skipped")
     if skipped:
         print(f"{out}: {skipped} of {config.iterations} updates were left out, a number not being finite")
     print(
@@ -73,7 +73,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
     """Config, folder, and whether a run is there to go on with."""
-    from l2g_meta.state import newest
+    from l2g_meta.run import holds_run
+    from l2g_meta.state import newest, numbers
     from l2g_meta.sweep import run_of
 
     named = isinstance(args.resume, str)
@@ -83,9 +84,16 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         raise L2GError("--force belongs to --resume: it lets a run go on with another config")
     run = None if named else run_of(args)
     out = Path(args.resume) if run is None else run.out
-    if run is not None and not (args.resume and (out / "config.json").exists()):
+    if run is not None and not (args.resume and holds_run(out)):
         return run.config, out, False
-    config = replace(Config.load(out / "config.json"), **given).resolved()
+    try:
+        stored = Config.load(out / "config.json")
+    except L2GError as error:
+        if not numbers(out):
+            raise
+        print(f"l2g: {error}; its states have the config, too", file=sys.stderr)
+        stored = Config.of(newest(out)[2]["config"])
+    config = replace(stored, **given).resolved()
     _, _, info = newest(out)
     _refuse_given(info, out, "continue it with l2g_meta.training.train(..., resume=True)")
     difference = config.differences(Config.of(info["config"]))

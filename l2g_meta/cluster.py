@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -91,9 +92,15 @@ def _lives(pid: int) -> bool:
 def job_of(run: Path) -> Job | None:
     """The job that a run directory was given to, if it was."""
     try:
-        return Job(**json.loads((run / RECORD).read_text(encoding="utf-8")))
+        found = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        job = Job(str(found["id"]), found["executor"], str(found["logs"]))
+        if job.executor not in ("slurm", "local") or (job.executor == "local" and not job.id.isdigit()):
+            raise ValueError(f"executor {job.executor!r} and id {job.id!r}")
+        return job
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise L2GError(f"need the record of a job in {run / RECORD}, got: {error}; remove it") from error
 
 
 @dataclass(frozen=True)
@@ -196,8 +203,25 @@ def _local(works: Sequence[Work], logs: Path, options: Options, parallel: int | 
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     queue = submitit.LocalExecutor(logs, max_num_timeout=REQUEUES)
     queue.update_parameters(timeout_min=10**6)
-    jobs = [queue.submit(Restartable(share, threads, devices)) for share in shares]
+    with _no_output():  # its watcher would keep a pipe open that the caller reads to its end
+        jobs = [queue.submit(Restartable(share, threads, devices)) for share in shares]
     return [(Job(job.job_id, "local", str(logs)), share) for job, share in zip(jobs, shares, strict=True)]
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Processes that are started meanwhile write nowhere; what they have to say is in their own files."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def parsed(texts: Sequence[str]) -> Options:

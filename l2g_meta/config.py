@@ -104,6 +104,7 @@ class Config:
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
     cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
+    deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
     skip_nonfinite: bool = _flag(False, "leave updates out whose loss or gradient is not finite, and count them")
     save_every: int = _flag(None, "updates between states to resume from (default: as --eval-every)")
     keep: int = _flag(2, "how many of those states stay; the older ones serve if the newest is damaged")
@@ -163,6 +164,10 @@ class Config:
             sizes = value if isinstance(value, tuple) else (value,)
             if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
                 raise L2GError(f"need {flag} to be at least 1, got {value}")
+        if max(self.seed, self.split_seed) >= 2**63:
+            raise L2GError("need --seed and --split-seed below 2**63")
+        if "\0" in (self.root or ""):
+            raise L2GError("need --root to be a path, got one with a zero byte")
         if self.seed < 0 or self.split_seed < 0 or self.inner_steps < 0:
             raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

@@ -13,7 +13,7 @@ other kinds are those of rank 0. No DDP: its hooks do not see ``autograd.grad``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -56,6 +56,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(t)
         return t
+
+    def first_here(self, function: Callable[[], T]) -> T:
+        """Calls a function on the first rank of each machine, then on its others, which find what that left."""
+        if self.size == 1:
+            return function()
+        first = os.environ.get("LOCAL_RANK", str(self.rank)) == "0"
+        found = function() if first else None
+        self.wait()
+        return function() if found is None else found
 
     def from_main(self, value: T) -> T:
         """The main process's value, on every rank."""

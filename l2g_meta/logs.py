@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,9 +119,10 @@ def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
         lines = (out / "log.csv").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
         lines = []
-    found = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
-    whole = [row for row in found if set(row) == set(COLUMNS) and None not in row.values()]
-    whole = [row for row in whole if row["iteration"].isdigit()]
+    # Line by line, so that a damaged one costs no other; the last one may be torn.
+    found = [line.rstrip("\r\n").split(",") for line in lines if line.endswith("\n")]
+    whole = [dict(zip(COLUMNS, cells, strict=True)) for cells in found[1:] if len(cells) == len(COLUMNS)]
+    whole = [row for row in whole if re.fullmatch("[0-9]{1,18}", row["iteration"])]
     kept = {int(row["iteration"]): row for row in whole if 1 <= int(row["iteration"]) <= iteration}
     missing = iteration - len(kept)
     if missing:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from l2g_meta.data.pairs import Episodes
-from l2g_meta.errors import FitError
+from l2g_meta.errors import FitError, L2GError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import batchnorm_policy
@@ -33,6 +33,8 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
     figure, (left, right) = subplots(1, 2)
     for run, label in zip(runs, labels or [Path(run).name for run in runs], strict=True):
         rows = read_log(Path(run))
+        if not rows:  # lost; a run that goes on says so
+            continue
         k = np.array([int(row["iteration"]) for row in rows])
         loss = np.array([float(row["loss"] or "nan") for row in rows])
         window = max(1, len(loss) // 50)
@@ -166,6 +168,13 @@ def subplots(rows: int, columns: int) -> Any:
 
 
 def save(figure: Any, path: Path | str) -> Path:
-    """Writes the picture."""
-    figure.savefig(path, dpi=120)
+    """Writes the picture.
+
+    Raises:
+        L2GError: if it cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise L2GError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from error
     return Path(path)

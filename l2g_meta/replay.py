@@ -34,6 +34,7 @@ def replay(
     data: Any = None,
     model: nn.Module | None = None,
     device: str | None = None,
+    root: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """The last failed update of a run again, from the state before it; nothing of the run is changed.
@@ -43,6 +44,7 @@ def replay(
         data: training data, if the run was given it from Python.
         model: the model, if the run was given it.
         device: another device than the run's.
+        root: where the run's data is, if it has moved.
         say: is given each line of the report.
 
     Returns:
@@ -63,7 +65,7 @@ def replay(
             f"{', '.join(f'{name}=...' for name in missing)})"
         )
     config = Config.of(info["config"]).resolved()
-    config = config if device is None else replace(config, device=device)
+    config = replace(config, device=device or config.device, root=root or config.root).resolved()
     set_precision(config.precision)
     where, k = build_device(config.device), info["iteration"]
     wrapper = build_wrapper(config, model or build_model(config, tuple(info["image_shape"]))).to(where).train()
@@ -87,6 +89,8 @@ def replay(
         )
         say(f"{tasks:22}{loss:12.4g}{inner:12.4g}{alignment:12.4g}{norm:12.4g}  {first[0] if first else ''}")
     broken = [name for name, p in wrapper.named_parameters() if not p.isfinite().all()]
+    if not broken and all(torch.tensor([row["loss"], row["gradient"]]).isfinite().all() for row in rows):
+        say("all finite this time: the numbers of this machine or device are others, or the data or model have changed")
     if broken:
         say(f"weights that are not finite before the update: {', '.join(broken)}")
     return rows

@@ -28,6 +28,11 @@ from l2g_meta.updates import all_finite
 from l2g_meta.wrapper import L2GWrapper
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a folder has a run, or what is left of one, that must not be begun anew."""
+    return (out / "config.json").exists() or any(state.numbers(out)[-1:])  # a state of 0 updates loses nothing
+
+
 class Run:
     """Holds a run directory for one process, or for the first of several.
 
@@ -67,7 +72,7 @@ class Run:
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
         info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
         if self.world.main:
-            if (self.out / "config.json").exists():
+            if holds_run(self.out):
                 raise CheckpointError(
                     f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
                 )
@@ -94,8 +99,13 @@ class Run:
             self._claim()
             path, tensors, info = state.newest(self.out)
             state.restore(tensors, wrapper, optimizer, path)
+            if info["iteration"] > self.config.iterations:
+                raise CheckpointError(
+                    f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
+                    f"{self.config.iterations}"
+                )
             info["config"] = vars(self.config)
-            info = self._with_best(info)
+            info = self._with_best(wrapper, info)
             self.config.save(self.out / "config.json")
         self._share(wrapper, optimizer)
         return self.world.from_main(info)
@@ -196,8 +206,13 @@ class Run:
             if tensors is not None and not self.world.main:
                 state.restore(tensors, wrapper, optimizer, self.out)
 
-    def _with_best(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Makes sure that the best weights so far are there and sound."""
+    def _with_best(self, wrapper: L2GWrapper, info: dict[str, Any]) -> dict[str, Any]:
+        """Makes sure that the last and the best weights so far are there and sound."""
+        try:
+            load_tensors(self.out / "last.safetensors")
+        except CheckpointError as error:
+            warnings.warn(f"{error}; made again from the state after update {info['iteration']}", stacklevel=2)
+            save_tensors(self.out / "last.safetensors", wrapper.state_dict(), info)
         if info["best_iteration"] is None:
             return info
         path = self.out / "best.safetensors"
@@ -210,11 +225,15 @@ class Run:
                 warnings.warn(f"{error}; made again from the state after update {info['best_iteration']}", stacklevel=2)
                 save_tensors(path, *kept)
                 return info
+            over = info["iteration"] >= self.config.iterations
             warnings.warn(
-                f"{error}; the best weights of {info['best']:.2f} % at update {info['best_iteration']} are lost, the "
-                "best of what follows is kept instead",
+                f"{error}; the best weights of {info['best']:.2f} % at update {info['best_iteration']} are lost, "
+                f"{'the last ones are' if over else 'the best of what follows is'} kept instead",
                 stacklevel=2,
             )
+            if over:
+                save_tensors(path, wrapper.state_dict(), info)
+                return info
             return {**info, "best": -1.0, "best_iteration": None}
 
     def _stopped(self, iteration: int) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from l2g_meta.checkpoint import load_tensors, put, save_tensors
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError
+from l2g_meta.logs import COLUMNS
 
 PREFIX = "resume"
 
@@ -50,9 +51,11 @@ def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
-                if key != "step" and value.shape != parameters[int(index)].shape:
+                if value.shape != (torch.Size() if key == "step" else parameters[int(index)].shape):
                     raise ValueError(f"{name} has the shape {tuple(value.shape)}")
                 state.setdefault(int(index), {})[key] = value
+        if any(found.keys() != {"step", "exp_avg", "exp_avg_sq"} for found in state.values()):
+            raise ValueError("a moment of Adam's is missing")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator.cpu"])
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -110,9 +113,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, info = load_tensors(path)
     try:
-        numbers = [info[name] for name in ("iteration", "skipped")] + [info["best_iteration"] or 0]
-        sound = all(type(n) is int and n >= 0 for n in numbers) and isinstance(info["best"], int | float)
-        sound = sound and (info["pending"] is None or {"iteration", "loss", "tasks", "seconds"} <= set(info["pending"]))
+        counts = [info[name] for name in ("iteration", "skipped")] + [info["best_iteration"] or 0]
+        sound = all(type(n) is int and 0 <= n < 2**63 for n in counts) and -1 <= info["best"] <= 100
+        row = info["pending"]
+        if row is not None:
+            sound = sound and {"loss", "tasks", "seconds"} < row.keys() <= set(COLUMNS) and row["seconds"] > 0
+            sound = (
+                sound
+                and row["iteration"] == info["iteration"]
+                and all(isinstance(v, int | float) for v in row.values())
+            )
         Config.of(info["config"])
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"need the state of a run in {path}, got a header with: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -72,11 +73,15 @@ def train(
     config, out = config.resolved(), Path(out)
     world, device = join(build_device(config.device), timeout=config.rank_timeout)
     set_precision(config.precision)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if data is not None and validation is None:
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
     if validation is None:
-        validation = build_data(config, "validation")
-    pairs = build_pairs(config, build_data(config, "train") if data is None else data, device)
+        validation = world.first_here(lambda: build_data(config, "validation"))  # which may convert it
+    data_or_built = world.first_here(lambda: build_data(config, "train")) if data is None else data
+    pairs = build_pairs(config, data_or_built, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     optimizer = build_optimizer(config, wrapper, device)

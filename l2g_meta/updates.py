@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ class EagerUpdate:
 
     def __call__(self, k: int, asked: int = 0) -> Update:
         """Runs update k; ``asked`` is the signal that came to this process, or 0."""
+        if self.world.size > 1:  # ranks draw differently, and after resuming the same as before
+            torch.manual_seed(int(np.random.SeedSequence([self.config.seed, k, self.world.rank]).generate_state(1)[0]))
         self.generators = generators(self.device)
         buffers = {name: b.clone() for name, b in self.wrapper.named_buffers()}
         calls = calls_of_update(self.config, k)

@@ -26,7 +26,11 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     wrapper = build_wrapper(CONFIG, build_model(CONFIG, (1, 28, 28)))
-    state.save(folder, wrapper, torch.optim.Adam(wrapper.parameters()), INFO)
+    optimizer = torch.optim.Adam(wrapper.parameters())
+    for p in wrapper.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state.save(folder, wrapper, optimizer, INFO)
     CONFIG.save(folder / "config.json")
     return folder
 
@@ -51,6 +55,11 @@ def test_a_sound_run_is_read(run: Path) -> None:
         ({"best": [1]}, "need the state of a run"),
         ({"best_iteration": -2}, "need the state of a run"),
         ({"pending": [1]}, "need the state of a run"),
+        ({"pending": {"iteration": 1, "loss": "a", "tasks": 1, "seconds": 1.0}}, "need the state of a run"),
+        ({"pending": {"iteration": 1, "loss": 1.0, "tasks": 1, "seconds": 0}}, "need the state of a run"),
+        ({"pending": {"iteration": 1, "loss": 1.0, "tasks": 1, "seconds": 1, "odd": 1}}, "need the state of a run"),
+        ({"best": float("nan")}, "need the state of a run"),
+        ({"iteration": 10**30}, "need the state of a run"),
         ({"config": {"odd": 1}}, "need the state of a run"),
         ({"config": None}, "need the state of a run"),
         ({"given": 3}, "of another kind"),
@@ -82,6 +91,8 @@ def test_shapes_of_checkpoints(run: Path, shape: Any) -> None:
         {"optimizer.0.exp_avg": torch.ones(2)},
         {"optimizer.99.exp_avg": torch.ones(2)},
         {"optimizer.odd": torch.ones(2)},
+        {"optimizer.0.exp_avg": None},
+        {"optimizer.0.step": torch.ones(2)},
     ],
 )
 def test_the_other_half_of_checkpoints(run: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -102,7 +113,20 @@ def test_a_config_calls_no_function(run: Path, kind: str, name: str) -> None:
         load_run(run, checkpoint="last")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"odd": 1}', '{"queries": []}', '{"root": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "{",
+        '{"odd": 1}',
+        '{"queries": []}',
+        '{"root": 3}',
+        "\xff",
+        '{"seed": 1' + 40 * "0" + "}",
+        '{"root": "\\u0000"}',
+    ],
+)
 def test_odd_configs(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin1"))
     with pytest.raises(L2GError):

@@ -235,3 +235,10 @@ def test_the_folder_of_a_run_is_that_of_the_command():
 
     run = run_of(build_parser().parse_args(["train", "--seed", "7", "--method", "episodic"]))
     assert str(run.out) == "runs/glyphs-episodic-prototypical-seed7" and run.config.seed == 7
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": "x", "executor": "local", "logs": "l"}', "{", '{"id": 1}'])
+def test_damaged_records_of_jobs(text, tmp_path):
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(L2GError, match="need the record of a job in .*; remove it"):
+        job_of(tmp_path)

@@ -41,17 +41,17 @@ WORLDS = [1, 2, 3]
 class Net(nn.Module):
     """Every kind of running statistics, a parameter that is not used, and a pass or two per task."""
 
-    def __init__(self, passes=1):
+    def __init__(self, passes=1, drop=0.0):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4)
         self.mean = nn.BatchNorm2d(4, momentum=None)
         self.each = nn.InstanceNorm2d(4, track_running_stats=passes == 1)  # it does not count
         self.idle, self.frozen = nn.Linear(2, 2), nn.BatchNorm2d(4)
         self.frozen.eval()
-        self.head, self.passes = PrototypicalHead(), passes
+        self.head, self.passes, self.drop = PrototypicalHead(), passes, nn.Dropout(drop)
 
     def encoder(self, x):
-        return self.each(self.mean(self.norm(self.conv(x)).relu()))
+        return self.drop(self.each(self.mean(self.norm(self.conv(x)).relu())))
 
     def forward(self, task):
         if self.passes == 2:
@@ -154,6 +154,23 @@ def test_runs_of_every_size_are_one_run_and_go_on_with_another(tmp_path):
     for name, (loss, accuracy) in losses.items():
         np.testing.assert_allclose(loss, losses["1-1"][0], rtol=2e-3, err_msg=name)  # float32, six steps of Adam
         assert accuracy[2] == losses["1-1"][1][2] != ""
+
+
+def random_run(world, out, iterations, resume):
+    torch.manual_seed(7 + resume)  # what the generators are beforehand does not matter
+    config = Config(**{**vars(CONFIG), "iterations": iterations})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net(drop=0.3)
+    train(config, out, data=DATA, validation=DATA, model=model, resume=resume, progress=False)
+    return [row["loss"] for row in read_log(out)]
+
+
+def test_a_model_that_draws_goes_on_to_the_same_bits(tmp_path):
+    whole = ranks(2, random_run, tmp_path / "whole", 6, False)
+    ranks(2, random_run, tmp_path / "parts", 3, False)
+    assert ranks(2, random_run, tmp_path / "parts", 6, True)[0] == whole[0]
+    assert len(set(whole[0])) == 6
 
 
 def accuracies(world, bn):

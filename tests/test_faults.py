@@ -185,6 +185,56 @@ class TestDamaged:
             go(lost, resume=True)
         assert load_tensors(lost / "best.safetensors")[1]["iteration"] in (8, 12)
 
+    @pytest.mark.parametrize("config", [None, "", "{"])
+    def test_states_without_a_config_are_never_begun_anew(self, config, tmp_path, capsys):
+        small = ["--image-size", "16", "--iterations", "3", "--eval-every", "1", "--eval-episodes", "2", "--pairs", "1"]
+        command = ["train", "--out", str(tmp_path / "run"), *small, "--queries", "2", "--device", "cpu"]
+        assert main(command) == 0
+        before = (tmp_path / "run" / "log.csv").read_bytes()
+        (tmp_path / "run" / "config.json").unlink()
+        if config is not None:
+            (tmp_path / "run" / "config.json").write_text(config)
+        assert main(command) == 2
+        assert "already holds a run" in capsys.readouterr().err
+        for again in ([*command, "--resume"], ["train", "--resume", str(tmp_path / "run")]):
+            assert main(again) == 0
+            assert (tmp_path / "run" / "log.csv").read_bytes() == before
+        assert main(["train", "--resume", str(tmp_path / "run"), "--iterations", "1", "--force"]) == 2
+        assert "has 3 updates, need --iterations of at least as many, got 1" in capsys.readouterr().err
+
+    def test_last_weights_are_made_again(self, run, whole):
+        sound = load_tensors(run / "last.safetensors")
+        (run / "last.safetensors").write_bytes(b"torn")
+        config = Config(**{**vars(CONFIG), "iterations": 8})
+        with pytest.warns(UserWarning, match="made again from the state after update 8"):
+            go(run, resume=True, config=config)
+        found = load_tensors(run / "last.safetensors")
+        assert all(torch.equal(found[0][name], t) for name, t in sound[0].items())
+
+    def test_best_weights_of_a_finished_run_become_the_last(self, run):
+        for n in state.numbers(run)[:-1]:
+            (run / f"resume-{n}.safetensors").unlink()
+        if load_tensors(run / "best.safetensors")[1]["iteration"] == 8:
+            pytest.skip("the last are the best")
+        (run / "best.safetensors").write_bytes(b"torn")
+        with pytest.warns(UserWarning, match="are lost, the last ones are kept instead"):
+            go(run, resume=True, config=Config(**{**vars(CONFIG), "iterations": 8}))
+        load_tensors(run / "best.safetensors")
+
+    @pytest.mark.parametrize("damage", [b'"', b"\xff", b"\n", b",", b"\xc2\xb2,"])
+    def test_a_log_with_a_damaged_line_loses_that_line(self, damage, run, whole):
+        lines = (run / "log.csv").read_bytes().splitlines(keepends=True)
+        lines[3] = damage + lines[3]
+        (run / "log.csv").write_bytes(b"".join(lines))
+        with pytest.warns(UserWarning, match="lacks 1 of the 8 updates before"):
+            go(run, resume=True)
+        assert contents(run)[1] == [row for row in whole[1] if row["iteration"] != "3"]
+
+    def test_a_finished_run_without_its_log(self, run):
+        (run / "log.csv").unlink()
+        with pytest.warns(UserWarning, match="lacks 8 of the 8 updates"):
+            go(run, resume=True, config=Config(**{**vars(CONFIG), "iterations": 8}))
+
     def test_a_log_that_is_torn_or_lost(self, run, whole):
         log = (run / "log.csv").read_bytes()
         (run / "log.csv").write_bytes(log[:-7])  # of update 8, which resuming from 8 cannot write again
@@ -454,6 +504,16 @@ class TestNotFinite:
         assert all(torch.equal(failed[name], same[name]) for name in failed)
 
     @pytest.mark.parametrize("kind", KINDS)
+    def test_a_fixed_program_checks_the_inner_loss_too(self, tmp_path):
+        config = Config(**{**vars(CONFIG), "iterations": 6, "learn_inner_lr": None, "cuda_graph": True})
+        with pytest.warns(UserWarning, match="a CUDA graph needs a CUDA device"), pytest.raises(NotFiniteError):
+            go(tmp_path / "run", config=config, model=lambda: Blows("inf in T_i", 5))
+        with pytest.warns(UserWarning, match="a CUDA graph needs"):
+            go(tmp_path / "sound", config=Config(**{**vars(config), "iterations": 5}), model=lambda: Blows("", 99))
+        failed, _ = load_tensors(tmp_path / "run" / "failed-5.safetensors")
+        same, _ = load_tensors(tmp_path / "sound" / "resume-5.safetensors")
+        assert all(torch.equal(failed[name], same[name]) for name in same)
+
     def test_or_is_left_out_and_counted(self, kind, tmp_path):
         config = Config(**{**vars(CONFIG), "skip_nonfinite": True, "learn_inner_lr": None})
         wrapper = go(tmp_path / "run", config=config, model=lambda: Blows(kind, 5))

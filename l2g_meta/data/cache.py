@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -53,7 +54,12 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             f"need a writable folder for converted data, got {root} ({error.strerror}); set L2G_CACHE to one"
         ) from error
     try:
-        build(partial)
+        try:
+            build(partial)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
         try:
             partial.rename(folder)
         except OSError:  # another process was faster: its result is the same
@@ -79,6 +85,13 @@ def create_images(folder: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     if (need := math.prod(shape)) > (free := shutil.disk_usage(folder).free):
         raise DataError(f"need {need:,} bytes for converted data, {folder.parent} has {free:,} left; set L2G_CACHE")
     return np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+
+
+def reserve(folder: Path) -> None:
+    """Takes the disk space of the images now: a map on a disk that fills up later would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(folder / "images.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def write_classes(folder: Path, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:

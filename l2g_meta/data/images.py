@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from l2g_meta.data.cache import cached, create_images, open_dataset, write_classes
+from l2g_meta.data.cache import cached, create_images, open_dataset, reserve, write_classes
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pages import give_back
 from l2g_meta.errors import DataError
@@ -137,6 +137,7 @@ def convert(
 
     counts = [len(sources) for sources in classes.values()]
     images = create_images(out, (sum(counts), size, size, 3))
+    reserve(out)
 
     def write(row: int, source: Source) -> None:
         images[row] = np.asarray(resize(read(source), size))
