@@ -47,7 +47,8 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
         right.fill_between(at, mean - half, mean + half, alpha=0.15)
     left.set(xlabel="updates", ylabel="training loss", title="Meta-training loss")
     right.set(xlabel="updates", ylabel="accuracy (%)", title="Validation under θ, 95% over episodes")
-    right.legend()
+    if right.lines:
+        right.legend()
     return save(figure, path)
 
 

@@ -221,7 +221,7 @@ class TestDamaged:
             go(run, resume=True, config=Config(**{**vars(CONFIG), "iterations": 8}))
         load_tensors(run / "best.safetensors")
 
-    @pytest.mark.parametrize("damage", [b'"', b"\xff", b"\n", b",", b"\xc2\xb2,"])
+    @pytest.mark.parametrize("damage", [b'"', b"\xff", b",", b"\xc2\xb2,"])
     def test_a_log_with_a_damaged_line_loses_that_line(self, damage, run, whole):
         lines = (run / "log.csv").read_bytes().splitlines(keepends=True)
         lines[3] = damage + lines[3]
@@ -503,7 +503,6 @@ class TestNotFinite:
         assert failed.keys() == same.keys()
         assert all(torch.equal(failed[name], same[name]) for name in failed)
 
-    @pytest.mark.parametrize("kind", KINDS)
     def test_a_fixed_program_checks_the_inner_loss_too(self, tmp_path):
         config = Config(**{**vars(CONFIG), "iterations": 6, "learn_inner_lr": None, "cuda_graph": True})
         with pytest.warns(UserWarning, match="a CUDA graph needs a CUDA device"), pytest.raises(NotFiniteError):
@@ -514,6 +513,7 @@ class TestNotFinite:
         same, _ = load_tensors(tmp_path / "sound" / "resume-5.safetensors")
         assert all(torch.equal(failed[name], same[name]) for name in same)
 
+    @pytest.mark.parametrize("kind", KINDS)
     def test_or_is_left_out_and_counted(self, kind, tmp_path):
         config = Config(**{**vars(CONFIG), "skip_nonfinite": True, "learn_inner_lr": None})
         wrapper = go(tmp_path / "run", config=config, model=lambda: Blows(kind, 5))
