@@ -59,14 +59,15 @@ def train(
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
-        resume: continue the run in ``out`` from its newest sound state, to the same bits.
+        resume: continue the run in ``out`` from its newest sound state, to the same bits, with this config (the command
+            refuses another than the run's).
         progress: show a progress bar.
 
     Returns:
         The wrapper as last trained.
 
     Raises:
-        L2GError: for a config that cannot be run or is not the run's, an occupied folder, a full disk, or a number
+        L2GError: for a config that cannot be run, an occupied folder, a full disk, or a number
             that is not finite.
         Stopped: on SIGINT, SIGTERM or SIGUSR1, when everything is saved (see ``l2g_meta.signals``).
     """
