@@ -70,7 +70,7 @@ def test_what_cannot_be_a_fixed_program_is_refused():
     config = Config().resolved()
     wrapper, optimizer, _ = parts(config)
     varying = TaskPairs(DATA, ways={2, 3}, shots=1, queries=2)
-    with pytest.raises(L2GError, match="need ways, shots and queries as numbers"):
+    with pytest.raises(L2GError, match="need --ways, --shots and --queries as numbers"):
         static(config, wrapper, optimizer, varying)
     items = MapDataset([(torch.randn(1, 16, 16), k // 6) for k in range(60)], labels=np.arange(60) // 6)
     with pytest.raises(L2GError, match="leave --cuda-graph out"):
