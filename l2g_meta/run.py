@@ -59,6 +59,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stack.close()
+        if isinstance(error, Stopped) and self.world.main:
+            requeue(error.code - 128)
 
     def begin(
         self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, image_shape: Sequence[int], given: Sequence[str]
@@ -158,8 +160,6 @@ class Run:
             Stopped: always.
         """
         self.world.wait()  # for the main process, which saved
-        if self.world.main:
-            requeue(asked)
         raise Stopped(self._stopped(iteration), asked)
 
     def not_finite(
