@@ -36,7 +36,7 @@ class SoftmaxMAML(nn.Module):
         task -> scores (n_query, n_way).
 
     Raises:
-        FitError: for a task of another number of ways, or a classifier without trainable parameters.
+        FitError: for a task of more ways, or a classifier without trainable parameters.
 
     Source:
         Finn et al., *Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks*, algorithm 2.
@@ -72,11 +72,12 @@ class SoftmaxMAML(nn.Module):
             algorithm = learn2learn_maml() or L2GWrapper
             learner = algorithm(self.classifier, self.inner_lr, first_order=first_order).clone()
             for step in range(self.inner_steps if self.training else self.test_steps):
-                loss = F.cross_entropy(learner.module(task.support_x), task.support_y)  # L(θ_t; S)
+                logits = learner.module(task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
+                loss = F.cross_entropy(logits, task.support_y)  # L(θ_t; S)
                 if step == 0 and not isinstance(learner, L2GWrapper):  # which does so itself
                     own_buffers(self.classifier, learner.module)
                 learner.adapt(loss)
-        return learner.module(task.query_x)
+        return learner.module(task.query_x)[:, : task.n_way]
 
     def extra_repr(self) -> str:
         """Arguments, for printing."""

@@ -58,7 +58,7 @@ class MetaLSTM(nn.Module):
         task -> scores (n_query, n_way).
 
     Raises:
-        FitError: for a task of another number of ways, or a classifier without trainable parameters.
+        FitError: for a task of more ways, or a classifier without trainable parameters.
 
     Source:
         Ravi & Larochelle, *Optimization as a Model for Few-Shot Learning*, section 3.
@@ -99,13 +99,14 @@ class MetaLSTM(nn.Module):
                 i = _gate(self.input_gate, h, theta, i)
                 f = _gate(self.forget_gate, h, theta, f)
             theta = f * theta - i * gradient
-        return self._logits(theta, buffers, task.query_x)
+        return self._logits(theta, buffers, task.query_x)[:, : task.n_way]
 
     def _constants(self, theta: Tensor, buffers: dict[str, Tensor], task: Task) -> tuple[Tensor, Tensor]:  # (), (n,)
         """L_t and ∇_t."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            loss = F.cross_entropy(self._logits(theta, buffers, task.support_x), task.support_y)
+            logits = self._logits(theta, buffers, task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
+            loss = F.cross_entropy(logits, task.support_y)
             (gradient,) = torch.autograd.grad(loss, theta)
         return loss.detach(), gradient
 

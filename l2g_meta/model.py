@@ -119,14 +119,14 @@ def check_trainable(classifier: nn.Module) -> None:
 
 
 def check_ways(task: Task, n_way: int) -> None:
-    """That a task has as many classes as a classifier has outputs.
+    """That a classifier has an output for each class of a task; further outputs are left out.
 
     Raises:
-        FitError: if it does not.
+        FitError: if it has not.
     """
-    if task.n_way != n_way:
+    if task.n_way > n_way:
         raise FitError(
-            f"need tasks of {n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
+            f"need tasks of at most {n_way} ways, one per output of the classifier, got {task.n_way}; train for that "
             "number of ways, or use a metric head, which takes any"
         )
 

@@ -132,7 +132,7 @@ def test_running_statistics_are_those_of_the_supports_under_theta_written_once(e
 
 def test_other_ways_and_frozen_classifiers_are_refused_frozen_parts_stay():
     model = SoftmaxMAML(small_classifier(), 3)
-    with pytest.raises(FitError, match=r"need tasks of 3 ways, one per output of the classifier, got 4; train"):
+    with pytest.raises(FitError, match=r"need tasks of at most 3 ways, one per output of the classifier, got 4; train"):
         model(small_task(4))
     with pytest.raises(FitError, match="Identity has none"):
         SoftmaxMAML(nn.Identity(), 3)

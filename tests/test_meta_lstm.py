@@ -171,7 +171,7 @@ def test_it_learns():
 
 
 def test_other_ways_and_frozen_classifiers_are_refused():
-    with pytest.raises(FitError, match=r"need tasks of 3 ways, one per output of the classifier, got 4; train"):
+    with pytest.raises(FitError, match=r"need tasks of at most 3 ways, one per output of the classifier, got 4; train"):
         small_model()(small_task(4))
     with pytest.raises(FitError, match="Identity has none"):
         MetaLSTM(nn.Identity(), 3)

@@ -440,3 +440,16 @@ def test_fresh_queries_of_both_tasks_are_halves():
     for inner, outer in tasks_of_update(config, build_pairs(config, data, torch.device("cpu")), 0):
         assert inner.query_y.tolist() == outer.query_y.tolist() == [0, 0, 0, 1, 1, 1]
         assert set(inner.query_x.flatten().tolist()).isdisjoint(outer.query_x.flatten().tolist())
+
+
+@pytest.mark.parametrize("method", ["l2g", "maml-softmax", "meta-lstm"])
+def test_validation_on_fewer_ways_than_training(method, tmp_path):
+    """As on a split of few classes: every method is validated on as many ways as there are, and says so."""
+    data = ClassDataset(torch.randn(60, 1, 16, 16), torch.arange(60) // 6)
+    few = ClassDataset(torch.randn(18, 1, 16, 16), torch.arange(18) // 6)
+    config = Config(
+        method=method, ways=5, queries=2, pairs=1, iterations=1, eval_every=1, eval_episodes=3, device="cpu"
+    )
+    train(config, tmp_path / "run", data=data, validation=few, progress=False)
+    tensors, info = load_tensors(tmp_path / "run" / "best.safetensors")
+    assert info["val_ways"] == 3 and 0 <= info["val_accuracy"] <= 100
