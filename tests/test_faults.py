@@ -320,7 +320,19 @@ class TestNoPlace:
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def hear_interrupts():
+    """A process that a shell started in the background ignores SIGINT, and so do its children and the library."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def interrupts(self):
+        before = signal.getsignal(signal.SIGINT)
+        hear_interrupts()
+        yield
+        signal.signal(signal.SIGINT, before)
+
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
     @pytest.mark.parametrize("rung, at", [(3, 3), (4, 4), (5, 4)])  # before a validation: it is the resumed run's
     def test_finish_the_update_save_and_end(self, name, rung, at, whole, tmp_path, monkeypatch):
@@ -363,14 +375,16 @@ class TestSignals:
         out = tmp_path / "run"
         command = [sys.executable, "-m", "l2g_meta", "train", "--out", str(out), "--resume", "--image-size", "16"]
         command += ["--iterations", "100000", "--device", "cpu"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
         while process.poll() is None and not (out / "log.csv").exists():
             time.sleep(0.1)
         time.sleep(0.5)
         process.terminate()
         _, error = process.communicate(timeout=60)
         assert process.returncode == 143 and "saved; l2g train --resume RUN continues a run to the same bits" in error
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # the same command goes on
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        )  # the same command goes on
         before = load_tensors(out / "last.safetensors")[1]["iteration"]
         time.sleep(1)
         while process.poll() is None and len((out / "log.csv").read_text().splitlines()) < before + 3:
