@@ -320,6 +320,11 @@ class TestNoPlace:
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def rows_of(out):
+    """Updates in a run's log, which may not be there yet."""
+    return len((out / "log.csv").read_text().splitlines()) - 1 if (out / "log.csv").exists() else 0
+
+
 def hear_interrupts():
     """A process that a shell started in the background ignores SIGINT, and so do its children and the library."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -375,23 +380,19 @@ class TestSignals:
         out = tmp_path / "run"
         command = [sys.executable, "-m", "l2g_meta", "train", "--out", str(out), "--resume", "--image-size", "16"]
         command += ["--iterations", "100000", "--device", "cpu"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
-        while process.poll() is None and not (out / "log.csv").exists():
-            time.sleep(0.1)
-        time.sleep(0.5)
-        process.terminate()
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 143 and "saved; l2g train --resume RUN continues a run to the same bits" in error
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-        )  # the same command goes on
-        before = load_tensors(out / "last.safetensors")[1]["iteration"]
-        time.sleep(1)
-        while process.poll() is None and len((out / "log.csv").read_text().splitlines()) < before + 3:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        assert process.returncode == 130 and load_tensors(out / "last.safetensors")[1]["iteration"] > before
+        for number, updates in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):  # the same command begins, and goes on
+            there = load_tensors(out / "last.safetensors")[1]["iteration"] if out.exists() else 0
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts) as process:
+                try:
+                    while process.poll() is None and rows_of(out) < there + updates:
+                        time.sleep(0.1)
+                    process.send_signal(number)
+                    _, error = process.communicate(timeout=60)
+                finally:
+                    process.kill()
+            assert process.returncode == 128 + number
+            assert "saved; l2g train --resume RUN continues a run to the same bits" in error
+            assert load_tensors(out / "last.safetensors")[1]["iteration"] >= there + updates
 
     @pytest.mark.parametrize("rung", [2, 5])  # 5: it ends in the validation after update 4
     @pytest.mark.parametrize("fails", [False, True])
