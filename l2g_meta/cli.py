@@ -89,7 +89,7 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     try:
         stored = Config.load(out / "config.json")
     except L2GError as error:
-        if not numbers(out):
+        if not numbers(out) or _is_json(out / "config.json"):  # a value that somebody changed is not passed over
             raise
         print(f"l2g: {error}; its states have the config, too", file=sys.stderr)
         stored = Config.of(newest(out)[2]["config"])
@@ -103,6 +103,13 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
             "run, or go on with the new values by --force"
         )
     return config, out, True
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -548,7 +548,7 @@ class TestNotFinite:
         assert wrapper.module.net.encoder[1].num_batches_tracked == 2 * 11  # that one's statistics neither
 
     def test_replay_shows_where(self, tmp_path, capsys, monkeypatch):
-        (tmp_path / "mine.py").write_text(
+        (tmp_path / "my_exploding.py").write_text(
             "import torch\n"
             "from l2g_meta.heads import PrototypicalHead\n"
             "class Head(torch.nn.Module):\n"
@@ -563,7 +563,18 @@ class TestNotFinite:
         monkeypatch.syspath_prepend(tmp_path)
         out = tmp_path / "run"
         small = ["--image-size", "16", "--iterations", "3", "--eval-every", "3", "--eval-episodes", "2", "--pairs", "1"]
-        command = ["train", "--out", str(out), *small, "--queries", "2", "--head", "mine:Head", "--device", "cpu"]
+        command = [
+            "train",
+            "--out",
+            str(out),
+            *small,
+            "--queries",
+            "2",
+            "--head",
+            "my_exploding:Head",
+            "--device",
+            "cpu",
+        ]
         assert main(command) == 2
         assert "found a number that is not finite" in capsys.readouterr().err
         before = {p.name: p.read_bytes() for p in out.iterdir()}
