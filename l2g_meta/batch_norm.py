@@ -161,7 +161,7 @@ class _NormBackward(Function):
         where: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.of(x).backward(_like(g, x), x, w, mean, rstd, out, where)
+        return kernels.of(x).backward(in_format_of(x, g), x, w, mean, rstd, out, where)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -175,7 +175,9 @@ class _NormBackward(Function):
             where = where if where is None else kernels.of(x).index(where, x)
             cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
         else:
-            cotangents = kernels.of(x).double_backward(_like(v, x), vw, vb, _like(g, x), x, w, mean, rstd, out, where)
+            cotangents = kernels.of(x).double_backward(
+                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where
+            )
         return *cotangents, None, None, None, None, None
 
 
@@ -220,7 +222,7 @@ def double_backward(
     return bar_g, bar_x, bar_w.flatten()
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """The same tensor in the memory format of x."""
+def in_format_of(x: Tensor, t: Tensor) -> Tensor:
+    """T in the memory format of x, both maps or both not."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -86,15 +86,15 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     out = Path(args.resume) if run is None else run.out
     if run is not None and not (args.resume and holds_run(out)):
         return run.config, out, False
+    stored = None
     try:
         stored = Config.load(out / "config.json")
     except L2GError as error:
         if not numbers(out) or _is_json(out / "config.json"):  # a value that somebody changed is not passed over
             raise
         print(f"l2g: {error}; its states have the config, too", file=sys.stderr)
-        stored = Config.of(newest(out)[2]["config"])
-    config = replace(stored, **given).resolved()
     _, _, info = newest(out)
+    config = replace(stored or Config.of(info["config"]), **given).resolved()
     _refuse_given(info, out, "continue it with l2g_meta.training.train(..., resume=True)")
     difference = config.differences(Config.of(info["config"]))
     if difference and not args.force:

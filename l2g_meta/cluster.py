@@ -154,6 +154,9 @@ def submit(
     Raises:
         L2GError: if submitit or Slurm is missing, or refuses an option.
     """
+    if not works:
+        say("nothing to submit")
+        return []
     logs = logs.absolute()
     hand_over = _slurm if executor == "slurm" else _local
     shares = hand_over(works, logs, dict(options or {}), parallel)

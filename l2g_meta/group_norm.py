@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from l2g_meta.batch_norm import in_format_of
 from l2g_meta.kernels.aten import affine, channel_sums
 
 
@@ -44,8 +45,7 @@ def group_norm(
     w = maps.new_ones(x.shape[1]) if w is None else w.to(maps.dtype)
     b = maps.new_zeros(x.shape[1]) if b is None else b.to(maps.dtype)
     y = _GroupNorm.apply(maps, w, b, groups, eps)[0].view(x.shape).to(x.dtype)
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y  # as PyTorch gives it back
+    return in_format_of(x, y)  # as PyTorch gives it back
 
 
 class _GroupNorm(Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         CheckpointError: if there is none, with all that were tried.
     """
     tried: list[str] = []
-    for path, found in _states(folder):
-        if not isinstance(found, CheckpointError):
-            for message in tried:
-                warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
-            return path, *found
-        tried.append(str(found))
+    for path in (_path(folder, n) for n in reversed(numbers(folder))):
+        try:
+            found = load(path)
+        except CheckpointError as error:
+            tried.append(str(error))
+            continue
+        for message in tried:
+            warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
+        return path, *found
     raise CheckpointError(f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}")
 
 
@@ -142,14 +145,6 @@ def weights_after(folder: Path, n: int) -> tuple[dict[str, Tensor], dict[str, An
 
 def _of_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("wrapper."): t for name, t in tensors.items() if name.startswith("wrapper.")}
-
-
-def _states(folder: Path) -> Iterator[tuple[Path, tuple[dict[str, Tensor], dict[str, Any]] | CheckpointError]]:
-    for n in reversed(numbers(folder)):
-        try:
-            yield _path(folder, n), load(_path(folder, n))
-        except CheckpointError as error:
-            yield _path(folder, n), error
 
 
 def _path(folder: Path, n: int) -> Path:

@@ -13,6 +13,7 @@ from l2g_meta.cluster import Job, Options, job_of, submit
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
 from l2g_meta.errors import L2GError
+from l2g_meta.state import numbers
 
 COMMANDS = (["l2g", "train"], ["train"], ["python", "-m", "l2g_meta", "train"])  # how a line may begin
 
@@ -36,15 +37,16 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Updates up to the last checkpoint."""
-        return read_info(self.out / "last.safetensors")["iteration"] if (self.out / "config.json").exists() else 0
+        """Updates up to the newest state."""
+        return max(numbers(self.out), default=0)
 
     def __call__(self) -> list[str]:
         """Trains, or goes on; returns what failed."""
+        from l2g_meta.run import holds_run
         from l2g_meta.training import train
 
         try:
-            train(self.config, self.out, resume=(self.out / "config.json").exists(), progress=False)
+            train(self.config, self.out, resume=holds_run(self.out), progress=False)
         except (L2GError, ImportError, OSError, RuntimeError) as error:
             return [f"{self.out}: {error}"]
         return []
@@ -129,9 +131,6 @@ def submit_sweep(
                 say(f"{run.name}: job {job.id} ended ({job.state}) after {run.done} of {run.config.iterations} "
                     f"updates, see {job.log.with_suffix('.err')}; once more")  # fmt: skip
             left.append(run)
-    if not left:
-        say("nothing to submit")
-        return []
     data = {tuple(getattr(r.config, n) for n in ("data", "root", "image_size", "split_seed")): r.config for r in left}
     for config in data.values():
         for split in SPLITS[:2]:

@@ -81,8 +81,10 @@ def train(
         raise L2GError("need validation data beside data: the best checkpoint is chosen on it; pass validation=...")
     if validation is None:
         validation = world.first_here(lambda: build_data(config, "validation"))  # which may convert it
-    data_or_built = world.first_here(lambda: build_data(config, "train")) if data is None else data
-    pairs = build_pairs(config, data_or_built, device)
+    given = [name for name, value in (("data", data), ("model", model)) if value is not None]
+    if data is None:
+        data = world.first_here(lambda: build_data(config, "train"))
+    pairs = build_pairs(config, data, device)
     image_shape = tuple(pairs[0][0].support_x.shape[1:])
     wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
     optimizer = build_optimizer(config, wrapper, device)
@@ -94,7 +96,6 @@ def train(
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
     with Run(out, config, world) as run:
-        given = [name for name, value in (("data", data), ("model", model)) if value is not None]
         info = run.resume(wrapper, optimizer) if resume else run.begin(wrapper, optimizer, image_shape, given)
         if isinstance(update, StaticUpdate):
             wrapper.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -64,10 +65,16 @@ class EagerUpdate:
         batch = tasks_of_calls(self.config, self.pairs, [calls[i] for i in share])
         self.optimizer.zero_grad()
         means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
-        values = torch.cat([means.to(self.device), self._flags(asked)])
+        gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
+        bad = ~all_finite([*gradients, *self.wrapper.parameters()])
+        values = torch.cat([means, bad.float().view(1)])
         if self.world.size > 1:
-            values = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)(values)
-        finite = self._finite(values)
+            signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
+            join = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)
+            values = join(torch.cat([values, signals]))
+        loss, inner, alignment, anywhere, *counts = values.tolist()  # waits for the device, once
+        bilevel = self.config.method in ("l2g", "maml")
+        finite = anywhere == 0 and math.isfinite(loss) and (math.isfinite(inner) or not bilevel)
         if finite:
             if self.config.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.wrapper.parameters(), self.config.clip_norm)
@@ -75,19 +82,8 @@ class EagerUpdate:
         else:
             for name, b in self.wrapper.named_buffers():
                 b.copy_(buffers[name])
-        *stats, _ = values[:4].tolist()
-        return Update(UpdateStats(*stats), finite, _signal(values[4:].tolist()))
-
-    def _flags(self, asked: int) -> Tensor:  # (1 + signals,)
-        gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
-        bad = ~all_finite([*gradients, *self.wrapper.parameters()])
-        signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
-        return torch.cat([bad.float().view(1), signals])
-
-    def _finite(self, values: Tensor) -> bool:
-        loss, inner, _, bad = values[:4].tolist()
-        finite = [loss] + [inner] * (self.config.method in ("l2g", "maml"))
-        return bad == 0 and bool(torch.tensor(finite).isfinite().all())
+        asked = next((number for number, count in zip(SIGNALS, counts, strict=False) if count), asked)
+        return Update(UpdateStats(loss, inner, alignment), finite, asked)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
@@ -101,7 +97,3 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
     if not values:
         return torch.tensor(True)
     return torch.stack([n.float() for n in torch._foreach_norm(values, float("inf"))]).isfinite().all()
-
-
-def _signal(counts: list[float]) -> int:
-    return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)

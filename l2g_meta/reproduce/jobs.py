@@ -72,9 +72,6 @@ def submit_cells(
             say(f"{group.name}: job {with_job[taken].id} has it ({with_job[taken].state})")
         elif group.folders:
             groups.append(group)
-    if not groups:
-        say("nothing to submit")
-        return []
     return submit(groups, executor, plan.out / "jobs", options=options, parallel=parallel, say=say)
 
 
