@@ -62,6 +62,38 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the result, in per cent")
 
+    predict = commands.add_parser(
+        "predict",
+        help="classify images of new classes from a few examples",
+        description="Classifies images from a few examples of each class, DIR/<class>/*.{jpg,jpeg,png}. Prints a row "
+        "per image, or writes them. Images that cannot be read are listed and skipped; then the exit code is 1.",
+    )
+    predict.add_argument("--model", type=Path, required=True, metavar="RUN", help="run directory or exported folder")
+    predict.add_argument("--support", type=Path, required=True, metavar="DIR", help="a folder of one folder per class")
+    predict.add_argument("--query", type=Path, required=True, nargs="+", metavar="DIR|FILE", help="what to classify: "
+                         "images, and folders of them at any depth")  # fmt: skip
+    predict.add_argument("--unknown", type=float, metavar="RATE", help="call images unknown that are like no class, at "
+                         "the price of this share of known ones, for example 0.1")  # fmt: skip
+    predict.add_argument("--batch-size", type=_positive, default=64, help="images at a time (default: 64)")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    written = predict.add_mutually_exclusive_group()
+    written.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
+    written.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    export = commands.add_parser(
+        "export",
+        help="a run as one folder to share",
+        description="Writes a run's weights, how images are prepared, temperatures fitted on the validation split, a "
+        "model card with results on the test split, and the encoder for torch.export and ONNX.",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--no-onnx", action="store_true", help="leave ONNX out, which takes l2g-meta[export]")
+    export.add_argument("--episodes", type=_positive, default=600, help="for each number of shots (default: 600)")
+    export.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    export.add_argument("--root", help="folder of the data, if it has moved since training")
+    export.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
+
     bench = commands.add_parser(
         "bench",
         help="what an exact meta-step costs",

@@ -137,6 +137,33 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(args: argparse.Namespace) -> int:
+    from l2g_meta.classify.predict import predict
+
+    return predict(
+        args.model, args.support, args.query, csv_file=args.csv, as_json=args.json, reject_rate=args.unknown,
+        batch_size=args.batch_size, device=args.device,
+    )  # fmt: skip
+
+
+def _export(args: argparse.Namespace) -> int:
+    from l2g_meta.classify.export import export
+
+    values = export(
+        args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
+        device=args.device,
+    )  # fmt: skip
+    for e in values["calibration"]["shots"]:
+        print(
+            f"{e['shots']}-shot: test {e['accuracy']:.2f} ± {e['accuracy_ci95']:.2f} %, temperature "
+            f"{e['temperature']:.3f}, calibration error {e['ece_before']:.4f} before, {e['ece_after']:.4f} after"
+        )
+    for name, difference in (values["encoder"] or {}).get("largest_difference", {}).items():
+        print(f"{name}: read back, embeddings differ by {difference:.1e} at most, relative to the largest")
+    print(f"{args.out}: written; l2g predict --model {args.out} --support DIR --query DIR")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
     from l2g_meta.bench.norms import norms
@@ -325,6 +352,8 @@ def _describe(config: Config) -> str:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
     "bench": _bench,
     "reproduce": _reproduce,
     "submit": _submit,

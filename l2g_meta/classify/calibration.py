@@ -1,0 +1,206 @@
+"""How far probabilities can be trusted: temperature, calibration error, and a threshold for unknown classes.
+
+Pure functions of scores, and the numbers that they gave on a run's held-out episodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2g_meta.errors import L2GError
+
+BINS = 15  # of the calibration error, as Guo et al. (2017)
+QUANTILES = 200  # kept of the scores of known images: steps of half a per cent
+TEMPERATURES = (1e-3, 1e3)  # least and largest that are tried
+
+
+def fit_temperature(
+    scores: Tensor,  # (n, n_way)
+    y: Tensor,  # (n,)
+) -> float:
+    r"""The temperature T that minimises the negative log-likelihood of :math:`\mathrm{softmax}(s / T)`.
+
+    The loss is convex in β = 1/T, with the derivative :math:`\sum_i (\mathbb{E}_{p_i}[s_i] - s_{i, y_i})`, whose zero
+    is found by bisection. T lies in ``TEMPERATURES``; the order of the classes does not change.
+
+    Shapes: scores (n, n_way), y (n,) -> a float.
+
+    Source:
+        Guo, Pleiss, Sun & Weinberger, *On Calibration of Modern Neural Networks* (2017), section 4.2.
+
+    Example:
+        >>> scores = torch.tensor([[3.0, 0.0]]).expand(100, 2)
+        >>> right_three_times_in_four = (torch.arange(100) % 4 == 0).long()
+        >>> round(fit_temperature(scores, right_three_times_in_four), 3), round(3 / math.log(3), 3)
+        (2.731, 2.731)
+    """
+    s = scores.double()
+    own = s.gather(1, y[:, None])[:, 0]
+    low, high = (-math.log(t) for t in reversed(TEMPERATURES))  # of log β
+    for _ in range(60):
+        middle = (low + high) / 2
+        p = (s * math.exp(middle)).softmax(-1)
+        too_sure = ((p * s).sum(-1) - own).mean() > 0
+        low, high = (low, middle) if too_sure else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def expected_calibration_error(
+    confidence: Tensor,  # (n,)
+    correct: Tensor,  # (n,)
+    *,
+    bins: int = BINS,
+) -> float:
+    r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|`, in [0, 1].
+
+    Predictions are put into bins of equal width by the probability of the predicted class.
+
+    Shapes: confidence (n,), correct (n,) booleans -> a float.
+
+    Source:
+        Guo et al. (2017), eq. 3.
+
+    Example:
+        >>> expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))
+        0.4
+    """
+    confidence, correct = confidence.double(), correct.double()
+    b = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open at the left, as published
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add_(0, b, correct - confidence)
+    return round(gaps.abs().sum().item() / len(confidence), 12)
+
+
+def rejection_threshold(known: Tensor, rate: float) -> float:
+    r"""The score below which an image is called unknown, so that at most ``rate`` of the known ones are.
+
+    It is the k-th smallest of n scores of known images, with :math:`k = \lfloor \mathrm{rate} (n + 1) \rfloor`. For a
+    further image whose score is exchangeable with them, the probability of a lower one is at most k / (n + 1) (split
+    conformal prediction). Minus infinity, which rejects nothing, where n is too small (k = 0).
+
+    Args:
+        known: scores of known images, (n,).
+        rate: in (0, 1).
+
+    Example:
+        >>> rejection_threshold(torch.arange(19.0), 0.1), rejection_threshold(torch.arange(8.0), 0.1)
+        (1.0, -inf)
+    """
+    k = math.floor(round(rate * (len(known) + 1), 9))
+    return float(known.double().sort().values[k - 1]) if k else -math.inf
+
+
+def checked_rate(rate: float | None) -> float | None:
+    """The rate itself, if it is one.
+
+    Raises:
+        L2GError: if it is not in (0, 1).
+    """
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1):
+        raise L2GError(f"need a share of known images that may be rejected, above 0 and below 1, got {rate!r}")
+    return rate
+
+
+def probabilities(scores: Tensor, temperature: float) -> Tensor:  # (n, n_way) -> (n, n_way)
+    """Softmax of scores / temperature, in double precision.
+
+    Example:
+        >>> probabilities(torch.tensor([[0.0, math.log(9.0)]]), 2.0).tolist()
+        [[0.25, 0.75]]
+    """
+    return F.softmax(scores.double() / temperature, -1)
+
+
+@dataclass(frozen=True)
+class AtShots:
+    """What held-out episodes with this many supports per class say.
+
+    Args:
+        shots: supports per class.
+        temperature: fitted on validation episodes.
+        known: quantiles 0, 0.5, … 100 % of the highest score of their queries.
+        ece_before: expected calibration error on test episodes with temperature 1, in [0, 1]; ``None``: not measured.
+        ece_after: the same with ``temperature``.
+        accuracy: on the same test episodes, in per cent.
+        accuracy_ci95: half width of its 95% interval over episodes.
+    """
+
+    shots: int
+    temperature: float
+    known: tuple[float, ...]
+    ece_before: float | None = None
+    ece_after: float | None = None
+    accuracy: float | None = None
+    accuracy_ci95: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model's temperature and scores of known images, from held-out episodes.
+
+    Args:
+        ways: classes of those episodes.
+        episodes: how many of each number of shots.
+        shots: what they say, for each number of supports per class.
+    """
+
+    ways: int
+    episodes: int
+    shots: tuple[AtShots, ...]
+
+    def at(self, shots: float) -> AtShots:
+        """The entry for the number of supports per class that is nearest by ratio.
+
+        Example:
+            >>> both = Calibration(5, 100, (AtShots(1, 2.0, ()), AtShots(5, 3.0, ())))
+            >>> [both.at(n).shots for n in (1, 2, 3, 20)]
+            [1, 1, 5, 5]
+        """
+        return min(self.shots, key=lambda entry: abs(math.log(entry.shots / shots)))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Calibration:
+        """From what ``dataclasses.asdict`` gave, through JSON.
+
+        Raises:
+            L2GError: if it is something else.
+        """
+        try:
+            entries = tuple(AtShots(**{**e, "known": tuple(map(float, e["known"]))}) for e in values["shots"])
+            found = cls(int(values["ways"]), int(values["episodes"]), entries)
+            sound = all(e.shots >= 1 and 0 < e.temperature < math.inf for e in entries) and entries
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise L2GError(f"need a calibration, got: {error!r}; export the run again") from error
+        if not sound:
+            raise L2GError(f"need a calibration with positive temperatures, got {values!r}; export the run again")
+        return found
+
+
+def quantiles(known: Tensor) -> tuple[float, ...]:
+    """Quantiles of scores (n,), ``QUANTILES`` + 1 of them from the least to the largest.
+
+    Example:
+        >>> quantiles(torch.tensor([0.0, 1.0]))[::100]
+        (0.0, 0.5, 1.0)
+    """
+    x = known.double().sort().values
+    at = torch.linspace(0, len(x) - 1, QUANTILES + 1, dtype=torch.float64)  # torch.quantile takes 2^24 values at most
+    low = at.floor().long()
+    high = (low + 1).clamp(max=len(x) - 1)
+    return tuple((x[low] + (at - low) * (x[high] - x[low])).tolist())
+
+
+def mean_shots(counts: Sequence[int]) -> float:
+    """Supports per class, the geometric mean over classes that have any.
+
+    Example:
+        >>> mean_shots([1, 4, 0])
+        2.0
+    """
+    return math.exp(sum(math.log(n) for n in counts if n) / max(1, sum(n > 0 for n in counts)))

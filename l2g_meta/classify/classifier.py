@@ -1,0 +1,298 @@
+"""``FewShotClassifier``: a trained model and a few labelled images as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2g_meta.classify import calibration as c
+from l2g_meta.classify import images, scoring
+from l2g_meta.classify.images import Preparation
+from l2g_meta.classify.source import Source, open_source
+from l2g_meta.errors import L2GError
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import (
+        assert_all_finite,
+        check_consistent_length,
+        check_is_fitted,
+        column_or_1d,
+        validate_data,
+    )
+except ImportError as missing:
+    raise L2GError(
+        f'need scikit-learn 1.6 or later to classify, got: {missing}; pip install "l2g-meta[classify]" adds it'
+    ) from missing
+
+
+class Predictions(NamedTuple):
+    """What is said of n images.
+
+    Args:
+        labels: the predicted class, or ``unknown_label``, (n,).
+        classes: the most probable class, whether rejected or not, (n,).
+        probabilities: of each of ``classes_``, (n, n_classes).
+        rejected: whether the image is taken to be of no class, (n,).
+        nearest: position of the nearest support among all examples in the order given, (n,); −1 where not known.
+    """
+
+    labels: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+    rejected: np.ndarray
+    nearest: np.ndarray
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """Classifies images of new classes from a few examples of each, without training.
+
+    ``fit`` embeds the examples once and keeps the embeddings; ``partial_fit`` adds examples and classes. Images may be
+    paths, PIL images, arrays or tensors, see ``l2g_meta.classify.images.inputs``. BatchNorm takes its running
+    statistics, so that what is said of an image depends on no other image of the call.
+
+    The number of examples may differ from class to class; no class is favoured for having more
+    (``l2g_meta.classify.scoring``). A model that is no plain ``MetricModel`` (one that adapts on the examples, or a
+    module of one's own) is called with whole tasks, each with all examples and one batch of images: slower, since the
+    examples are embedded again for each batch.
+
+    Args:
+        model: a folder made by ``l2g train`` (its best checkpoint) or by ``l2g export``, or what ``open_source`` made
+            of one; or ``model(task) -> scores``, or its ``L2GWrapper``, of which a copy is used.
+        reject_rate: share of images of the known classes that may be called unknown, in (0, 1); ``None`` rejects
+            nothing. An image is unknown if its highest score is below a threshold, see ``threshold_``.
+        unknown_label: what ``predict`` says of such images.
+        temperature: scores are divided by it before the softmax; ``None`` takes that of the exported folder for the
+            number of examples per class, and 1 where none is known: then probabilities are not calibrated.
+        preparation: how images become inputs, for a module of which nothing is known; a folder brings its own.
+        batch_size: images in one forward pass; memory is bounded by it, whatever the number of images.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+
+    Attributes:
+        classes_: labels, sorted.
+        temperature_: the temperature in use.
+        calibrated_: whether it was fitted on held-out episodes, or given.
+        threshold_: the score below which an image is unknown; −inf without ``reject_rate``. It is a quantile of the
+            examples' own scores, each left out in turn (``rejection_threshold``), so that of further images of these
+            classes at most ``reject_rate`` are rejected if they are like the examples. Where that takes more examples
+            than there are in classes of two or more, as with one of each, it is the same quantile of the scores of
+            known images in the validation episodes of an exported folder.
+        threshold_from_: ``"examples"``, ``"episodes"``, or ``None``.
+        n_examples_: number of examples, all calls together.
+        n_features_in_: of arrays (n, features) alone.
+
+    Raises:
+        L2GError: on ``fit``, for a model that cannot be used, images that cannot be read, or a ``reject_rate`` that
+            there are too few examples for.
+
+    Example:
+        >>> from l2g_meta import FewShotClassifier, MetricModel, PrototypicalHead
+        >>> classifier = FewShotClassifier(MetricModel(torch.nn.Flatten(), PrototypicalHead()), device="cpu")
+        >>> classifier.fit([[0.0, 0.0], [0.0, 1.0], [4.0, 4.0]], ["near", "near", "far"]).predict([[3.0, 3.0]]).tolist()
+        ['far']
+        >>> classifier.partial_fit([[9.0, 9.0]], ["farther"]).classes_.tolist()
+        ['far', 'farther', 'near']
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        reject_rate: float | None = None,
+        unknown_label: Any = "unknown",
+        temperature: float | None = None,
+        preparation: Preparation | None = None,
+        batch_size: int = 64,
+        device: str = "auto",
+    ):
+        self.model = model
+        self.reject_rate = reject_rate
+        self.unknown_label = unknown_label
+        self.temperature = temperature
+        self.preparation = preparation
+        self.batch_size = batch_size
+        self.device = device
+
+    @classmethod
+    def load(cls, folder: Path | str, **options: Any) -> FewShotClassifier:
+        """A classifier around a folder made by ``l2g export`` or ``l2g train``, read now: errors come here.
+
+        Args:
+            folder: the folder.
+            options: those of the class.
+        """
+        classifier = cls(str(folder), **options)
+        open_source(classifier.model, classifier.device)
+        return classifier
+
+    def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
+        """Learns classes from examples, forgetting earlier ones.
+
+        Args:
+            X: images, n of them.
+            y: their labels, (n,), numbers or texts.
+        """
+        X, y = self._validated(X, y, reset=True)
+        self.source_ = self._open()
+        self.classes_, index = np.unique(y, return_inverse=True)
+        return self._keep(self._embedded(X), index)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> FewShotClassifier:  # noqa: N803
+        """Adds examples, also of classes not seen before; the examples before are not embedded again.
+
+        Args:
+            X: images, n of them.
+            y: their labels, (n,).
+            classes: labels that may come, for the first call; those without an example have probability 0.
+        """
+        first = not hasattr(self, "supports_")
+        X, y = self._validated(X, y, reset=first)
+        known = np.unique(np.asarray(classes)) if classes is not None else np.asarray(y)[:0]
+        if classes is not None and not np.isin(y, known).all():
+            raise L2GError(f"need labels among the classes given, got {sorted(set(np.unique(y)) - set(known))} besides")
+        if first:
+            self.source_ = self._open()
+            self.classes_ = np.union1d(known, y)
+            return self._keep(self._embedded(X), np.searchsorted(self.classes_, y))
+        if self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
+            raise L2GError(f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}")
+        before = self.classes_[self._index]
+        self.classes_ = np.union1d(np.union1d(self.classes_, known), y)
+        index = np.searchsorted(self.classes_, np.concatenate([before, y]))
+        return self._keep(torch.cat([self.supports_.z, self._embedded(X)]), index)
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """The label of each image, or ``unknown_label``, (n,)."""
+        return self.classify(X, nearest=False).labels
+
+    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Probability of each of ``classes_``, given that the image is of one of them, (n, n_classes)."""
+        return self.classify(X, nearest=False).probabilities
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
+        """Share of images whose label is predicted; an image called unknown counts as wrong unless y says so."""
+        right = self.predict(X) == np.asarray(y)
+        return float(np.average(right, weights=sample_weight))
+
+    def classify(self, X: Any, *, nearest: bool = True) -> Predictions:  # noqa: N803
+        """All that is said of images, at once.
+
+        Args:
+            X: images, n of them.
+            nearest: also look for the nearest example.
+        """
+        check_is_fitted(self)
+        X = self._checked(X, reset=False)
+        parts = [self._say(x, nearest) for x in self._inputs(X)]
+        return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _say(self, x: Tensor, nearest: bool) -> Predictions:
+        """Of one batch of inputs."""
+        supports, model = self.supports_, self.source_.model
+        z = self._embed(x)
+        scores = supports.scores(z)
+        if not scores.isfinite().any(-1).all() or scores.isnan().any():
+            raise L2GError("need scores that are numbers, got NaN: the model's weights are not finite; train again")
+        p = np.zeros((len(x), len(self.classes_)))
+        p[:, self.seen_] = c.probabilities(scores, self.temperature_).cpu().numpy()
+        classes = self.classes_[self.seen_[scores.argmax(-1).cpu().numpy()]]
+        rejected = (scores.max(-1).values.double() < self.threshold_).cpu().numpy()
+        found = supports.nearest(z) if nearest and scoring.scores_from_embeddings(model) else None
+        at = np.full(len(x), -1) if found is None else found.cpu().numpy()
+        return Predictions(self._with_unknown(classes, rejected), classes, p, rejected, at)
+
+    def _with_unknown(self, classes: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+        """Labels in the classes' own type; where unknown images may occur and their label is of another, objects."""
+        if self.reject_rate is None:
+            return classes
+        unknown = np.asarray(self.unknown_label)
+        if unknown.ndim or unknown.dtype.kind != classes.dtype.kind:
+            labels = classes.astype(object)
+            labels[rejected] = self.unknown_label
+            return labels
+        return np.where(rejected, unknown, classes)
+
+    def _open(self) -> Source:
+        c.checked_rate(self.reject_rate)
+        if self.temperature is not None and not 0 < self.temperature < np.inf:
+            raise L2GError(f"need a temperature above 0 and finite, got {self.temperature!r}")
+        if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
+            raise L2GError(f"need a batch_size of at least 1, got {self.batch_size!r}")
+        source = open_source(self.model, self.device)
+        scoring.check_inductive(source.model)
+        return source
+
+    def _keep(self, z: Tensor, index: np.ndarray) -> FewShotClassifier:
+        """Takes all examples, old and new, as features (n, ...) and places in ``classes_`` (n,)."""
+        if self.reject_rate is not None and self.unknown_label in self.classes_.tolist():
+            raise L2GError(f"need an unknown_label that is no class, got {self.unknown_label!r}; choose another")
+        self._index = index
+        self.seen_, y = np.unique(index, return_inverse=True)
+        labels = torch.as_tensor(y, device=z.device)
+        self.supports_ = scoring.Supports(self.source_.model, z, labels, len(self.seen_))
+        self.n_examples_ = len(z)
+        shots, known = c.mean_shots(np.bincount(y).tolist()), self.source_.calibration
+        fitted = None if known is None else known.at(shots)
+        self.calibrated_ = self.temperature is not None or fitted is not None
+        self.temperature_ = self.temperature or (1.0 if fitted is None else fitted.temperature)
+        self.threshold_, self.threshold_from_ = -np.inf, None
+        if self.reject_rate is not None:
+            self.threshold_, self.threshold_from_ = self._threshold(self.reject_rate, fitted)
+        return self
+
+    def _threshold(self, rate: float, fitted: c.AtShots | None) -> tuple[float, str]:
+        left_out = self.supports_.left_out()
+        threshold = c.rejection_threshold(left_out, rate)
+        if threshold > -np.inf:
+            return threshold, "examples"
+        if fitted is not None:
+            return float(np.quantile(fitted.known, rate)), "episodes"
+        raise L2GError(
+            f"need {int(np.ceil(round(1 / rate, 9))) - 1} examples in classes of two or more to reject {rate:.0%} of "
+            f"known images, got {len(left_out)}; add examples, raise reject_rate, or use a model exported with `l2g "
+            "export`, which has the scores of held-out episodes"
+        )
+
+    def _embedded(self, X: Any) -> Tensor:  # noqa: N803
+        return torch.cat([self._embed(x) for x in self._inputs(X)])
+
+    def _embed(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return scoring.embed(self.source_.model, x)
+
+    def _inputs(self, X: Any) -> Iterator[Tensor]:  # noqa: N803
+        like = next((p for p in self.source_.model.parameters() if p.is_floating_point()), torch.empty(0))
+        preparation = self.source_.preparation or self.preparation
+        for part in images.batches(X, self.batch_size):
+            yield images.inputs(part, preparation, device=like.device, dtype=like.dtype)
+
+    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, np.ndarray]:  # noqa: N803
+        if y is None:
+            raise L2GError("need a label of each image: it requires y to be passed, but the target y is None")
+        X = self._checked(X, reset=reset)
+        y = column_or_1d(y.cpu() if isinstance(y, Tensor) else y, warn=True)
+        assert_all_finite(y, input_name="y")
+        check_classification_targets(y)
+        check_consistent_length(X, y)
+        return X, y
+
+    def _checked(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
+        """Images as they came; what is a table of numbers, as scikit-learn has it checked."""
+        if images.is_image_list(X) or (isinstance(X, np.ndarray | Tensor) and X.ndim > 2 and len(X)):
+            if reset and hasattr(self, "n_features_in_"):
+                del self.n_features_in_
+            return X
+        X = X.cpu().numpy() if isinstance(X, Tensor) else X
+        return validate_data(self, X, reset=reset, allow_nd=True)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True  # paths
+        return tags

@@ -1,0 +1,80 @@
+"""A model's calibration from held-out episodes: fitted on one split, checked on another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta import functional as f
+from l2g_meta.classify.calibration import (
+    AtShots,
+    Calibration,
+    expected_calibration_error,
+    fit_temperature,
+    probabilities,
+    quantiles,
+)
+from l2g_meta.evaluation import episode_scores
+
+
+def calibrate(
+    model: nn.Module,
+    validation: Any,
+    test: Any = None,
+    *,
+    ways: int = 5,
+    shots: tuple[int, ...] = (1, 5),
+    queries: int = 15,
+    episodes: int = 600,
+    device: torch.device | str | None = None,
+) -> Calibration:
+    """Temperature and scores of known images on episodes of validation classes, and the calibration error on test's.
+
+    Nothing of the test split is fitted. Running statistics are used, as ``FewShotClassifier`` does.
+
+    Args:
+        model: ``model(task) -> scores``, not its wrapper.
+        validation: data set to fit on, as for ``TaskPairs``.
+        test: data set to measure on; without one nothing is measured.
+        ways: classes of an episode.
+        shots: numbers of supports per class to calibrate for.
+        queries: queries per class.
+        episodes: for each number of shots, on each split.
+        device: where the model is.
+
+    Raises:
+        DataError: if a split has too few classes or images.
+    """
+    options: dict[str, Any] = {"ways": ways, "queries": queries, "episodes": episodes, "device": device}
+    entries = []
+    for k in shots:
+        scores, y = _gathered(model, validation, shots=k, **options)
+        entry: dict[str, Any] = {"shots": k, "temperature": fit_temperature(scores, y)}
+        entry["known"] = quantiles(scores.max(-1).values)
+        if test is not None:
+            scores, y = _gathered(model, test, shots=k, **options)
+            per_episode = (100 * (scores.argmax(-1) == y).double()).view(episodes, -1).mean(1)
+            entry |= {"accuracy": per_episode.mean().item(), "accuracy_ci95": f.confidence_interval(per_episode)}
+            entry["ece_before"] = calibration_error(scores, y, 1.0)
+            entry["ece_after"] = calibration_error(scores, y, entry["temperature"])
+        entries.append(AtShots(**entry))
+    return Calibration(ways, episodes, tuple(entries))
+
+
+def calibration_error(scores: Tensor, y: Tensor, temperature: float) -> float:
+    """Expected calibration error of scores (n, n_way) for labels (n,).
+
+    Example:
+        >>> calibration_error(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), 1.0)
+        0.5
+    """
+    confidence, predicted = probabilities(scores, temperature).max(-1)
+    return expected_calibration_error(confidence, predicted == y)
+
+
+def _gathered(model: nn.Module, data: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Scores (n, n_way) and labels (n,) of all episodes."""
+    parts = list(episode_scores(model, data, **options))
+    return torch.cat([scores.cpu() for scores, _ in parts]), torch.cat([y.cpu() for _, y in parts])

@@ -1,0 +1,130 @@
+"""The command ``l2g predict``: folders in; a table, a CSV file or one JSON document out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.classify.classifier import FewShotClassifier
+from l2g_meta.classify.folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
+from l2g_meta.classify.source import open_source
+from l2g_meta.errors import L2GError
+
+COLUMNS = ("file", "class", "probability", "nearest")
+
+
+def predict(
+    model: Path,
+    support: Path,
+    query: Sequence[Path],
+    *,
+    csv_file: Path | None = None,
+    as_json: bool = False,
+    reject_rate: float | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> int:
+    """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
+
+    Args:
+        model: a run directory or an exported folder.
+        support: a folder of one folder per class.
+        query: files, and folders of them.
+        csv_file: write the rows there instead of printing them.
+        as_json: print one JSON document instead of a table.
+        reject_rate: as of ``FewShotClassifier``.
+        batch_size: images at a time.
+        device: as ``--device``.
+
+    Raises:
+        L2GError: if the model, a folder or an option is unusable.
+    """
+    from tqdm import tqdm
+
+    source = open_source(model, device)
+    if source.preparation is None:
+        raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
+    classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
+    files = query_files(query)
+    skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {line}", file=sys.stderr))
+    supports = fit_folder(classifier, source.preparation, support, skipped)
+    rows: list[Row] = []  # a few short strings each: what grows with the number of images
+    with _output(csv_file, as_json, files, classifier) as write, tqdm(total=len(files), disable=None) as progress:
+        for start, batch in enumerate(classify_files(classifier, source.preparation, files, supports, skipped)):
+            for row in batch:
+                write(row)
+            rows += batch
+            progress.update(min(batch_size, len(files) - start * batch_size))
+    summary = _summary(classifier, rows, skipped)
+    if as_json:
+        predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        print(json.dumps({"model": str(model), **summary, "predictions": predictions}, indent=1))
+    else:
+        _say(summary, csv_file)
+    return 1 if skipped.files else 0
+
+
+@contextmanager
+def _output(
+    csv_file: Path | None, as_json: bool, files: Sequence[str], classifier: FewShotClassifier
+) -> Iterator[Callable[[Row], None]]:
+    """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere as JSON comes at the end."""
+    if csv_file is not None:
+        try:
+            file = open(csv_file, "w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise L2GError(f"need a file to write for --csv, got {csv_file}: {error.strerror}") from error
+        with file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
+    elif as_json:
+        yield lambda row: None
+    else:
+        from tqdm import tqdm
+
+        names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
+        line = f"{{:{max(map(len, files))}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
+        print(line(*COLUMNS))
+        yield lambda row: tqdm.write(line(row.file, row.label, f"{row.probability:.3f}", row.nearest), file=sys.stdout)
+
+
+def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped) -> dict[str, Any]:
+    classes = list(map(str, classifier.classes_))
+    right = right_of(rows, classes)
+    return {
+        "classes": classes,
+        "examples": classifier.n_examples_,
+        "temperature": classifier.temperature_,
+        "calibrated": classifier.calibrated_,
+        "reject_rate": classifier.reject_rate,
+        "threshold_from": classifier.threshold_from_,
+        "classified": len(rows),
+        "unknown": sum(row.label == classifier.unknown_label for row in rows),
+        "right": None if right is None else right[0],
+        "labelled": None if right is None else right[1],
+        "unreadable": [{"file": file, "reason": reason} for file, reason in skipped.files],
+    }
+
+
+def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
+    """The summary in a few lines, after the table, or instead of it where that went to a file."""
+    note = "" if summary["calibrated"] else "; probabilities are not calibrated, `l2g export` does that"
+    where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
+    print(
+        f"{summary['classified']} images classified from {summary['examples']} examples of {len(summary['classes'])} "
+        f"classes{where}{note}"
+    )
+    if summary["reject_rate"] is not None:
+        print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
+    if summary["labelled"]:
+        share = 100 * summary["right"] / summary["labelled"]
+        print(f"{share:.1f} % right of the {summary['labelled']} in folders named as a class")
+    if summary["unreadable"]:
+        print(f"{len(summary['unreadable'])} could not be read and were skipped; listed on the error output")

@@ -1,0 +1,126 @@
+"""Scores of images against labelled supports, whose features are computed once and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from l2g_meta import functional as f
+from l2g_meta.errors import FitError
+from l2g_meta.evaluation import scores_from_embeddings
+from l2g_meta.heads import FullContextMatchingHead, MatchingHead, RelationHead
+from l2g_meta.model import MetricModel
+from l2g_meta.norm import batchnorm_policy
+from l2g_meta.task import Task
+
+PAIRS = 2**22  # numbers in one table of differences, query by class by dimension
+MOST_LEFT_OUT = 200  # supports that are left out in turn; more make a threshold hardly finer
+
+
+@dataclass(frozen=True, eq=False)
+class Supports:
+    """Labelled examples of the classes, as features or, where a model scores tasks as a whole, as inputs.
+
+    Args:
+        model: ``model(task) -> scores``.
+        z: features of the supports for a ``MetricModel``, else their inputs, (n_support, ...).
+        y: their classes, (n_support,), 0 … n_way − 1.
+        n_way: classes, each with a support.
+    """
+
+    model: nn.Module
+    z: Tensor
+    y: Tensor
+    n_way: int
+
+    def scores(self, query: Tensor) -> Tensor:  # (n_query, ...) -> (n_query, n_way)
+        """Scores of queries, given as the supports are."""
+        return score(self.model, self.z, self.y, query, self.n_way)
+
+    def nearest(self, query: Tensor) -> Tensor | None:  # (n_query, ...) -> (n_query,)
+        """The support that scores highest for each query when each is a class of its own; ``None``: not known.
+
+        So it is nearest in the head's own sense. A model that scores tasks as a whole may have a limit of classes.
+        """
+        if not scores_from_embeddings(self.model):
+            return None
+        n = len(self.z)
+        return score(self.model, self.z, torch.arange(n, device=self.y.device), query, n).argmax(-1)
+
+    def left_out(self) -> Tensor:  # (n,)
+        """The highest score of each support when it is a query and the others are the supports.
+
+        Of classes with two supports or more; of more than ``MOST_LEFT_OUT`` every so-manieth.
+        """
+        counts = torch.bincount(self.y, minlength=self.n_way)
+        rows = torch.nonzero(counts[self.y] > 1)[:, 0]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), MOST_LEFT_OUT)).round().long()]
+        best = []
+        for row in rows.tolist():
+            others = torch.arange(len(self.y), device=self.y.device) != row
+            rest = replace(self, z=self.z[others], y=self.y[others])
+            best.append(rest.scores(self.z[row : row + 1]).max())
+        return torch.stack(best) if best else torch.empty(0)
+
+
+def embed(model: nn.Module, x: Tensor) -> Tensor:
+    """What ``Supports`` keeps of inputs (n, ...): a ``MetricModel``'s features, else the inputs themselves."""
+    return model.encoder(x).to(x.dtype) if scores_from_embeddings(model) else x
+
+
+def check_inductive(model: nn.Module) -> None:
+    """That an image's scores depend on no other query.
+
+    Raises:
+        FitError: for BatchNorm layers without running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise FitError(
+                f"need BatchNorm layers with running statistics, {name or 'the model'} has none: the prediction for an "
+                "image would depend on the others of its batch; build them with track_running_stats=True, train again"
+            )
+
+
+def score(
+    model: nn.Module,
+    support: Tensor,  # (n_support, ...)
+    y: Tensor,  # (n_support,)
+    query: Tensor,  # (n_query, ...)
+    n_way: int,
+) -> Tensor:  # (n_query, n_way)
+    """Scores under running statistics, without gradients; supports and queries as ``embed`` gives them.
+
+    With unequal numbers of supports a class is not favoured for having more of them: see ``_balanced``.
+
+    Raises:
+        FitError: if the model does not take so many classes.
+    """
+    with torch.no_grad(), batchnorm_policy(model, "running"):
+        if not scores_from_embeddings(model):
+            zeros = torch.zeros(len(query), dtype=torch.long, device=y.device)
+            return model(Task(support, y, query, zeros, n_way))
+        rows = max(1, PAIRS // max(1, n_way * support[0].numel()))
+        return torch.cat([_balanced(model, support, y, part, n_way) for part in query.split(rows)])
+
+
+def _balanced(model: MetricModel, support: Tensor, y: Tensor, query: Tensor, n_way: int) -> Tensor:
+    """A head's scores, as of equally many supports of each class where they are not.
+
+    Prototypes are means already. The Relation Network sums the maps of a class (eq. 9): each sum is scaled to the
+    average number. Matching Networks sum the attention to a class's supports: the mean is taken.
+    """
+    counts = torch.bincount(y, minlength=n_way)
+    if counts.max() == counts.min():
+        return model.score(support, y, query, n_way)
+    if isinstance(model.head, RelationHead):
+        average = counts.to(support.dtype).mean() / counts[:, None]
+        maps = (f.class_sums(support, y, n_way).flatten(1) * average).view(n_way, *support.shape[1:])
+        return model.score(maps, torch.arange(n_way, device=y.device), query, n_way)
+    scores = model.score(support, y, query, n_way)
+    if isinstance(model.head, MatchingHead | FullContextMatchingHead):
+        return scores - counts.to(scores.dtype).log()
+    return scores

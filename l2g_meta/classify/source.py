@@ -1,0 +1,123 @@
+"""What a classifier is built around: a run directory, an exported folder, or a module."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2g_meta.build import build_device, build_model, load_run, set_precision
+from l2g_meta.checkpoint import load_tensors, put, read_info
+from l2g_meta.classify.calibration import Calibration
+from l2g_meta.classify.images import Preparation
+from l2g_meta.config import Config
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.wrapper import L2GWrapper
+
+MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
+FORMAT = 1  # of model.json; raised when an older version could not read it
+ARCHITECTURE = (
+    "data", "method", "head", "backbone", "distance", "dims", "temperature", "learn_temperature", "reduction", "ways",
+    "shots", "inner_lr", "inner_steps", "test_steps", "first_order", "precision", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model, and what is known of it.
+
+    Args:
+        model: ``model(task) -> scores``, in evaluation mode, on its device.
+        preparation: how images become its inputs; ``None``: not known.
+        calibration: from held-out episodes; ``None``: not known.
+        values: an exported folder's ``model.json``.
+    """
+
+    model: nn.Module
+    preparation: Preparation | None = None
+    calibration: Calibration | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(model: Any, device: str = "auto") -> Source:
+    """A trained model from its folder, or a copy of a module.
+
+    Args:
+        model: a folder made by ``l2g train`` or ``l2g export``; ``model(task) -> scores`` or its ``L2GWrapper``; or
+            what this function has opened, which is returned.
+        device: as ``--device``.
+
+    Raises:
+        L2GError: if it is none of these, or the folder is missing, damaged or of another kind.
+    """
+    place = build_device(device)
+    if isinstance(model, Source):
+        model.model.to(place)
+        return model
+    if isinstance(model, nn.Module):
+        module = model.module if isinstance(model, L2GWrapper) else model
+        return Source(copy.deepcopy(module).eval().to(place))
+    if not isinstance(model, str | os.PathLike):
+        raise L2GError(f"need a run directory, an exported folder or a torch.nn.Module as model, got {model!r}")
+    folder = Path(model)
+    if (folder / MODEL).is_file():
+        return _open_export(folder, place)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"need a folder made by `l2g train` (with config.json) or by `l2g export` (with {MODEL}), got {folder}; "
+            "name one"
+        )
+    wrapper, config = load_run(folder, device=str(place))
+    info = read_info(folder / "best.safetensors")
+    if "data" in info.get("given", []):
+        raise CheckpointError(
+            f"{folder} was given its data from Python, so that how its images were prepared is not known; pass its "
+            "model instead, l2g_meta.build.load_run(folder)[0], with inputs as in training"
+        )
+    return Source(wrapper.module, Preparation.of_run(config, info["image_shape"]))
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """What of a config it takes to build its model again."""
+    return {name: getattr(config, name) for name in ARCHITECTURE}
+
+
+def _open_export(folder: Path, device: torch.device) -> Source:
+    values = read_values(folder)
+    preparation = Preparation.of(values.get("preparation") or {})
+    calibration = None if values.get("calibration") is None else Calibration.of(values["calibration"])
+    try:
+        config = Config.of(values["architecture"]).resolved()
+    except L2GError:
+        raise
+    except Exception as error:  # names and values of any kind
+        raise CheckpointError(f"need an architecture in {folder / MODEL}, got: {error!r}; export again") from error
+    model = build_model(config, preparation.image_shape)
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    put(tensors, model, folder / WEIGHTS)
+    set_precision(config.precision)
+    return Source(model.eval().to(device), preparation, calibration, values)
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The JSON object in an exported folder's ``model.json``.
+
+    Raises:
+        CheckpointError: if it is something else, or of a later version.
+    """
+    path = folder / MODEL
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values.get("format"), int):
+            raise ValueError("no object with a format")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"need an exported model in {path}, got: {error}; export the run again") from error
+    if values["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {values['format']}, this version of l2g-meta reads {FORMAT}; upgrade")
+    return values
