@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 
 # Tests never read or write the user's converted data; one folder serves the whole run.
 os.environ.setdefault("L2G_CACHE", tempfile.mkdtemp(prefix="l2g-tests-"))
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from l2g_meta import clone
 
@@ -17,6 +22,40 @@ from l2g_meta import clone
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def blobs(root: Path, classes: int, each: int, *, seed: int = 0, size: tuple[int, int] = (16, 16)) -> Path:
+    """A folder of PNG files, ``root/class00/0.png``: blurred noise, alike within a class."""
+    rng = np.random.default_rng(seed)
+    for c in range(classes):
+        folder, centre = root / f"class{c:02d}", rng.integers(0, 200, (4, 4, 3))
+        folder.mkdir(parents=True)
+        for k in range(each):
+            pixels = (centre + rng.integers(0, 56, (4, 4, 3))).astype(np.uint8)
+            Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR).save(folder / f"{k}.png")
+    return root
+
+
+@pytest.fixture(name="blobs", scope="session")
+def _blobs() -> Callable[..., Path]:
+    return blobs
+
+
+@pytest.fixture(scope="session")
+def blob_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained for two updates on a folder of 16-pixel images, kept beside it as ``data``."""
+    from l2g_meta.config import Config
+    from l2g_meta.training import train
+
+    base = tmp_path_factory.mktemp("blobs")
+    for k, split in enumerate(("train", "validation", "test")):
+        blobs(base / "data" / split, 6, 12, seed=k, size=(20, 16))
+    config = Config(
+        data="folder", root=str(base / "data"), image_size=16, ways=3, queries=2, pairs=1, iterations=2, eval_every=2,
+        eval_episodes=4, device="cpu",
+    )  # fmt: skip
+    train(config, base / "run", progress=False)
+    return base / "run"
 
 
 @pytest.fixture(params=["learn2learn", "built-in"])

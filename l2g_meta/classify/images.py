@@ -91,7 +91,7 @@ class Preparation:
         image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
         side = (self.size, self.size)
         image = ImageOps.fit(image, side, Image.Resampling.BILINEAR) if self.square else stretch(image, self.size)
-        return np.asarray(image).reshape(*side, self.channels)
+        return np.array(image).reshape(*side, self.channels)
 
     def read(self, path: str) -> np.ndarray:  # (size, size, channels) uint8
         """The pixels of an image file.
@@ -148,7 +148,7 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
     """
     if is_image_list(images):
         return torch.cat([_one(image, preparation, device) for image in images]).to(dtype)
-    x = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images)
+    x = _as_tensor(images)
     if preparation is None:
         return x.to(device, dtype)
     shape = preparation.image_shape
@@ -169,7 +169,7 @@ def _one(image: Any, preparation: Preparation | None, device: torch.device) -> T
     """The input of one image."""
     if preparation is None:
         if isinstance(image, np.ndarray | Tensor):
-            return torch.as_tensor(image)[None].to(device)
+            return _as_tensor(image)[None].to(device)
         raise DataError(
             f"need arrays or tensors for a model of which only the module is known, got {type(image).__name__}; pass "
             "preparation=Preparation(size, channels, mean, std), or a run directory or exported folder as the model"
@@ -183,7 +183,15 @@ def _one(image: Any, preparation: Preparation | None, device: torch.device) -> T
             return preparation.normalised(preparation.pixels(image)[None], device)
         except (OSError, SyntaxError) as error:  # Pillow reads a file's pixels when they are asked for
             raise DataError(f"need a readable image, got {image!r} ({error}); restore or remove it") from error
-    return inputs(torch.as_tensor(image)[None], preparation, device=device, dtype=torch.float32)
+    return inputs(_as_tensor(image)[None], preparation, device=device, dtype=torch.float32)
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Values as a tensor; what may not be written (a file's map) is copied, which PyTorch would warn of."""
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _channels_last(x: Tensor) -> Tensor:  # (n, H, W), (n, H, W, C) or (n, C, H, W) -> (n, H, W, C)

@@ -1,0 +1,205 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+from l2g_meta import Conv4, FewShotClassifier
+from l2g_meta.build import load_run
+from l2g_meta.classify import export as exporting
+from l2g_meta.classify.export import export, export_encoder
+from l2g_meta.classify.images import Preparation
+from l2g_meta.cli import main
+from l2g_meta.config import Config
+from l2g_meta.data import load
+from l2g_meta.errors import L2GError
+from l2g_meta.training import train
+
+PREPARATION = Preparation(16, 1, (0.5,), (0.5,))
+
+
+@pytest.fixture(scope="module")
+def exported(blob_run, tmp_path_factory):
+    """The run as a folder, without ONNX."""
+    out = tmp_path_factory.mktemp("exports") / "model"
+    export(blob_run, out, onnx=False, episodes=20)
+    return out
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+def images(blob_run):
+    data = load("folder", "test", root=blob_run.parent / "data", image_size=16)
+    return data.images[::3].numpy(), data.labels[::3]
+
+
+def test_an_export_predicts_as_its_run(blob_run, exported):
+    x, y = images(blob_run)
+    fitted = FewShotClassifier.load(exported, device="cpu").fit(x, y)
+    run = FewShotClassifier(blob_run, temperature=fitted.temperature_, device="cpu").fit(x, y)
+    np.testing.assert_array_equal(fitted.predict_proba(x), run.predict_proba(x))
+    values = json.loads((exported / "model.json").read_text())
+    assert fitted.calibrated_ and fitted.temperature_ == values["calibration"]["shots"][1]["temperature"] != 1
+    one_each = np.unique(y, return_index=True)[1]
+    assert fitted.fit(x[one_each], y[one_each]).temperature_ == values["calibration"]["shots"][0]["temperature"]
+
+
+def test_one_example_each_is_enough_for_rejection(blob_run, exported):
+    x, y = images(blob_run)
+    one_each = np.unique(y, return_index=True)[1]
+    fitted = FewShotClassifier(exported, reject_rate=0.1, device="cpu").fit(x[one_each], y[one_each])
+    known = json.loads((exported / "model.json").read_text())["calibration"]["shots"][0]["known"]
+    assert fitted.threshold_from_ == "episodes" and fitted.threshold_ == pytest.approx(known[20])
+    assert len(known) == 201 and known == sorted(known)
+
+
+def test_it_is_read_elsewhere_without_the_run(copied, tmp_path):
+    code = (
+        "import sys, numpy as np; from l2g_meta import FewShotClassifier;"
+        "c = FewShotClassifier.load(sys.argv[1], device='cpu');"
+        "x = np.eye(3, dtype='uint8')[:, :, None, None].repeat(3, 2).repeat(3, 3) * 255;"
+        "print(*c.fit(x, list('abc')).predict(x))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, copied], capture_output=True, text=True)
+    assert done.stdout.split() == ["a", "b", "c"], done.stderr
+
+
+def test_the_command_writes_all_files_and_a_card(blob_run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="l2g-meta[export] is not installed")
+    pytest.importorskip("onnxscript", reason="l2g-meta[export] is not installed")
+    out = tmp_path / "deep" / "model"
+    assert main(["export", str(blob_run), str(out), "--episodes", "10"]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "encoder.onnx", "encoder.pt2", "model.json", "model.safetensors",
+    }  # fmt: skip
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+    values, card = json.loads((out / "model.json").read_text()), (out / "README.md").read_text()
+    for entry in values["calibration"]["shots"]:
+        row = (
+            f"| {entry['shots']} | {entry['accuracy']:.2f} ± {entry['accuracy_ci95']:.2f} | {entry['ece_before']:.4f} |"
+        )
+        assert row in card and entry["ece_before"] >= 0
+    assert values["classes"] == [f"class{c:02d}" for c in range(6)] and "class05" in card
+    assert not any(str(blob_run.parent) in text for text in (card, json.dumps(values)))  # nothing of this machine
+    printed = capsys.readouterr().out
+    assert "encoder.onnx: read back" in printed and "5-shot: test" in printed
+
+    import onnxruntime
+
+    x = torch.randn(4, 3, 16, 16)
+    session = onnxruntime.InferenceSession(out / "encoder.onnx", providers=["CPUExecutionProvider"])
+    encoder = load_run(blob_run, device="cpu")[0].module.encoder
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.tensor(session.run(None, {"images": x.numpy()})[0]), encoder(x), atol=1e-4, rtol=0
+        )
+
+
+def test_a_file_with_other_embeddings_is_not_delivered(blob_run, tmp_path, monkeypatch):
+    torch_export = torch.export.export
+    other = Conv4(3)
+    monkeypatch.setattr(
+        torch.export, "export", lambda encoder, *rest, **options: torch_export(other.eval(), *rest, **options)
+    )
+    with pytest.raises(L2GError, match="need the same embeddings from encoder.pt2"):
+        export(blob_run, tmp_path / "model", onnx=False, episodes=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_that_cannot_be_traced(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x * float(x.sum() > 0)  # depends on values
+
+    with pytest.raises(L2GError, match="cannot export Odd"):
+        export_encoder(Odd(), PREPARATION, tmp_path, onnx=False)
+
+
+def test_an_occupied_folder_is_refused(blob_run, tmp_path, capsys):
+    assert main(["export", str(blob_run), str(tmp_path), "--no-onnx"]) == 2
+    assert "remove it or choose another" in capsys.readouterr().err
+
+
+def test_onnx_without_its_packages(blob_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(blob_run), str(tmp_path / "model")]) == 2
+    assert 'pip install "l2g-meta[export]" adds' in capsys.readouterr().err
+
+
+def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "model_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(blob_run, tmp_path / "model", onnx=False, episodes=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: "[]", "no object with a format"),
+        (lambda v: "{", "need an exported model"),
+        (lambda v: json.dumps({**v, "format": 99}), "upgrade"),
+        (lambda v: json.dumps({**v, "preparation": {"size": 10**9}}), "how images are prepared"),
+        (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "size": 10**9}}), "need a size"),
+        (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "std": [0, 0, 0]}}), "positive std"),
+        (lambda v: json.dumps({**v, "architecture": {"head": "os:system"}}), "derived from torch.nn.Module"),
+        (lambda v: json.dumps({**v, "architecture": {"hat": 1}}), "need an architecture"),
+        (lambda v: json.dumps({**v, "architecture": {**v["architecture"], "backbone": "resnet12"}}), "another model"),
+        (lambda v: json.dumps({**v, "calibration": {"shots": [{"shots": 1}]}}), "need a calibration"),
+    ],
+)
+def test_damaged_exports_end_in_our_error(change, message, copied):
+    path = copied / "model.json"
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(L2GError, match=message):
+        FewShotClassifier.load(copied, device="cpu")
+
+
+def test_damaged_weights_are_found(copied):
+    path = copied / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(L2GError, match="checksum"):
+        FewShotClassifier.load(copied, device="cpu")
+
+
+def test_a_method_that_adapts_is_exported_without_its_encoder(blob_run, tmp_path):
+    config = Config.load(blob_run / "config.json")
+    adapting = Config(
+        data="folder", root=config.root, image_size=16, ways=3, queries=2, pairs=1, iterations=1, eval_every=1,
+        eval_episodes=2, device="cpu", method="maml-softmax", inner_steps=1, test_steps=2,
+    )  # fmt: skip
+    train(adapting, tmp_path / "run", progress=False)
+    values = export(tmp_path / "run", tmp_path / "model", onnx=False, episodes=2)
+    assert values["encoder"] is None and values["calibration"]["ways"] == 3
+    x, y = images(blob_run)
+    few = y < 3
+    assert set(FewShotClassifier(tmp_path / "model", device="cpu").fit(x[few], y[few]).predict(x)) <= {0, 1, 2}
+
+
+def test_a_run_given_its_data_from_python_says_so(blob_run, tmp_path):
+    data = load("folder", "train", root=blob_run.parent / "data", image_size=16)
+    config = Config(ways=3, queries=2, pairs=1, iterations=1, eval_every=1, eval_episodes=2, device="cpu")
+    train(config, tmp_path / "run", data=data, validation=data, progress=False)
+    with pytest.raises(L2GError, match="was given its data from Python"):
+        export(tmp_path / "run", tmp_path / "model", onnx=False)
+    with pytest.raises(L2GError, match="was given its data from Python"):
+        FewShotClassifier.load(tmp_path / "run", device="cpu")
+    wrapper, _ = load_run(tmp_path / "run", device="cpu")
+    assert FewShotClassifier(wrapper, device="cpu").fit(data.gather([0, 12]), ["a", "b"]).classes_.tolist() == [
+        "a",
+        "b",
+    ]

@@ -1,0 +1,135 @@
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+from l2g_meta.classify import folder
+from l2g_meta.classify.images import Preparation
+from l2g_meta.cli import main
+
+
+@pytest.fixture
+def photos(tmp_path, blobs):
+    """Three classes: two examples of each, and four images to classify, in folders named as the classes."""
+    blobs(tmp_path / "all", 3, 6, seed=9)
+    for name in ("class00", "class01", "class02"):
+        for kind, numbers in (("support", range(2)), ("query", range(2, 6))):
+            (tmp_path / kind / name).mkdir(parents=True)
+            for k in numbers:
+                shutil.copy(tmp_path / "all" / name / f"{k}.png", tmp_path / kind / name)
+    return tmp_path
+
+
+def predict(run, photos, *more, query=None):
+    query = [photos / "query"] if query is None else query
+    command = ["predict", "--model", run, "--support", photos / "support", "--query", *query, "--device", "cpu", *more]
+    return main(list(map(str, command)))
+
+
+def test_a_table(blob_run, photos, capsys):
+    assert predict(blob_run, photos) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["file", "class", "probability", "nearest"] and len(lines) == 1 + 12 + 2
+    file, label, probability, nearest = lines[1].split()
+    assert file == str(photos / "query" / "class00" / "2.png") and label.startswith("class")
+    assert 1 / 3 <= float(probability) <= 1 and os.path.dirname(nearest).startswith(str(photos / "support"))
+    assert "12 images classified from 6 examples of 3 classes; probabilities are not calibrated" in lines[-2]
+    assert lines[-1].endswith("% right of the 12 in folders named as a class")
+
+
+def test_one_json_document_and_nothing_else(blob_run, photos, capsys):
+    assert predict(blob_run, photos, "--json", "--batch-size", "5") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["classes"] == ["class00", "class01", "class02"] and document["labelled"] == 12
+    rows = document["predictions"]
+    assert len(rows) == document["classified"] == 12 and document["unreadable"] == []
+    right = sum(row["class"] == os.path.basename(os.path.dirname(row["file"])) for row in rows)
+    assert document["right"] == right > 6
+
+
+def test_a_csv_file(blob_run, photos, capsys):
+    target = photos / "rows.csv"
+    assert predict(blob_run, photos, "--csv", target, "--batch-size", "5") == 0
+    with open(target, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == sorted(row["file"] for row in rows) and len(rows) == 12
+    out = capsys.readouterr().out
+    assert str(target) in out and "query" not in out
+
+
+def test_the_nearest_support_of_a_support_is_itself(blob_run, photos, capsys):
+    files = sorted((photos / "support").glob("*/*.png"))
+    assert predict(blob_run, photos, "--json", query=files) == 0
+    for file, row in zip(files, json.loads(capsys.readouterr().out)["predictions"], strict=True):
+        assert row["file"] == row["nearest"] == str(file)
+
+
+def test_unreadable_images_are_listed_and_skipped(blob_run, photos, capsys):
+    (photos / "query" / "class01" / "3.png").write_bytes(b"no image")
+    (photos / "query" / "photo.heic").write_bytes(b"of a kind that is not read")
+    (photos / "query" / "notes.txt").write_text("passed over")
+    (photos / "query" / ".hidden.png").write_bytes(b"passed over")
+    (photos / "support" / "class00" / "0.png").write_bytes(b"")
+    assert predict(blob_run, photos, "--json", "--batch-size", "1") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert len(document["predictions"]) == 11 and document["examples"] == 5
+    listed = [os.path.basename(entry["file"]) for entry in document["unreadable"]]
+    assert listed == ["0.png", "photo.heic", "3.png"]
+    assert [line.split(":")[1].split("/")[-1] for line in err.splitlines() if line.startswith("l2g: skipped")] == listed
+    assert predict(blob_run, photos) == 1
+    assert "3 could not be read and were skipped" in capsys.readouterr().out
+
+
+def test_unknown(blob_run, photos, capsys):
+    assert predict(blob_run, photos, "--unknown", "0.3", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["threshold_from"] == "examples" and document["unknown"] < 12
+    assert predict(blob_run, photos, "--unknown", "0.3") == 0
+    assert "called unknown (threshold from examples)" in capsys.readouterr().out
+    assert predict(blob_run, photos, "--unknown", "0.01") == 2
+    assert "need 99 examples in classes of two or more to reject 1% of known images, got 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: shutil.rmtree(p / "query"), "there is no"),
+        (lambda p: [shutil.rmtree(d) for d in (p / "query").iterdir()], "got none in"),
+        (lambda p: shutil.rmtree(p / "support"), "need a folder of one folder per class"),
+        (lambda p: [shutil.rmtree(d) for d in (p / "support").iterdir()], "got no folder"),
+        (lambda p: [f.unlink() for f in (p / "support" / "class01").iterdir()], "got no image in ['class01']"),
+        (lambda p: [f.write_bytes(b"") for f in (p / "support" / "class01").iterdir()], "a readable image of class"),
+    ],
+)
+def test_folders_that_cannot_be_used(change, message, blob_run, photos, capsys):
+    change(photos)
+    assert predict(blob_run, photos) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_or_is_no_model(blob_run, photos, capsys):
+    assert predict(blob_run, photos, "--csv", photos / "none" / "rows.csv") == 2
+    assert "need a file to write for --csv" in capsys.readouterr().err
+    assert predict(photos, photos) == 2
+    assert "need a folder made by `l2g train`" in capsys.readouterr().err
+
+
+def test_files_are_read_batch_by_batch(photos, monkeypatch):
+    read = []
+    monkeypatch.setattr(Preparation, "read", lambda self, file: read.append(file) or np.zeros((4, 4, 3), np.uint8))
+    files = [f"{k}.png" for k in range(10_000)]
+    batches = folder.read_batches(files, Preparation(4, 3, (0.5,), (0.5,)), 8, folder.Skipped())
+    names, pixels = next(batches)
+    assert names == files[:8] and pixels.shape == (8, 4, 4, 3) and len(read) == 8
+    assert len(list(batches)) == 1249 and len(read) == 10_000
+
+
+def test_links_to_folders_are_not_followed(photos):
+    os.symlink(photos / "query", photos / "query" / "again", target_is_directory=True)
+    assert len(folder.query_files([photos / "query"])) == 12
