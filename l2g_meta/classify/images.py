@@ -147,7 +147,7 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
         DataError: if they are something else, or a file cannot be read.
     """
     if is_image_list(images):
-        return torch.cat([_one(image, preparation, device) for image in images]).to(dtype)
+        return _from_list(images, preparation, device).to(dtype)
     x = _as_tensor(images)
     if preparation is None:
         return x.to(device, dtype)
@@ -165,25 +165,35 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
     )
 
 
-def _one(image: Any, preparation: Preparation | None, device: torch.device) -> Tensor:  # (1, ...)
-    """The input of one image."""
+def _from_list(images: Sequence[Any], preparation: Preparation | None, device: torch.device) -> Tensor:  # (n, ...)
+    """Inputs of images one by one, each of any kind."""
     if preparation is None:
-        if isinstance(image, np.ndarray | Tensor):
-            return _as_tensor(image)[None].to(device)
-        raise DataError(
-            f"need arrays or tensors for a model of which only the module is known, got {type(image).__name__}; pass "
-            "preparation=Preparation(size, channels, mean, std), or a run directory or exported folder as the model"
-        )
+        for image in images:
+            if not isinstance(image, np.ndarray | Tensor):
+                raise DataError(
+                    f"need arrays or tensors where only the module is known, got {type(image).__name__}; "
+                    "pass preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
+                )
+        return torch.stack([_as_tensor(image) for image in images]).to(device)
+    found = [_pixels(image, preparation) for image in images]
+    if all(isinstance(pixels, np.ndarray) for pixels in found):
+        return preparation.normalised(np.stack(found), device)
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    return torch.cat([inputs(_as_tensor(one)[None], preparation, **options) for one in found])
+
+
+def _pixels(image: Any, preparation: Preparation) -> np.ndarray | Tensor:
+    """Pixels (size, size, channels) of a file or PIL image; an array or tensor as it is."""
     if isinstance(image, str | os.PathLike):
-        return preparation.normalised(preparation.read(os.fspath(image))[None], device)
-    if isinstance(image, Image.Image):
-        if image.mode[0] in "IF":
-            raise DataError(f"need 8-bit images, got one of mode {image.mode}; convert it")
-        try:
-            return preparation.normalised(preparation.pixels(image)[None], device)
-        except (OSError, SyntaxError) as error:  # Pillow reads a file's pixels when they are asked for
-            raise DataError(f"need a readable image, got {image!r} ({error}); restore or remove it") from error
-    return inputs(_as_tensor(image)[None], preparation, device=device, dtype=torch.float32)
+        return preparation.read(os.fspath(image))
+    if not isinstance(image, Image.Image):
+        return _as_tensor(image)
+    if image.mode[0] in "IF":
+        raise DataError(f"need 8-bit images, got one of mode {image.mode}; convert it")
+    try:
+        return preparation.pixels(image)
+    except (OSError, SyntaxError) as error:  # Pillow reads a file's pixels when they are asked for
+        raise DataError(f"need a readable image, got {image!r} ({error}); restore or remove it") from error
 
 
 def _as_tensor(values: Any) -> Tensor:
