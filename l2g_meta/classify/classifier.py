@@ -196,13 +196,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Of one batch of inputs."""
         supports, model = self.supports_, self.source_.model
         z = self._embed(x)
-        scores = supports.scores(z)
+        scores = supports.scores(z).cpu()  # double precision is not to be had on every device
         if not scores.isfinite().any(-1).all() or scores.isnan().any():
             raise L2GError("need scores that are numbers, got NaN: the model's weights are not finite; train again")
         p = np.zeros((len(x), len(self.classes_)))
-        p[:, self.seen_] = c.probabilities(scores, self.temperature_).cpu().numpy()
-        classes = self.classes_[self.seen_[scores.argmax(-1).cpu().numpy()]]
-        rejected = (scores.max(-1).values.double() < self.threshold_).cpu().numpy()
+        p[:, self.seen_] = c.probabilities(scores, self.temperature_).numpy()
+        classes = self.classes_[self.seen_[scores.argmax(-1).numpy()]]
+        rejected = (scores.max(-1).values.double() < self.threshold_).numpy()
         found = supports.nearest(z) if nearest and scoring.scores_from_embeddings(model) else None
         at = np.full(len(x), -1) if found is None else found.cpu().numpy()
         return Predictions(self._with_unknown(classes, rejected), classes, p, rejected, at)
@@ -247,7 +247,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _threshold(self, rate: float, fitted: c.AtShots | None) -> tuple[float, str]:
-        left_out = self.supports_.left_out()
+        left_out = self.supports_.left_out().cpu()
         threshold = c.rejection_threshold(left_out, rate)
         if threshold > -np.inf:
             return threshold, "examples"

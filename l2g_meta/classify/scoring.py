@@ -53,7 +53,7 @@ class Supports:
     def left_out(self) -> Tensor:  # (n,)
         """The highest score of each support when it is a query and the others are the supports.
 
-        Of classes with two supports or more; of more than ``MOST_LEFT_OUT`` every so-manieth.
+        Of classes with two supports or more; where these are more than ``MOST_LEFT_OUT``, of so many, evenly spaced.
         """
         counts = torch.bincount(self.y, minlength=self.n_way)
         rows = torch.nonzero(counts[self.y] > 1)[:, 0]
