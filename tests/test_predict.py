@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_files_are_read_batch_by_batch(photos, monkeypatch):
     names, pixels = next(batches)
     assert names == files[:8] and pixels.shape == (8, 4, 4, 3) and len(read) == 8
     assert len(list(batches)) == 1249 and len(read) == 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_names_that_cannot_be_printed(blob_run, photos, capsys):
+    shutil.rmtree(photos / "query" / "class00")
+    name = os.fsdecode(b"\xff\x1b[2J\n.png")
+    os.rename(photos / "query" / "class01" / "3.png", photos / "query" / name)
+    (photos / "query" / os.fsdecode(b"\xfe.png")).write_bytes(b"")
+    assert predict(blob_run, photos) == 1
+    out, err = capsys.readouterr()
+    assert r"\udcff\x1b[2J\n.png  class" in out and r"\udcfe.png: need a readable" in err and "\x1b" not in out
+    assert predict(blob_run, photos, "--csv", photos / "rows.csv") == 1
+    assert os.fsencode(name) in (photos / "rows.csv").read_bytes()
 
 
 def test_links_to_folders_are_not_followed(photos):

@@ -52,7 +52,7 @@ def predict(
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
     files = query_files(query)
-    skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {line}", file=sys.stderr))
+    skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
     supports = fit_folder(classifier, source.preparation, support, skipped)
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
     with _output(csv_file, as_json, files, classifier) as write, tqdm(total=len(files), disable=None) as progress:
@@ -77,7 +77,7 @@ def _output(
     """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere as JSON comes at the end."""
     if csv_file is not None:
         try:
-            file = open(csv_file, "w", newline="", encoding="utf-8")
+            file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
         except OSError as error:
             raise L2GError(f"need a file to write for --csv, got {csv_file}: {error.strerror}") from error
         with file:
@@ -90,9 +90,21 @@ def _output(
         from tqdm import tqdm
 
         names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
-        line = f"{{:{max(map(len, files))}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
+        line = f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
         print(line(*COLUMNS))
-        yield lambda row: tqdm.write(line(row.file, row.label, f"{row.probability:.3f}", row.nearest), file=sys.stdout)
+        yield lambda row: tqdm.write(
+            line(*map(shown, (row.file, row.label, f"{row.probability:.3f}", row.nearest))), file=sys.stdout
+        )
+
+
+def shown(text: str) -> str:
+    r"""A file's name without what would steer a terminal or cannot be printed.
+
+    Example:
+        >>> print(shown("a\n\x1b[2J é"))
+        a\n\x1b[2J é
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped) -> dict[str, Any]:
