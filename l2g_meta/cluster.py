@@ -82,11 +82,10 @@ class Job(NamedTuple):
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        command = Path(f"/proc/{pid}/cmdline")  # Linux; numbers are given again
+        return not command.exists() or b"submitit" in command.read_bytes()
+    except OSError:  # there is none, or it is somebody else's
         return False
-    except PermissionError:  # somebody else's process has the number now
-        return False
-    return True
 
 
 def job_of(run: Path) -> Job | None:

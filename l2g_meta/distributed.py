@@ -45,6 +45,11 @@ class World:
         """Whether this is the process that logs and saves."""
         return self.rank == 0
 
+    @classmethod
+    def here(cls) -> World:
+        """As torchrun says it in the environment, before ``join`` or after it; alone without it."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
     def share(self, n: int) -> range:
         """This rank's part of n things, consecutive, the first ranks' one larger where they do not divide."""
         each, more = divmod(n, self.size)
