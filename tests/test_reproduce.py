@@ -59,6 +59,7 @@ def test_the_published_numbers_have_a_row_and_a_column():
     assert all(other in ROWS for row in ROWS.values() for other in row.against)
     # Spot checks against the paper's text.
     assert EXPERIMENTS["table1"].paper["l2g-proto"][0] == 50.20 and EXPERIMENTS["table2"].paper["proto"][3] == 57.83
+    assert "maml-relation" in EXPERIMENTS["table2"].rows and "maml-relation" not in EXPERIMENTS["table2"].paper
     assert EXPERIMENTS["table3"].paper["l2g-proto-fixed"] == (60.64, 58.08, 53.00)
 
 
