@@ -31,11 +31,6 @@ class Run:
         return str(self.out)
 
     @property
-    def folders(self) -> list[Path]:
-        """Its run directory."""
-        return [self.out]
-
-    @property
     def done(self) -> int:
         """Updates up to the newest state."""
         return max(numbers(self.out), default=0)
