@@ -69,6 +69,12 @@ class Job(NamedTuple):
         """Whether it will do no more."""
         return self._submitit().done() if self.executor == "slurm" else self.state == "ENDED"
 
+    def describe(self, folder: Path) -> str:
+        """What it does, and what to do if the cluster has forgotten it."""
+        state = self.state
+        forgotten = f"; if Slurm has forgotten it, remove {folder / RECORD}" if state == "UNKNOWN" else ""
+        return f"job {self.id}, {state}{forgotten}"
+
     @property
     def log(self) -> Path:
         """What it printed; errors are in the file beside it that ends in ``.err``."""

@@ -197,7 +197,12 @@ def test_what_slurm_is_asked_for(tmp_path, slurm, capsys):
     ):  # fmt: skip
         assert f"#SBATCH {flag}" in script
     assert main([*command, "--submit", "slurm", *options]) == 0
-    assert "glyphs 5w1s proto seed 0: job 4711_0 has it (PENDING)" in capsys.readouterr().out
+    assert "glyphs 5w1s proto seed 0: job 4711_0, PENDING" in capsys.readouterr().out
+    (tmp_path / "bin" / "sacct").write_text('#!/bin/sh\nprintf "JobID|State|NodeList\\n"\n')  # it has forgotten the job
+    forgotten = Job("4712", "slurm", str(tmp_path / "other"))
+    assert forgotten.describe(tmp_path / "run") == (
+        f"job 4712, UNKNOWN; if Slurm has forgotten it, remove {tmp_path / 'run' / 'job.json'}"
+    )
     assert main(command) == 1
     assert capsys.readouterr().err.count(", PENDING\n") == 2
     cells = plan("table1", "smoke", tmp_path / "out", rows=["proto", "l2g-proto"]).cells
@@ -218,6 +223,7 @@ def test_a_job_on_disk_is_the_job(tmp_path):
     (tmp_path / cluster.RECORD).write_text(json.dumps(job._asdict()))
     assert job_of(tmp_path) == job and job_of(tmp_path / "none") is None
     assert Job(str(2**22 + 1), "local", str(tmp_path)).state == "ENDED"  # beyond the largest process number
+    assert Job(str(os.getpid()), "local", str(tmp_path)).state == "ENDED"  # another process has the number now
 
 
 def test_the_folder_of_a_run_is_that_of_the_command():

@@ -51,7 +51,7 @@ def submit_cells(
     for cell in plan.cells:
         job = with_job.get(cell)
         if job is not None and not job.ended:
-            say(f"{cell.name}: job {job.id} has it ({job.state})")
+            say(f"{cell.name}: {job.describe(cell.folder)}")
         elif not cell.done:
             works.append(CellWork(cell))
     return submit(works, executor, plan.out / "jobs", options=options, parallel=parallel, say=say)
@@ -65,7 +65,7 @@ def submitted(plan: Plan) -> dict[Cell, Job]:
 def describe(cell: Cell, job: Job) -> str:
     """What has become of a submitted cell that is not done, and what to do."""
     if not job.ended:
-        return f"{cell.name}: job {job.id}, {job.state}"
+        return f"{cell.name}: {job.describe(cell.folder)}"
     return (
         f"{cell.name}: job {job.id} ended ({job.state}) without a result, see {job.log.with_suffix('.err')}; add "
         f"--submit to submit it again, or remove {cell.folder / 'job.json'} to run it here"
