@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -17,7 +16,7 @@ from l2g_meta.arguments import build_parser
 from l2g_meta.bench.case import Case
 from l2g_meta.checkpoint import read_info, write_text
 from l2g_meta.config import Config
-from l2g_meta.distributed import join, shutdown
+from l2g_meta.distributed import World, join, shutdown
 from l2g_meta.errors import L2GError
 
 if TYPE_CHECKING:
@@ -57,8 +56,8 @@ def _train(args: argparse.Namespace) -> int:
         replay(args.replay, **given)
         return 0
     config, out, resume = _what_to_train(args, given)
-    train(config, out, resume=resume)
-    if os.environ.get("RANK", "0") != "0":
+    train(config, out, resume=resume, force=args.force)
+    if not World.here().main:
         return 0
     best = read_info(out / "best.safetensors")
     skipped = read_info(out / "last.safetensors").get("skipped")
@@ -96,12 +95,6 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     _, _, info = newest(out)
     config = replace(stored or Config.of(info["config"]), **given).resolved()
     _refuse_given(info, out, "continue it with l2g_meta.training.train(..., resume=True)")
-    difference = config.differences(Config.of(info["config"]))
-    if difference and not args.force:
-        raise L2GError(
-            f"need the config that {out} was trained with so far, got {difference}; leave that out, begin another "
-            "run, or go on with the new values by --force"
-        )
     return config, out, True
 
 
@@ -115,7 +108,7 @@ def _is_json(path: Path) -> bool:
 def _evaluate(args: argparse.Namespace) -> int:
     from l2g_meta.evaluation import paired_difference
 
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = World.here().main
     if args.json is not None and main_process:
         _check_writable(args.json)
     trained, others = _load_runs(args, args.run), _load_runs(args, args.against or [])

@@ -1,7 +1,7 @@
 """Runs on a cluster: work is handed to Slurm by submitit, and goes on where it stopped after a preemption.
 
-What a run has done is in its folder. A job is therefore a function without arguments that brings its run directories to
-an end, and that is simply called again when it was interrupted. Each folder names its job in ``job.json``.
+What a run has done is in its folder. A job is therefore a function without arguments that brings its runs to an end,
+and that is simply called again when it was interrupted. Each folder names its job in ``job.json``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Options = dict[str, Any]
 
 
 class Work(Protocol):
-    """Some runs, brought to their end by one process; has to be picklable."""
+    """A run, brought to its end by one process; has to be picklable."""
 
     @property
     def name(self) -> str:
@@ -36,8 +36,8 @@ class Work(Protocol):
         ...
 
     @property
-    def folders(self) -> Sequence[Path]:
-        """Its run directories."""
+    def out(self) -> Path:
+        """Its run directory."""
         ...
 
     def __call__(self) -> Sequence[str]:
@@ -69,6 +69,12 @@ class Job(NamedTuple):
         """Whether it will do no more."""
         return self._submitit().done() if self.executor == "slurm" else self.state == "ENDED"
 
+    def describe(self, folder: Path) -> str:
+        """What it does, and what to do if the cluster has forgotten it."""
+        state = self.state
+        forgotten = f"; if Slurm has forgotten it, remove {folder / RECORD}" if state == "UNKNOWN" else ""
+        return f"job {self.id}, {state}{forgotten}"
+
     @property
     def log(self) -> Path:
         """What it printed; errors are in the file beside it that ends in ``.err``."""
@@ -82,11 +88,10 @@ class Job(NamedTuple):
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        command = Path(f"/proc/{pid}/cmdline")  # Linux; numbers are given again
+        return not command.exists() or b"submitit" in command.read_bytes()
+    except OSError:  # there is none, or it is somebody else's
         return False
-    except PermissionError:  # somebody else's process has the number now
-        return False
-    return True
 
 
 def job_of(run: Path) -> Job | None:
@@ -141,7 +146,7 @@ def submit(
     parallel: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Job]:
-    """Hands work over, and notes in each of its folders which job has it.
+    """Hands work over, and notes in each run's folder which job has it.
 
     Args:
         works: what is to be done. On Slurm each is a job of one array; locally ``parallel`` processes share them.
@@ -161,9 +166,9 @@ def submit(
     hand_over = _slurm if executor == "slurm" else _local
     shares = hand_over(works, logs, dict(options or {}), parallel)
     for job, share in shares:
-        for folder in (folder for work in share for folder in work.folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / RECORD, json.dumps(job._asdict()) + "\n")
+        for work in share:
+            work.out.mkdir(parents=True, exist_ok=True)
+            write_text(work.out / RECORD, json.dumps(job._asdict()) + "\n")
         say(f"job {job.id}: {', '.join(work.name for work in share)}")
     jobs = [job for job, _ in shares]
     if executor == "slurm":

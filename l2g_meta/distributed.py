@@ -45,6 +45,11 @@ class World:
         """Whether this is the process that logs and saves."""
         return self.rank == 0
 
+    @classmethod
+    def here(cls) -> World:
+        """As torchrun says it in the environment, before ``join`` or after it; alone without it."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
     def share(self, n: int) -> range:
         """This rank's part of n things, consecutive, the first ranks' one larger where they do not divide."""
         each, more = divmod(n, self.size)
@@ -125,11 +130,11 @@ class Joined:
         owned = {name for norm in self.running for name in norm.names}
         self.others = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in owned]
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """Gradients, buffers, and the sum of ``values`` (n,), in one all-reduce."""
+    def __call__(self, values: Tensor) -> list[float]:
+        """Puts gradients and buffers in place; returns the sums of ``values`` (n,). Waits for the device once."""
         have = torch.tensor([float(p.grad is not None) for p in self.parameters]).to(values)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        parts: list[Tensor] = [values, have, *gradients]
+        parts: list[Tensor] = [torch.cat([values, have]), *gradients]
         for norm in self.running:
             parts += norm.contribution(self.mine, self.later)
         parts += [b if self.world.main else torch.zeros_like(b) for b in self.others]  # of no known law: rank 0's
@@ -138,15 +143,15 @@ class Joined:
             wide = torch.promote_types(wide, part.dtype)
         flat = self.world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
         found = iter(flat.split([part.numel() for part in parts]))
-        values, have = next(found).to(values.dtype), next(found)
-        for p, present in zip(self.parameters, have.tolist(), strict=True):
+        sums = next(found).tolist()
+        for p, present in zip(self.parameters, sums[len(values) :], strict=True):
             gradient = next(found)
             p.grad = gradient.view_as(p).to(p.dtype) if present else None
         for norm in self.running:
             norm.put(found)
         for buffer in self.others:
             buffer.copy_(next(found).view_as(buffer))
-        return values
+        return sums[: len(values)]
 
 
 @dataclass(frozen=True)
@@ -160,29 +165,31 @@ class _Running:
 
     def contribution(self, mine: int, later: int) -> list[Tensor]:
         """Passes of this rank, then of each statistic what they add."""
-        count = self.norm.num_batches_tracked if self.count is not None else None
-        passes = mine if count is None or self.count is None else int(count - self.count)
-        after = later * (passes // mine if mine else 1)  # every call makes as many
-        found = [self.before[0].new_tensor([float(passes)])]
+        if self.count is None or self.norm.num_batches_tracked is None:
+            passes = self.before[0].new_tensor(float(mine))
+        else:
+            passes = (self.norm.num_batches_tracked - self.count).to(self.before[0].dtype)
+        after = later * passes / max(1, mine)  # every call makes as many
+        found = [passes]
         for b, b0 in zip(self.now, self.before, strict=True):
-            if self.norm.momentum is None and count is not None and self.count is not None:  # the mean of all passes
-                found.append(b * count - b0 * self.count)
-            else:
+            if self.norm.momentum is None and self.count is not None:  # the mean of all passes
+                found.append(b * (self.count + passes) - b0 * self.count)
+            else:  # 0 without passes
                 keep = 1 - (self.norm.momentum or 0.0)
-                found.append(keep**after * (b - keep**passes * b0) if passes else torch.zeros_like(b))
+                found.append(keep**after * (b - keep**passes * b0))
         return found
 
     def put(self, sums: Iterator[Tensor]) -> None:
         """The statistics after all ranks' passes."""
-        passes = round(next(sums).item())
+        passes = next(sums).squeeze()
         for b, b0 in zip(self.now, self.before, strict=True):
             total = next(sums).view_as(b)
             if self.norm.momentum is None and self.count is not None:
-                b.copy_((b0 * self.count + total) / max(1, int(self.count) + passes))
+                b.copy_((b0 * self.count + total) / (self.count + passes).clamp(min=1))
             else:
                 b.copy_((1 - (self.norm.momentum or 0.0)) ** passes * b0 + total)
         if self.count is not None and self.norm.num_batches_tracked is not None:
-            self.norm.num_batches_tracked.copy_(self.count + passes)
+            self.norm.num_batches_tracked.copy_(self.count + passes.round().long())
 
     @property
     def now(self) -> Sequence[Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,8 +19,8 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Tries to lock a file, made if need be; yields whether it is ours.
+def claim(path: Path, *, remove: bool = False) -> Iterator[bool]:
+    """Tries to lock a file, made if need be and at the end removed if wanted; yields whether it is ours.
 
     The operating system gives the lock up when the process ends, so a killed process leaves none behind. Machines that
     share a folder see each other's locks where its file system passes them on (NFS, Lustre with ``flock``).
@@ -36,7 +39,31 @@ def claim(path: Path) -> Iterator[bool]:
     except OSError as error:
         raise CheckpointError(f"need to write {path}, got: {error.strerror}; choose another folder") from error
     with file:
-        yield _lock(file, path)
+        ours = _lock(file, path)
+        try:
+            yield ours
+        finally:
+            if ours and remove:
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink()
+
+
+@contextmanager
+def turn(path: Path, what: str) -> Iterator[None]:
+    """As ``claim``, but waits until the lock is ours, and removes it afterwards.
+
+    Standard error is told once, with ``what`` the other process does.
+    """
+    waits = False
+    while True:
+        with claim(path, remove=True) as ours:
+            if ours:
+                yield
+                return
+        if not waits:
+            print(f"l2g: waits for another process that {what} (it has {path})", file=sys.stderr)
+        waits = True
+        time.sleep(0.5)
 
 
 def _lock(file: IO[str], path: Path) -> bool:
@@ -44,8 +71,8 @@ def _lock(file: IO[str], path: Path) -> bool:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else it was removed meanwhile
+    except (BlockingIOError, FileNotFoundError):
         return False
     except OSError as error:
         raise CheckpointError(

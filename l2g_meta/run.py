@@ -88,11 +88,11 @@ class Run:
         self._share(wrapper, optimizer)
         return info
 
-    def resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, *, force: bool = False) -> dict[str, Any]:
         """Puts the newest sound state back; returns its header.
 
         Raises:
-            CheckpointError: if no state is sound, or it belongs to another model.
+            CheckpointError: if no state is sound, it belongs to another model, or to another config without ``force``.
         """
         info: dict[str, Any] = {}
         if self.world.main:
@@ -100,6 +100,12 @@ class Run:
                 raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
             self._claim()
             path, tensors, info = state.newest(self.out)
+            difference = self.config.differences(Config.of(info["config"]))
+            if difference and not force:
+                raise CheckpointError(
+                    f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
+                    "another run, or go on with the new values by --force (train(..., force=True))"
+                )
             state.restore(tensors, wrapper, optimizer, path)
             if info["iteration"] > self.config.iterations:
                 raise CheckpointError(
@@ -107,6 +113,7 @@ class Run:
                     f"{self.config.iterations}"
                 )
             info["config"] = vars(self.config)
+            self._mend_last(wrapper, info)
             info = self._with_best(wrapper, info)
             self.config.save(self.out / "config.json")
         self._share(wrapper, optimizer)
@@ -206,13 +213,15 @@ class Run:
             if tensors is not None and not self.world.main:
                 state.restore(tensors, wrapper, optimizer, self.out)
 
-    def _with_best(self, wrapper: L2GWrapper, info: dict[str, Any]) -> dict[str, Any]:
-        """Makes sure that the last and the best weights so far are there and sound."""
+    def _mend_last(self, wrapper: L2GWrapper, info: Mapping[str, Any]) -> None:
         try:
             load_tensors(self.out / "last.safetensors")
         except CheckpointError as error:
             warnings.warn(f"{error}; made again from the state after update {info['iteration']}", stacklevel=2)
             save_tensors(self.out / "last.safetensors", wrapper.state_dict(), info)
+
+    def _with_best(self, wrapper: L2GWrapper, info: dict[str, Any]) -> dict[str, Any]:
+        """Makes sure that the best weights so far are there and sound; returns the header that says which they are."""
         if info["best_iteration"] is None:
             return info
         path = self.out / "best.safetensors"

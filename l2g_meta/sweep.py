@@ -31,11 +31,6 @@ class Run:
         return str(self.out)
 
     @property
-    def folders(self) -> list[Path]:
-        """Its run directory."""
-        return [self.out]
-
-    @property
     def done(self) -> int:
         """Updates up to the newest state."""
         return max(numbers(self.out), default=0)
@@ -125,7 +120,7 @@ def submit_sweep(
             best = read_info(run.out / "best.safetensors")
             say(f"{run.name}: done, best validation {best['val_accuracy']:.2f} %")
         elif job is not None and not job.ended:
-            say(f"{run.name}: job {job.id}, {job.state}, {run.done} of {run.config.iterations} updates")
+            say(f"{run.name}: {run.done} of {run.config.iterations} updates, {job.describe(run.out)}")
         else:
             if job is not None:
                 say(f"{run.name}: job {job.id} ended ({job.state}) after {run.done} of {run.config.iterations} "

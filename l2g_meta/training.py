@@ -48,6 +48,7 @@ def train(
     validation: Any = None,
     model: nn.Module | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
 ) -> L2GWrapper:
     """Trains as ``config`` says and leaves a run directory; the command ``l2g train`` is this function.
@@ -59,16 +60,16 @@ def train(
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
-        resume: continue the run in ``out`` from its newest sound state, to the same bits, with this config (the command
-            refuses another than the run's).
+        resume: continue the run in ``out`` from its newest sound state, to the same bits.
+        force: let a run go on with another config than it had so far.
         progress: show a progress bar.
 
     Returns:
         The wrapper as last trained.
 
     Raises:
-        L2GError: for a config that cannot be run, an occupied folder, a full disk, or a number
-            that is not finite.
+        L2GError: for a config that cannot be run or is not the resumed run's, an occupied folder, a full disk, or a
+            number that is not finite.
         Stopped: on SIGINT, SIGTERM or SIGUSR1, when everything is saved (see ``l2g_meta.signals``).
     """
     config, out = config.resolved(), Path(out)
@@ -96,7 +97,10 @@ def train(
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
     with Run(out, config, world) as run:
-        info = run.resume(wrapper, optimizer) if resume else run.begin(wrapper, optimizer, image_shape, given)
+        if resume:
+            info = run.resume(wrapper, optimizer, force=force)
+        else:
+            info = run.begin(wrapper, optimizer, image_shape, given)
         if isinstance(update, StaticUpdate):
             wrapper.train()
             update.capture()  # now: resuming replaces the optimizer's tensors

@@ -71,8 +71,10 @@ class EagerUpdate:
         if self.world.size > 1:
             signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
             join = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)
-            values = join(torch.cat([values, signals]))
-        loss, inner, alignment, anywhere, *counts = values.tolist()  # waits for the device, once
+            found = join(torch.cat([values, signals]))
+        else:
+            found = values.tolist()  # waits for the device, once
+        loss, inner, alignment, anywhere, *counts = found
         bilevel = self.config.method in ("l2g", "maml")
         finite = anywhere == 0 and math.isfinite(loss) and (math.isfinite(inner) or not bilevel)
         if finite:

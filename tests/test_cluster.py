@@ -15,7 +15,7 @@ from l2g_meta.cli import main
 from l2g_meta.cluster import Job, job_of, parsed, submit
 from l2g_meta.errors import L2GError
 from l2g_meta.logs import read_log
-from l2g_meta.reproduce.jobs import grouped, submit_cells
+from l2g_meta.reproduce.jobs import submit_cells
 from l2g_meta.reproduce.plan import plan
 from l2g_meta.sweep import read_sweep, run_of
 
@@ -60,12 +60,12 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_cells_are_submitted_and_the_command_without_it_shows_what_there_is(tmp_path, capsys):
-    command = [*REPRODUCE, "proto", "l2g-proto", "proto-tasks", "proto-time", "--out", str(tmp_path)]
+    command = [*REPRODUCE, "proto", "proto-time", "--out", str(tmp_path)]
     assert main([*command, "--submit", "local"]) == 0
     printed = capsys.readouterr().out
-    cells = plan("table1", "smoke", tmp_path, rows=["proto", "l2g-proto", "proto-tasks", "proto-time"]).cells
+    cells = plan("table1", "smoke", tmp_path, rows=["proto", "proto-time"]).cells
     (job,) = {job_of(cell.folder) for cell in cells}
-    assert f"job {job.id}: glyphs 5w1s proto seed 0, glyphs 5w1s l2g-proto seed 0 + " in printed
+    assert f"job {job.id}: glyphs 5w1s proto seed 0, glyphs 5w1s proto-time seed 0\n" in printed
     assert f"look: tail -f {job.log}; stop: kill {job.id}\n" in printed
     assert main([*command, "--submit", "local"]) == 0  # at once: nobody has a cell twice
     assert "nothing to submit" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_cells_are_submitted_and_the_command_without_it_shows_what_there_is(tmp_
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "Not done yet" not in printed and "| Prototypical Network, time as L2G | **" in printed
-    assert "5w1s l2g-proto seed 0: " in job.log.read_text()
+    assert "5w1s proto-time seed 0: " in job.log.read_text()
 
 
 def test_a_job_that_ends_without_a_result_is_named_and_can_be_submitted_again(tmp_path, slurm, capsys):
@@ -185,11 +185,11 @@ def test_submitit_or_slurm_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_what_slurm_is_asked_for(tmp_path, slurm, capsys):
-    command = [*REPRODUCE, "proto", "l2g-proto", "proto-tasks", "proto-time", "--out", str(tmp_path / "out")]
+    command = [*REPRODUCE, "proto", "l2g-proto", "--out", str(tmp_path / "out")]
     options = ["--slurm", "partition=gpu,time=240,gpus-per-node=1", "--slurm", "mem=16G,requeue=true"]
     assert main([*command, "--submit", "slurm", *options, "--parallel", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "job 4711_1: glyphs 5w1s l2g-proto seed 0 + " in printed and "stop: scancel 4711;" in printed
+    assert "job 4711_1: glyphs 5w1s l2g-proto seed 0\n" in printed and "stop: scancel 4711;" in printed
     script = slurm.read_text().splitlines()
     for flag in (
         "--partition=gpu", "--time=240", "--gpus-per-node=1", "--mem=16G", "--requeue", "--array=0-1%1",
@@ -197,9 +197,14 @@ def test_what_slurm_is_asked_for(tmp_path, slurm, capsys):
     ):  # fmt: skip
         assert f"#SBATCH {flag}" in script
     assert main([*command, "--submit", "slurm", *options]) == 0
-    assert "glyphs 5w1s proto seed 0: job 4711_0 has it (PENDING)" in capsys.readouterr().out
+    assert "glyphs 5w1s proto seed 0: job 4711_0, PENDING" in capsys.readouterr().out
+    (tmp_path / "bin" / "sacct").write_text('#!/bin/sh\nprintf "JobID|State|NodeList\\n"\n')  # it has forgotten the job
+    forgotten = Job("4712", "slurm", str(tmp_path / "other"))
+    assert forgotten.describe(tmp_path / "run") == (
+        f"job 4712, UNKNOWN; if Slurm has forgotten it, remove {tmp_path / 'run' / 'job.json'}"
+    )
     assert main(command) == 1
-    assert capsys.readouterr().err.count(", PENDING\n") == 4
+    assert capsys.readouterr().err.count(", PENDING\n") == 2
     cells = plan("table1", "smoke", tmp_path / "out", rows=["proto", "l2g-proto"]).cells
     assert [job_of(cell.folder).id for cell in cells] == ["4711_0", "4711_1"]
 
@@ -213,21 +218,12 @@ def test_what_sbatch_refuses(tmp_path, slurm):
     assert job_of(run.out) is None
 
 
-def test_cells_that_wait_are_with_those_they_wait_for():
-    cells = plan("table1", "full", Path("none"), root="data", seeds=2).cells
-    groups = grouped(cells)
-    assert sorted(cell.name for group in groups for cell in group.cells) == sorted(cell.name for cell in cells)
-    for group in groups:
-        assert len({(cell.data, cell.column, cell.seed) for cell in group.cells}) == 1
-        assert all(need in group.cells for cell in group.cells for need in cell.needs)
-        assert len(group.cells) == (3 if any(cell.needs for cell in group.cells) else 1)
-
-
 def test_a_job_on_disk_is_the_job(tmp_path):
     job = Job("1", "local", str(tmp_path))
     (tmp_path / cluster.RECORD).write_text(json.dumps(job._asdict()))
     assert job_of(tmp_path) == job and job_of(tmp_path / "none") is None
     assert Job(str(2**22 + 1), "local", str(tmp_path)).state == "ENDED"  # beyond the largest process number
+    assert Job(str(os.getpid()), "local", str(tmp_path)).state == "ENDED"  # another process has the number now
 
 
 def test_the_folder_of_a_run_is_that_of_the_command():

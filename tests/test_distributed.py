@@ -136,7 +136,7 @@ def test_the_same_meta_gradient_and_statistics(config, passes):
 def run(world, out, iterations, resume):
     torch.manual_seed(world.rank)  # a model that was made otherwise on each rank becomes that of the first
     config = Config(**{**vars(CONFIG), "iterations": iterations})
-    wrapper = train(config, out, data=DATA, validation=DATA, model=Net(), resume=resume, progress=False)
+    wrapper = train(config, out, data=DATA, validation=DATA, model=Net(), resume=resume, force=True, progress=False)
     return {name: t.tolist() for name, t in wrapper.state_dict().items()}
 
 
@@ -162,7 +162,7 @@ def random_run(world, out, iterations, resume):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Net(drop=0.3)
-    train(config, out, data=DATA, validation=DATA, model=model, resume=resume, progress=False)
+    train(config, out, data=DATA, validation=DATA, model=model, resume=resume, force=True, progress=False)
     return [row["loss"] for row in read_log(out)]
 
 
@@ -249,6 +249,30 @@ def test_a_dead_rank_ends_the_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_torchrun_saves(tmp_path, number):
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    if number == signal.SIGUSR1:  # torchrun must be told
+        if "--signals-to-handle" not in subprocess.run([*torchrun, "--help"], capture_output=True, text=True).stdout:
+            pytest.skip("this torchrun hands no SIGUSR1 on")
+        torchrun += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    command = [*torchrun, "--nproc-per-node", "2", "--standalone", "-m"]
+    command += ["l2g_meta", "train", "--image-size", "16", "--iterations", "100000", "--eval-every", "100000"]
+    command += ["--save-every", "100000", "--pairs", "2", "--queries", "2", "--device", "cpu", "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    while not (out / "log.csv").exists() or len(read_log(out)) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    rows, (_, info) = read_log(out), load_tensors(out / "last.safetensors")
+    assert process.returncode != 0 and 3 <= info["iteration"] == len(rows), said[-3000:]
+    assert f"stopped after update {info['iteration']} of 100000, saved" in said
+
+
+@pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
@@ -287,7 +311,7 @@ def test_one_flat_buffer_per_update(monkeypatch):
     for p in module.conv.parameters():
         p.grad = torch.ones_like(p)
     values = Joined(World(0, 2), module, before, 1, 1)(torch.arange(3.0))
-    assert len(calls) == 1 and len(calls[0]) == 1 and values.tolist() == [0, 1, 2]
+    assert len(calls) == 1 and len(calls[0]) == 1 and values == [0, 1, 2]
 
 
 def test_cuda_graphs_are_for_one_process():

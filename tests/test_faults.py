@@ -48,10 +48,10 @@ class Net(nn.Module):
         return self.head(s, task.support_y, q, task.n_way)
 
 
-def go(out, *, resume=False, config=CONFIG, **options):
+def go(out, *, resume=False, force=True, config=CONFIG, **options):
     torch.manual_seed(0)
     return train(
-        config, out, data=DATA, validation=DATA, model=options.pop("model", Net)(), resume=resume,
+        config, out, data=DATA, validation=DATA, model=options.pop("model", Net)(), resume=resume, force=force,
         progress=False, **options,
     )  # fmt: skip
 
@@ -207,6 +207,13 @@ class TestDamaged:
             assert (tmp_path / "run" / "log.csv").read_bytes() == before
         assert main(["train", "--resume", str(tmp_path / "run"), "--iterations", "1", "--force"]) == 2
         assert "has 3 updates, need --iterations of at least as many, got 1" in capsys.readouterr().err
+
+    def test_another_config_from_python_is_refused_too(self, run):
+        other, before = Config(**{**vars(CONFIG), "lr": 0.5}), (run / "last.safetensors").read_bytes()
+        with pytest.raises(CheckpointError, match=r"got --lr 0\.5, not 0\.001; .*train\(\.\.\., force=True\)"):
+            go(run, resume=True, force=False, config=other)
+        assert (run / "last.safetensors").read_bytes() == before
+        go(run, resume=True, config=other)
 
     def test_last_weights_are_made_again(self, run, whole):
         sound = load_tensors(run / "last.safetensors")
@@ -453,18 +460,7 @@ class TestFolders:
         assert contents(tmp_path / "run") == whole
 
     def test_another_config_is_refused_with_the_difference(self, tmp_path, capsys):
-        small = [
-            "--image-size",
-            "16",
-            "--iterations",
-            "2",
-            "--eval-every",
-            "1",
-            "--eval-episodes",
-            "2",
-            "--device",
-            "cpu",
-        ]
+        small = "--image-size 16 --iterations 2 --eval-every 1 --eval-episodes 2 --device cpu".split()
         out = str(tmp_path / "run")
         assert main(["train", "--out", out, *small, "--pairs", "1", "--queries", "2"]) == 0
         assert main(["train", "--resume", out, "--lr", "0.5", "--iterations", "3"]) == 2

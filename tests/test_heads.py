@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from l2g_meta import FullContextMatchingHead, MatchingHead, PrototypicalHead, RelationHead
 from l2g_meta import functional as f
@@ -55,15 +56,23 @@ def test_matching_scores_are_log_attention_mass_by_a_loop():
 def test_full_context_embeddings_step_by_step():
     head = FullContextMatchingHead(3, steps=2).double()
     support, query = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    g, f = step_by_step(head, support, query)
+    torch.testing.assert_close(head.embed_support(support), g)
+    torch.testing.assert_close(head.embed_query(query, head.embed_support(support)), f)
+
+
+def step_by_step(head, support, query):
+    """Full-context embeddings of supports and queries from the written recurrence, one vector after the other."""
+    d, zeros = head.dim, torch.zeros_like(support[0])
 
     def lstm(cell, x, h, c):  # gates in PyTorch's order: in, forget, cell, out
         z = cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ h + cell.bias_hh
-        i, f, g, o = z[0:3].sigmoid(), z[3:6].sigmoid(), z[6:9].tanh(), z[9:12].sigmoid()
+        i, f, g, o = z[:d].sigmoid(), z[d : 2 * d].sigmoid(), z[2 * d : 3 * d].tanh(), z[3 * d :].sigmoid()
         c = f * c + i * g
         return o * c.tanh(), c
 
     def read(cell, rows):
-        h = c = torch.zeros(3, dtype=torch.float64)
+        h = c = zeros
         states = []
         for x in rows:
             h, c = lstm(cell, x, h, c)
@@ -71,17 +80,49 @@ def test_full_context_embeddings_step_by_step():
         return states
 
     ahead, back = read(head.ahead, support), read(head.back, list(support)[::-1])[::-1]
-    g = [ahead[k] + back[k] + support[k] for k in range(4)]
-    for k in range(4):
-        torch.testing.assert_close(head.embed_support(support)[k], g[k])
-    for q in range(2):
-        h, c = query[q], torch.zeros(3, dtype=torch.float64)
-        for _ in range(2):
+    g = [ahead[k] + back[k] + support[k] for k in range(len(support))]
+    read_queries = []
+    for x in query:
+        h, c = x, zeros
+        for _ in range(head.steps):
             weights = torch.stack([h @ g_k for g_k in g]).softmax(0)
-            r = sum(weights[k] * g[k] for k in range(4))
-            h, c = lstm(head.attention, torch.cat([query[q], r]), h, c)
-            h = h + query[q]
-        torch.testing.assert_close(head.embed_query(query, head.embed_support(support))[q], h)
+            r = sum(weights[k] * g[k] for k in range(len(g)))
+            h, c = lstm(head.attention, torch.cat([x, r]), h, c)
+            h = h + x
+        read_queries.append(h)
+    return torch.stack(g), torch.stack(read_queries)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    ],
+)
+def test_second_derivatives_of_full_context_embeddings_are_the_recurrences(device):
+    """Through PyTorch's LSTM cell, which on CUDA is one fused kernel, and through elementary operations."""
+    head = FullContextMatchingHead(4, steps=3).double().to(device)
+    support, query = (torch.randn(n, 4, dtype=torch.float64).to(device).requires_grad_() for n in (4, 3))
+    inputs = [support, query, *(p for cell in (head.ahead, head.back, head.attention) for p in cell.parameters())]
+    y, query_y = torch.arange(4, device=device) % 2, torch.tensor([0, 1, 1], device=device)
+    direction = [torch.randn(v.shape, dtype=torch.float64).to(device) for v in inputs]
+
+    def products(embed):  # loss, gradient, Hessian times a direction
+        g, f = embed()
+        loss = head.loss_fn(head.matching(g, y, f, 2), query_y)
+        gradient = torch.autograd.grad(loss, inputs, create_graph=True)
+        slope = sum((a * b).sum() for a, b in zip(gradient, direction, strict=True))
+        return [loss, *gradient, *torch.autograd.grad(slope, inputs)]
+
+    def embed():
+        g = head.embed_support(support)
+        return g, head.embed_query(query, g)
+
+    ours, written = products(embed), products(lambda: step_by_step(head, support, query))
+    assert all(curvature.abs().max() > 1e-6 for curvature in written[1 + len(inputs) :])
+    for a, b in zip(ours, written, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_full_context_reads_queries_apart_and_supports_in_order():
@@ -97,15 +138,38 @@ def test_full_context_reads_queries_apart_and_supports_in_order():
         FullContextMatchingHead(3, steps=0)
 
 
-def test_relation_scores_pair_by_pair():
-    head = RelationHead(3, 4).eval()
-    support, query, y = torch.randn(4, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.tensor([1, 0, 1, 0])
-    scores = head(support, y, query, 2)
-    for i in range(3):
+@pytest.mark.parametrize("training", [False, True])
+def test_relation_scores_pair_by_pair(training):
+    """Eq. 9 and 10 written out: loops over queries and classes, PyTorch's plain operators, the published layers."""
+    head = RelationHead(3, 8).double().train(training)
+    blocks, first, last = head.relation[:2], head.relation[3], head.relation[5]
+    for block in blocks:
+        nn.init.uniform_(block.norm.weight, 0.5, 1.5)
+        nn.init.normal_(block.norm.bias, std=0.1)
+        block.norm.running_mean.normal_(std=0.1)
+        block.norm.running_var.uniform_(0.5, 2.0)
+    for layer in (first, last):  # so that scores differ
+        nn.init.normal_(layer.weight, std=0.5)
+    support, query = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    y, pairs = torch.tensor([1, 0, 1, 0]), []
+    for x in query:
         for c in range(2):
-            pair = torch.cat([support[y == c].sum(0), query[i]])  # eq. 9: the class's maps are summed
-            torch.testing.assert_close(scores[i, c], head.relation(pair[None])[0, 0])
-    assert ((scores > 0) & (scores < 1)).all()
+            summed = sum(support[k] for k in range(4) if y[k] == c)  # eq. 9: the class's maps are summed
+            pairs.append(torch.cat([summed, x]))
+    z = torch.stack(pairs)  # together: in training they share batch statistics
+    for block in blocks:
+        norm = block.norm
+        z = F.conv2d(z, block.conv.weight, padding=1)
+        mean, var = norm.running_mean, norm.running_var
+        if training:
+            mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+        mean, var, weight, bias = (v[:, None, None] for v in (mean, var, norm.weight, norm.bias))
+        z = F.max_pool2d(((z - mean) / (var + norm.eps).sqrt() * weight + bias).clamp(min=0), 2)
+    hidden = (z.flatten(1) @ first.weight.T + first.bias).clamp(min=0)
+    written = 1 / (1 + (-(hidden @ last.weight.T + last.bias)).exp())
+    scores = head(support, y, query, 2)
+    torch.testing.assert_close(scores.flatten(), written.flatten(), rtol=1e-9, atol=1e-12)
+    assert scores.std() > 0.01 and ((scores > 0) & (scores < 1)).all()
 
 
 def test_reduction_is_a_factor():

@@ -65,7 +65,8 @@ def test_meta_gradient_matches_finite_differences(either_backend):
     torch.testing.assert_close(slope, (losses[0] - losses[1]) / 2e-5, rtol=1e-7, atol=1e-9)
 
 
-def test_a_step_is_learn2learns_to_the_bit():
+def test_either_path_is_learn2learns_maml_to_the_bit(either_backend):
+    """With learn2learn's clone and with the built-in one, against learn2learn's own algorithm."""
     l2l = pytest.importorskip("learn2learn", reason="learn2learn is not installed")
     task, classifier = small_task(dtype=torch.float32), small_classifier().float()
     learner = l2l.algorithms.MAML(classifier, lr=0.3).clone()

@@ -10,18 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from l2g_meta import updates
 from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.functional import confidence_interval
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
+from l2g_meta.plots import Scatter, draw_scatters
 from l2g_meta.reproduce.cells import run_cell, work
+from l2g_meta.reproduce.equal_time import equal_time
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.reproduce.plan import EPISODES, HALVE_EVERY, Cell, plan
+from l2g_meta.reproduce.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
 from l2g_meta.reproduce.report import curve, difference, markdown, tables, write_tables
 from l2g_meta.training import learning_rate
+from l2g_meta.updates import EagerUpdate
 
 
 def smoke(out, *rows, seeds=1, experiment="table1"):
@@ -40,6 +45,13 @@ def done(tmp_path_factory):
     return what
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """Smaller images and fewer queries at smoke scale."""
+    scale = replace(SCALES["smoke"], image_size=16, queries=2, test_queries=1, test_episodes=2)
+    monkeypatch.setitem(SCALES, "smoke", scale)
+
+
 def test_the_published_numbers_have_a_row_and_a_column():
     for name, spec in EXPERIMENTS.items():
         assert set(spec.rows) | set(spec.paper) <= set(ROWS) and set(spec.columns) <= set(COLUMNS), name
@@ -47,13 +59,13 @@ def test_the_published_numbers_have_a_row_and_a_column():
     assert all(other in ROWS for row in ROWS.values() for other in row.against)
     # Spot checks against the paper's text.
     assert EXPERIMENTS["table1"].paper["l2g-proto"][0] == 50.20 and EXPERIMENTS["table2"].paper["proto"][3] == 57.83
+    assert "maml-relation" in EXPERIMENTS["table2"].rows and "maml-relation" not in EXPERIMENTS["table2"].paper
     assert EXPERIMENTS["table3"].paper["l2g-proto-fixed"] == (60.64, 58.08, 53.00)
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_every_cell_has_a_config_that_can_be_run(scale):
-    cells = [cell for cell in everything(scale) if not cell.needs]
-    configs = {cell: cell.config() for cell in cells}
+    configs = {cell: cell.config() for cell in everything(scale)}
     for cell, config in configs.items():
         row, column = ROWS[cell.row], COLUMNS[cell.column]
         shape = config.outer_ways, config.outer_shots
@@ -69,9 +81,10 @@ def test_every_cell_has_a_config_that_can_be_run(scale):
 
 
 def test_base_rows_have_one_task_per_update_fair_ones_as_many_as_l2g_with_its_schedule():
-    by_row = {cell.row: cell.config() for cell in everything() if cell.column == "5w1s" and not cell.needs}
+    by_row = {cell.row: cell.config() for cell in everything() if cell.column == "5w1s"}
     assert by_row["proto"].tasks_of_an_update == by_row["relation"].tasks_of_an_update == 1
     assert by_row["proto-tasks"].tasks_of_an_update == by_row["l2g-proto"].tasks_of_an_update == 10
+    assert by_row["proto-time"].tasks_of_an_update == by_row["relation-time"].tasks_of_an_update == 10
     assert by_row["maml-proto"].tasks_of_an_update == 5  # inner and outer loss on one task
     for k in (0, 1999, 2000, 19_999):
         assert learning_rate(by_row["proto-tasks"], k) == learning_rate(by_row["l2g-proto"], k)
@@ -95,6 +108,9 @@ def test_tables_hold_what_the_cells_found(done):
     text = markdown(values)
     assert text.count("| L2G + Prototypical |") == 3 and "its numbers mean nothing" in text
     assert f"**{l2g['running']['accuracy_mean']:.2f} ± " in text
+    gain = l2g["against"]["proto-tasks"]["running"]
+    assert f"{gain['mean']:+.2f} ± {gain['ci95_episodes']:.2f} [± {gain['ci95_runs']:.2f}]" in text
+    assert "In brackets ± is 95 % over seeds (Student t)" in text
 
 
 def test_the_curves_are_the_logs_at_their_validations(done):
@@ -147,41 +163,111 @@ def test_cells_of_another_config_are_refused(done):
         (cell.folder / "config.json").write_text(json.dumps(config))
 
 
-def test_equal_wall_time_is_as_many_updates_as_the_others_time_pays_for(tmp_path):
-    with pytest.raises(L2GError, match="the row proto-time waits for l2g-proto and proto-tasks; add them to --rows"):
-        smoke(tmp_path, "proto-time")
-    what = smoke(tmp_path, "proto-time", "l2g-proto", "proto-tasks")
-    cell = what.cells[0]
-    for row, seconds in (("l2g-proto", ["30.0", "30.4"]), ("proto-tasks", ["6.0", "99.0", "6.0"])):
-        other = replace(cell, row=row)
-        other.folder.mkdir(parents=True)
-        other.config().save(other.folder / "config.json")
-        (other.folder / "log.csv").write_text("\n".join(["seconds", *seconds]) + "\n")
-        (other.folder / "test.json").write_text(json.dumps({"machine": "this"}))
-    assert cell.config().iterations == 10 and cell.config().tasks_of_an_update == 10
-    config = cell.config()
-    (other.folder / "test.json").write_text(json.dumps({"machine": "another"}))
-    with pytest.raises(L2GError, match="need one machine for equal wall time"):
-        cell.config()
-    cell.folder.mkdir()
-    replace(config, iterations=7).save(cell.folder / "config.json")  # as it was decided when it began
-    assert cell.config().iterations == 7
+def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypatch):
+    """Of updates as the two rows have them, with as many as their costs say, once: what goes on is what began."""
+    (cell,) = smoke(tmp_path, "proto-time").cells
+    assert cell.config().iterations == 2 and cell.decided is None
+    ran, calls = [], EagerUpdate.__call__
+
+    def recorded(update, k, asked=0):
+        ran.append((update.config.method, update.config.tasks_of_an_update, k))
+        return calls(update, k, asked)
+
+    def three_to_two(functions, device, *, repeats):
+        assert [function().finite for function in functions.values()] == [True, True]
+        theirs, ours = functions
+        return {theirs: [0.9, 0.6, 50.0], ours: [0.6, 70.0, 0.2]}
+
+    monkeypatch.setattr(EagerUpdate, "__call__", recorded)
+    monkeypatch.setattr("l2g_meta.reproduce.equal_time.interleaved", three_to_two)
+    assert work([cell], progress=False, say=lambda _: None) == []
+    assert ran == [("l2g", 10, 0), ("episodic", 10, 0), *(("episodic", 10, k) for k in range(3))]
+    found = cell.result
+    assert found["updates"] == cell.config().iterations == 3 and found["tasks"] == 30
+    assert found["equal_time"].pop("machine") == found["machine"]
+    assert found["equal_time"].pop("ratio") == pytest.approx(1.5)
+    medians = {"of_seconds": 0.9, "seconds": 0.6}
+    assert found["equal_time"] == {"of": "l2g-proto", "of_updates": 2, "updates": 3, **medians}
+    assert "Prototypical Network, time as L2G × 1.50 (0.9 s / 0.6 s)." in markdown(tables(cell.plan))
+
+    (cell.folder / "test.json").unlink()
+    assert run_cell(cell)["equal_time"]["updates"] == 3 and len(ran) == 5  # neither measured nor trained again
+    changed = json.loads((cell.folder / "config.json").read_text())
+    (cell.folder / "config.json").write_text(json.dumps({**changed, "iterations": 7}))
+    with pytest.raises(L2GError, match="need --iterations 3, not 7"):
+        run_cell(cell)
 
 
-def test_a_failure_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    what, config = smoke(tmp_path, "proto-time", "proto-tasks", "l2g-proto", "proto"), Cell.config
+def test_equal_wall_time_of_earlier_versions_is_taken_as_it_is(tmp_path, tiny, monkeypatch):
+    (cell,) = smoke(tmp_path, "proto-time").cells
+    cell.folder.mkdir(parents=True)
+    monkeypatch.setattr("l2g_meta.reproduce.cells.equal_time", lambda _: {"updates": 3})
+    result = run_cell(cell)
+    (cell.folder / "equal-time.json").unlink()
+    del result["equal_time"]
+    (cell.folder / "test.json").write_text(json.dumps(result))
+    values = tables(cell.plan)
+    assert values["tables"][0]["rows"][0]["updates"] == [3] and "| Prototypical Network, time as L2G | " in markdown(
+        values
+    )
+    assert "medians of updates" not in markdown(values)
+
+
+def test_what_an_update_of_each_row_costs_is_measured(tmp_path, tiny):
+    (cell,) = smoke(tmp_path, "proto-time").cells
+    found = equal_time(cell)
+    assert found["of"] == "l2g-proto" and found["of_updates"] == 2
+    assert found["ratio"] == found["of_seconds"] / found["seconds"] > 0
+    assert found["updates"] == max(1, round(2 * found["ratio"]))
+
+
+def test_tasks_of_varying_ways_and_shots_are_trained_on(tmp_path, tiny, monkeypatch):
+    """Table 3: what the objective was given, of each row; T_i is fixed for L2G alone."""
+    what = plan(
+        "table3", "smoke", tmp_path, columns=["any-both"], rows=["proto-tasks", "l2g-proto-fixed"], device="cpu"
+    )
+    seen, original = [], updates.tasks_of_calls
+
+    def recorded(config, pairs, calls):
+        found = original(config, pairs, calls)
+        seen.append(
+            [[(t.n_way, len(t.support_y) // t.n_way, len(t.query_y) // t.n_way) for t in call] for call in found]
+        )
+        assert all(
+            torch.equal(y, torch.arange(t.n_way).repeat_interleave(len(y) // t.n_way))
+            for call in found for t in call for y in (t.support_y, t.query_y)
+        )  # fmt: skip
+        return found
+
+    monkeypatch.setattr(updates, "tasks_of_calls", recorded)
+    assert work(what.cells, progress=False, say=lambda _: None) == []
+    base, l2g = [call for update in seen[:2] for call in update], [call for update in seen[2:] for call in update]
+    assert len(seen) == 4 and len(base) == 20 and len(l2g) == 10
+    assert all(len(call) == 1 for call in base) and all(call[0] == (5, 5, 2) for call in l2g)
+    for tasks in ([task for (task,) in base], [task_j for _, task_j in l2g]):
+        assert {ways for ways, _, _ in tasks} == {5, 7, 10} and {shots for _, shots, _ in tasks} == {1, 5, 10}
+        assert {queries for _, _, queries in tasks} == {2} and len(set(tasks)) > 4
+    for cell in what.cells:
+        tests = cell.result["tests"]["running"]
+        assert set(tests["settings"]) == {f"{w}w{s}s" for w in (5, 7, 10) for s in (1, 5, 10)}
+        assert tests["accuracy_mean"] == pytest.approx(np.mean(list(tests["settings"].values())))
+        assert all(math.isfinite(float(row["loss"])) for row in read_log(cell.folder))
+
+
+def test_a_failure_is_named_and_the_others_go_on(tmp_path, tiny, monkeypatch):
+    what, config = smoke(tmp_path, "proto-tasks", "l2g-proto", "proto"), Cell.config
     broken = {"lr": math.nan}
 
     def sabotaged(cell):
         return replace(config(cell), **broken).resolved() if cell.row == "l2g-proto" else config(cell)
 
     monkeypatch.setattr(Cell, "config", sabotaged)
-    failed = work(what.cells, progress=False, say=lambda _: None)
-    assert len(failed) == 2 and "need --lr above 0 and finite, got nan" in failed[0]
-    assert "proto-time seed 0: waits for" in failed[1] and "l2g-proto seed 0, which failed" in failed[1]
+    (failed,) = work(what.cells, progress=False, say=lambda _: None)
+    assert failed.startswith("glyphs 5w1s l2g-proto seed 0: need --lr above 0 and finite, got nan")
     assert sorted(cell.row for cell in what.cells if cell.done) == ["proto", "proto-tasks"]
     values = tables(what)
-    assert len(values["missing"]) == 2 and "Not done yet: glyphs 5w1s proto-time seed 0" in markdown(values)
+    assert values["missing"] == ["glyphs 5w1s l2g-proto seed 0"]
+    assert "Not done yet: glyphs 5w1s l2g-proto seed 0." in markdown(values)
     assert "| L2G + Prototypical | – | – |" in markdown(values)
 
 
@@ -302,6 +388,13 @@ def test_every_experiment_runs(tmp_path, capsys):
     assert "picture: " in capsys.readouterr().out
     for figure in ("figure2", "figure3"):
         assert (tmp_path / f"{figure}-smoke.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = json.loads((tmp_path / "figure3-smoke-points.json").read_text())
+    scatters = [Scatter(**scatter) for row in drawn["rows"] for scatter in row]
+    assert len(scatters) == 4 and all(np.shape(s.supports) == (5, 2) for s in scatters)
+    assert all(s.support_labels == [0, 1, 2, 3, 4] and len(s.queries) == len(s.query_labels) == 125 for s in scatters)
+    assert scatters[3].title == "L2G + Prototypical: 5 classes of glyphs test"
+    assert draw_scatters([scatters[:2], scatters[2:]], tmp_path / "again.png", heading=drawn["title"]).exists()
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "figure3-smoke.png").read_bytes()
     cells = tmp_path / "cells" / "smoke" / "glyphs"
     assert {p.name for p in (cells / "5w1s").iterdir()} >= {f"{row}-seed0" for row in EXPERIMENTS["table1"].rows}
     any_shot = Config.load(cells / "any-shot" / "l2g-proto-fixed-seed0" / "config.json")

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pages import RESIDENT, Pages
-from l2g_meta.errors import DataError
+from l2g_meta.errors import CheckpointError, DataError
+from l2g_meta.lock import claim, turn
 
 
 def cache_root() -> Path:
@@ -46,28 +47,39 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     folder = root / f"{name}-{digest}"
     if folder.is_dir():
         return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    except OSError as error:
-        raise DataError(
-            f"need a writable folder for converted data, got {root} ({error.strerror}); set L2G_CACHE to one"
-        ) from error
-    try:
+    partial = root / f".{folder.name}.partial"
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(turn(partial.with_suffix(".lock"), f"converts {name}"))
+            if folder.is_dir():  # somebody else was faster
+                return folder
+            _remove_left(root)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        except (CheckpointError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(
+                f"need a writable folder for converted data, got {root} ({reason}); set L2G_CACHE to one"
+            ) from error
         try:
             build(partial)
+            partial.rename(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster: its result is the same
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _remove_left(root: Path) -> None:
+    """What killed processes left of other conversions; they may be of many gigabytes and of data that is gone."""
+    for partial in root.glob(".*.partial"):
+        with claim(partial.with_suffix(".lock"), remove=True) as ours:
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def file_fingerprint(path: Path) -> list[Any]:

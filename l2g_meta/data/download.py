@@ -7,6 +7,7 @@ changed since is noticed. One from elsewhere can be put there by hand.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import urllib.request
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from l2g_meta.errors import DataError
+from l2g_meta.lock import claim
 
 TIMEOUT = 60.0  # seconds without any data
 CHUNK = 2**20
@@ -48,13 +50,15 @@ def fetch(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        digest = _receive(opener or https_opener(), url, part, max_bytes if size is None else size, exact=size)
-        if sha256 is not None and digest != sha256.lower():
-            raise DataError(f"its SHA-256 is {digest}, not {sha256}")
-        check(part)
-        digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
-        os.replace(part, path)
+        _remove_left(path)
+        open(part, "xb").close()
+        with claim(part):
+            digest = _receive(opener or https_opener(), url, part, max_bytes if size is None else size, exact=size)
+            if sha256 is not None and digest != sha256.lower():
+                raise DataError(f"its SHA-256 is {digest}, not {sha256}")
+            check(part)
+            digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
+            os.replace(part, path)
         digest_path(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
     except (HTTPException, OSError, ValueError) as error:  # OSError: of files, sockets, TLS and urllib
         reason = " ".join(str(error).split())  # on one line
@@ -64,6 +68,14 @@ def fetch(
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """What killed processes left of downloads to this path: parts that nobody holds."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with claim(part) as ours:
+            if ours:
+                part.unlink(missing_ok=True)
 
 
 def https_opener(**options: Any) -> urllib.request.OpenerDirector:
@@ -93,7 +105,7 @@ def _require_https(url: str) -> None:
 
 
 def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path, most: int, *, exact: int | None) -> str:
-    """Write what the address gives to a new file; its digest."""
+    """Write what the address gives to an empty file; its digest."""
     from tqdm import tqdm
 
     _require_https(url)
@@ -103,7 +115,7 @@ def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path, most: 
         want = exact if exact is not None else int(stated) if str(stated).isdecimal() else None
         if want is not None and want > most:
             _too_large(want, most)
-        with open(part, "xb") as file, tqdm(total=want, unit="B", unit_scale=True, disable=None) as progress:
+        with open(part, "r+b") as file, tqdm(total=want, unit="B", unit_scale=True, disable=None) as progress:
             while chunk := response.read(CHUNK):
                 received += len(chunk)
                 if received > most:

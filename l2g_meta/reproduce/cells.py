@@ -29,8 +29,9 @@ from l2g_meta.evaluation import evaluate
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.norm import POLICIES
-from l2g_meta.reproduce.paper import COLUMNS
-from l2g_meta.reproduce.plan import RESULT, SCALES, Cell, Plan, check_same
+from l2g_meta.reproduce.equal_time import equal_time
+from l2g_meta.reproduce.paper import COLUMNS, ROWS
+from l2g_meta.reproduce.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
 from l2g_meta.training import train
 
 WAIT = 5.0  # seconds between looks at cells that others hold
@@ -79,7 +80,7 @@ def check(plan: Plan) -> None:
         (plan.out / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
-    for config in {cell.data: cell.config() for cell in plan.cells if not cell.needs}.values():
+    for config in {cell.data: cell.config() for cell in plan.cells}.values():
         for split in SPLITS:
             build_data(config, split)  # missing data is found now
 
@@ -104,14 +105,7 @@ def work(cells: Sequence[Cell], *, progress: bool, say: Callable[[str], None] = 
     """Takes the first cell that nobody has until all are done; returns what failed."""
     failed: dict[Cell, str] = {}
     while left := [cell for cell in cells if not cell.done and cell not in failed]:
-        for cell in left:
-            lost = [need for need in cell.needs if need in failed]
-            if lost:
-                failed[cell] = f"{cell.name}: waits for {lost[0].name}, which failed"
-                break
-            if all(need.done for need in cell.needs) and _take(cell, failed, progress, say):
-                break
-        else:
+        if not any(_take(cell, failed, progress, say) for cell in left):
             time.sleep(WAIT)  # others have them all
     return list(failed.values())
 
@@ -134,12 +128,17 @@ def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[st
 
 def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
     """Trains a cell, or goes on with it, and tests it under both BatchNorm policies; returns and stores the result."""
-    config, saved = cell.config(), cell.folder / "config.json"
-    if saved.exists():
-        check_same(cell, Config.load(saved))
-    train(config, cell.folder, resume=saved.exists(), progress=progress)
+    device = build_device(cell.plan.device)
+    machine = f"{describe_machine(Case(device=str(device)))}, Python {platform.python_version()}"
+    begun = cell.begun
+    if begun:
+        check_same(cell, Config.load(cell.folder / "config.json"))
+    elif ROWS[cell.row].time_of is not None:
+        write_json(cell.folder / EQUAL_TIME, equal_time(cell) | {"machine": machine})
+    config = cell.config()
+    train(config, cell.folder, resume=begun, progress=progress)
     wrapper, _ = load_run(cell.folder, device=config.device)
-    data, device = {split: build_data(config, split) for split in SPLITS}, build_device(config.device)
+    data = {split: build_data(config, split) for split in SPLITS}
     column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
     tests = {}
     for bn in POLICIES:
@@ -165,7 +164,8 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
         "updates": len(log),
         "tasks": sum(int(line["tasks"]) for line in log),
         "seconds": sum(float(line["seconds"]) for line in log),
-        "machine": f"{describe_machine(Case(device=str(device)))}, Python {platform.python_version()}",
+        "machine": machine,
+        "equal_time": cell.decided,
     }
     write_json(cell.folder / RESULT, result)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from l2g_meta.build import build_data, build_device, load_run
 from l2g_meta.logs import read_log
-from l2g_meta.plots import save, subplots, tsne
+from l2g_meta.plots import draw_scatters, save, subplots, tsne_points
+from l2g_meta.reproduce.cells import write_json
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.plan import SCALES, Cell, Plan
 
@@ -62,7 +64,8 @@ def _band(axis: Any, at: np.ndarray, curves: Any, label: str) -> None:
 def embeddings(plan: Plan, path: Path) -> Path:
     """Figure 3: t-SNE of one episode of training classes and one of test classes, base beside L2G, seed 0.
 
-    Supports are stars, queries dots; all under θ, which is what classifies at test.
+    Supports are stars, queries dots; all under θ, which is what classifies at test. Coordinates and classes are kept in
+    ``<experiment>-<scale>-points.json``, for ``Scatter`` and ``draw_scatters``.
     """
     cells: list[Cell] = [cell for cell in plan.cells if cell.seed == 0]
     loaded = {ROWS[cell.row].title: load_run(cell.folder, device=plan.device) for cell in cells}
@@ -71,4 +74,7 @@ def embeddings(plan: Plan, path: Path) -> Path:
     models = {title: wrapper for title, (wrapper, _) in loaded.items()}
     data = [build_data(config, split) for split in ("train", "test")]
     queries = min(25, min(len(rows) for d in data for rows in d.index) - 1)
-    return tsne(models, data, path, ways=5, shots=1, queries=queries, device=device, heading=_title(plan))
+    points = tsne_points(models, data, ways=5, shots=1, queries=queries, device=device)
+    drawn = {"title": _title(plan), "rows": [[asdict(scatter) for scatter in row] for row in points]}
+    write_json(path.with_name(f"{path.stem}-points.json"), drawn)
+    return draw_scatters(points, path, heading=_title(plan))

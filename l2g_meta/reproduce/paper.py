@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from l2g_meta.norm import Policy
 
-# Work of an update: one task; as many tasks as L2G has; B pairs (or, for MAML +, B tasks); MAML's own batch of tasks;
-# as many tasks as L2G has, for as long as L2G took.
-Work = Literal["task", "tasks", "pairs", "batch", "time"]
+# Work of an update: one task; as many tasks as L2G has; B pairs (or, for MAML +, B tasks); MAML's own batch of tasks.
+Work = Literal["task", "tasks", "pairs", "batch"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Row:
         against: rows that it is compared with, over the same test episodes.
         published: BatchNorm statistics that the published number is of.
         dear: whether it has fewer updates at small scale.
-        time_of: for ``"time"``, the row whose time it has, and the row that shows what its own updates cost.
+        time_of: the row whose wall time its updates take, see ``equal_time``; otherwise it has those of its scale.
         inner: what T_i is, if not as T_j, fields of ``Config``.
     """
 
@@ -48,7 +47,7 @@ class Row:
     against: tuple[str, ...] = ()
     published: Policy = "running"
     dear: bool = False
-    time_of: tuple[str, str] | None = None
+    time_of: str | None = None
     inner: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,9 +77,7 @@ ROWS = {
     "maml": Row("MAML", "batch", {"method": "maml-softmax"}, "maml", published="batch"),
     "proto": Row("Prototypical Network", "task", EPISODIC | PROTO),
     "proto-tasks": Row("Prototypical Network, tasks as L2G", "tasks", EPISODIC | PROTO),
-    "proto-time": Row(
-        "Prototypical Network, time as L2G", "time", EPISODIC | PROTO, time_of=("l2g-proto", "proto-tasks")
-    ),
+    "proto-time": Row("Prototypical Network, time as L2G", "tasks", EPISODIC | PROTO, time_of="l2g-proto"),
     "maml-proto": Row("MAML + Prototypical", "pairs", MAML | PROTO, against=PROTO_BASES),
     "l2g-proto": Row("L2G + Prototypical", "pairs", L2G | PROTO, against=(*PROTO_BASES, "maml-proto")),
     "l2g-proto-first-order": Row(
@@ -101,11 +98,11 @@ ROWS = {
     ),
     "relation-time": Row(
         "Relation Network, time as L2G",
-        "time",
+        "tasks",
         EPISODIC | RELATION,
         "relation",
         published="batch",
-        time_of=("l2g-relation", "relation-tasks"),
+        time_of="l2g-relation",
     ),
     "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, "relation", RELATION_BASES, "batch", True),
     "l2g-relation": Row(
@@ -167,7 +164,7 @@ EXPERIMENTS = {
     ),
     "table2": Experiment(
         "Table 2: tieredImageNet", ("tiered-imagenet",), FOUR,
-        ("maml", *PROTO_BASES, "maml-proto", "l2g-proto", *RELATION_BASES, "l2g-relation"),
+        ("maml", *PROTO_BASES, "maml-proto", "l2g-proto", *RELATION_BASES, "maml-relation", "l2g-relation"),
         {
             "maml": (51.67, 70.30, 34.44, 53.32),
             "proto": (48.58, 69.57, 37.35, 57.83),

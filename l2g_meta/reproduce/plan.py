@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from l2g_meta.config import Config
 from l2g_meta.errors import L2GError
-from l2g_meta.logs import read_log
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS, Column, Row
 
 # Our choice, the paper gives no total; for MAML and the LSTM as their authors trained them.
@@ -20,6 +18,7 @@ NEVER = 10**9
 HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "maml": NEVER, "meta-lstm": NEVER}  # episodes; as published
 PAIRS = 5  # the paper's
 RESULT = "test.json"  # in a cell's folder when it is done
+EQUAL_TIME = "equal-time.json"  # what ``equal_time`` found when it began
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Scale:
         validations: of a run.
         validation_episodes: of each.
         test_episodes: of each trained model.
+        timed: updates of each of two rows that are timed for equal wall time.
         columns: how many of an experiment's.
         data: instead of the experiment's.
     """
@@ -51,6 +51,7 @@ class Scale:
     validations: int
     validation_episodes: int
     test_episodes: int
+    timed: int
     columns: int | None = None
     data: str | None = None
 
@@ -59,16 +60,16 @@ SCALES = {
     "full": Scale(
         "the paper's budget: 84 px, 15 queries; the length of training, which the paper leaves open, is our choice: "
         "100,000 episodes, relation networks 500,000, MAML 240,000 and the LSTM 60,000 as their authors",
-        5, None, None, 84, 15, 15, 50, 600, 600,
+        5, None, None, 84, 15, 15, 50, 600, 600, 15,
     ),
     "small": Scale(
         "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, so that rows "
         "of one task per update have fewer episodes than L2G, not as many; 10 training queries instead of 15",
-        2, 300, 150, 28, 10, 15, 6, 200, 600, columns=1,
+        2, 300, 150, 28, 10, 15, 6, 200, 600, 7, columns=1,
     ),
     "smoke": Scale(
         "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
-        1, 2, 2, 28, 5, 5, 1, 5, 5, columns=1, data="glyphs",
+        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, columns=1, data="glyphs",
     ),
 }  # fmt: skip
 
@@ -118,7 +119,7 @@ def plan(
     """The plan of an experiment.
 
     Raises:
-        L2GError: for an unknown name, or a row that waits for one that is left out.
+        L2GError: for an unknown name, or a scale that needs data and no ``root``.
 
     Example:
         >>> len(plan("table1", "small", Path("runs"), root="data", rows=["proto", "l2g-proto"]).cells)
@@ -130,12 +131,7 @@ def plan(
     if root is None and budget.data is None:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(spec.data)}; --scale smoke needs none")
     seeds = 1 if experiment == "figure3" else seeds or budget.seeds  # it draws one
-    found = Plan(experiment, scale, out, root, columns, rows, seeds, device)
-    for cell in found.cells:
-        missing = [c.row for c in cell.needs if c.row not in rows and not c.done]
-        if missing:
-            raise L2GError(f"the row {cell.row} waits for {' and '.join(missing)}; add them to --rows")
-    return found
+    return Plan(experiment, scale, out, root, columns, rows, seeds, device)
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
@@ -171,9 +167,15 @@ class Cell:
         return (self.folder / RESULT).exists()
 
     @property
-    def needs(self) -> list[Cell]:
-        """Cells that must be done before."""
-        return [replace(self, row=row) for row in ROWS[self.row].time_of or ()]
+    def begun(self) -> bool:
+        """Whether its training has begun."""
+        return (self.folder / "config.json").exists()
+
+    @property
+    def decided(self) -> dict[str, Any] | None:
+        """What ``equal_time`` found when it began, if it has another row's time."""
+        path = self.folder / EQUAL_TIME
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @property
     def result(self) -> dict[str, Any]:
@@ -187,10 +189,10 @@ class Cell:
         return found
 
     def config(self) -> Config:
-        """What it trains; for equal wall time known once the cells it needs are done."""
+        """What it trains; for equal wall time with the updates that were decided when it began."""
         row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
         ways, shots = _size(column.ways), _size(column.shots)
-        updates = _updates(row, column, scale, self._updates_of_time())
+        updates = self._updates()
         return Config(
             data=self.data,
             root=self.plan.root,
@@ -211,18 +213,19 @@ class Cell:
             **row.options,
         ).resolved()
 
-    def _updates_of_time(self) -> int | None:
-        """As many updates as the first needed cell's time pays for, at the second's cost of one, by medians."""
-        if not self.needs:
-            return None
-        if (self.folder / "config.json").exists():  # decided when it began
-            return Config.load(self.folder / "config.json").iterations
-        machines = {cell.result["machine"] for cell in self.needs}
-        if len(machines) > 1:
-            raise L2GError(f"need one machine for equal wall time, the cells of {self.name} ran on {sorted(machines)}")
-        logs = [[float(line["seconds"]) for line in read_log(cell.folder)] for cell in self.needs]
-        taken, each = (statistics.median(seconds) for seconds in logs)
-        return max(1, round(len(logs[0]) * taken / each))
+    def _updates(self) -> int:
+        """As many as its scale has; with another row's time those decided when it began, until then the other's."""
+        row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
+        if row.time_of is not None:
+            if self.decided is not None:
+                return self.decided["updates"]
+            if self.begun:  # by a version that did not keep how
+                return Config.load(self.folder / "config.json").iterations
+            return replace(self, row=row.time_of)._updates()
+        if scale.updates is None:
+            return EPISODES[row.family] // (_tasks_per_update(row, column) or PAIRS)
+        dear = row.dear or len(column.ways) * len(column.shots) > 1
+        return scale.dear if dear and scale.dear else scale.updates
 
 
 def check_same(cell: Cell, found: Config) -> None:
@@ -248,12 +251,3 @@ def _tasks_per_update(row: Row, column: Column) -> int | None:
     if row.work == "batch":  # as MAML was published: 4 tasks of 1 shot, 2 of 5
         return 4 if column.shots == (1,) else 2
     return None  # all tasks of the pairs, or for MAML + their T_i
-
-
-def _updates(row: Row, column: Column, scale: Scale, of_time: int | None) -> int:
-    if of_time is not None:
-        return of_time
-    if scale.updates is None:
-        return EPISODES[row.family] // (_tasks_per_update(row, column) or PAIRS)
-    dear = row.dear or len(column.ways) * len(column.shots) > 1
-    return scale.dear if dear and scale.dear else scale.updates

@@ -111,6 +111,8 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
         "seconds": [round(result["seconds"], 1) for result in found],
         "config": {k: v for k, v in found[0]["config"].items() if k != "seed"},
     }
+    if spec.time_of is not None:
+        summary["equal_time"] = [result.get("equal_time") for result in found]  # None: found by an earlier version
     for bn in POLICIES:
         episodes = _episodes(found, bn)  # (seeds, episodes)
         means = episodes.mean(1)
@@ -181,12 +183,18 @@ def markdown(values: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|",
             *(_line(row) for row in part["rows"]),
         ]
+        timed = [line for row in part["rows"] if (line := _equal_time(row))]
+        if timed:
+            lines += [
+                "",
+                "Time as L2G: L2G's updates × what one of L2G's costs / what one of this row's costs, medians of "
+                f"updates done in turn, in one process, before a seed began: {'; '.join(timed)}.",
+            ]
         compared = [row for row in part["rows"] if row.get("against")]
         if compared:
             lines += [
                 "",
-                "Differences of these trained models over the same test episodes, in points ± 95 % over episodes, p of "
-                "their mean over episodes (each seed's difference: their spread shows what other seeds change):",
+                "Differences of these trained models over the same test episodes, in points:",
                 "",
                 "| | against | running | batch |",
                 "|---|---|---|---|",
@@ -195,6 +203,12 @@ def markdown(values: dict[str, Any]) -> str:
                 f"| {row['title']} | {ROWS[other].title} | {_gain(found['running'])} | {_gain(found['batch'])} |"
                 for row in compared
                 for other, found in row["against"].items()
+            ]
+            lines += [
+                "",
+                "± is 95 % over episodes, as is p, of the mean difference: what other episodes would give with these "
+                "models. In brackets ± is 95 % over seeds (Student t): what other seeds would give; in parentheses is "
+                "the difference of each seed.",
             ]
     return "\n".join(lines) + "\n"
 
@@ -219,7 +233,15 @@ def _interval(half: float | None) -> str:
     return "" if half is None else f" ± {half:.2f}"
 
 
+def _equal_time(row: dict[str, Any]) -> str:
+    """How a row's updates were found, of each seed that says so."""
+    found = [seed for seed in row.get("equal_time", ()) if seed is not None]
+    each = ", ".join(f"{s['ratio']:.2f} ({s['of_seconds']:.3g} s / {s['seconds']:.3g} s)" for s in found)
+    return f"{row['title']} × {each}" if found else ""
+
+
 def _gain(found: dict[str, Any]) -> str:
     p = "" if found["p"] is None else ", p < 0.001" if found["p"] < 0.001 else f", p = {found['p']:.3f}"
     each = ", ".join(f"{gain:+.2f}" for gain in found["runs"])
-    return f"{found['mean']:+.2f}{_interval(found['ci95_episodes'])}{p} ({each})"
+    seeds = "" if found["ci95_runs"] is None else f" [± {found['ci95_runs']:.2f}]"
+    return f"{found['mean']:+.2f}{_interval(found['ci95_episodes'])}{seeds}{p} ({each})"
