@@ -140,19 +140,14 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from l2g_meta.classify.card import summary
     from l2g_meta.classify.export import export
 
     values = export(
         args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
         device=args.device,
     )  # fmt: skip
-    for e in values["calibration"]["shots"]:
-        print(
-            f"{e['shots']}-shot: test {e['accuracy']:.2f} ± {e['accuracy_ci95']:.2f} %, temperature "
-            f"{e['temperature']:.3f}, calibration error {e['ece_before']:.4f} before, {e['ece_after']:.4f} after"
-        )
-    for name, difference in (values["encoder"] or {}).get("largest_difference", {}).items():
-        print(f"{name}: read back, embeddings differ by {difference:.1e} at most, relative to the largest")
+    print("\n".join(summary(values)))
     print(f"{args.out}: written; l2g predict --model {args.out} --support DIR --query DIR")
     return 0
 
