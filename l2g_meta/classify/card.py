@@ -63,7 +63,8 @@ def summary(values: Mapping[str, Any]) -> list[str]:
     """What ``l2g export`` prints: a line for each number of shots and each file of the encoder."""
     lines = [
         f"{e['shots']}-shot: test {e['accuracy']:.2f} ± {e['accuracy_ci95']:.2f} %, "
-        f"temperature {e['temperature']:.3f}, calibration error {e['ece_before']:.4f} before, {e['ece_after']:.4f} after"
+        f"temperature {e['temperature']:.3f}, calibration error "
+        f"{e['ece_before']:.4f} before, {e['ece_after']:.4f} after"
         for e in values["calibration"]["shots"]
     ]
     files = (values["encoder"] or {}).get("largest_difference", {})
