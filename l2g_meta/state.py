@@ -105,7 +105,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         for message in tried:
             warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
         return path, *found
-    raise CheckpointError(f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}")
+    raise CheckpointError(
+        f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}; put a copy of one there, or begin "
+        "another run with another --out"
+    )
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -34,7 +34,7 @@ from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
 from l2g_meta.run import Run
-from l2g_meta.updates import EagerUpdate
+from l2g_meta.updates import EagerUpdate, seed_update
 from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
@@ -96,7 +96,7 @@ def train(
     if config.method != "episodic":
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    with Run(out, config, world) as run:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world) as run:
         if resume:
             info = run.resume(wrapper, optimizer, force=force)
         else:
@@ -121,7 +121,10 @@ def train(
             wrapper.train()
             _set_lr(optimizer, learning_rate(config, k))
             began = time.perf_counter()
+            seed_update(config, k, world)
             stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
+            if world.size == 1:
+                asked = run.signals.asked  # also what came meanwhile; several ranks notice that in the next update
             if not finite:
                 run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
