@@ -564,7 +564,7 @@ class TestNotFinite:
             go(tmp_path / "sound", config=Config(**{**vars(config), "iterations": 5}), model=lambda: Blows("", 99))
         failed, _ = load_tensors(tmp_path / "run" / "failed-5.safetensors")
         same, _ = load_tensors(tmp_path / "sound" / "resume-5.safetensors")
-        assert all(torch.equal(failed[name], same[name]) for name in same)
+        assert all(torch.equal(failed[name], same[name]) for name in same if not name.startswith("generator."))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_or_is_left_out_and_counted(self, kind, tmp_path):
