@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.commands import command
@@ -35,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return 2
     except BrokenPipeError:  # `l2g ... | head` has seen enough
-        _forget_stdout()
         return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:
-        complain(f"cannot use {error.filename}: {error.strerror}" if error.filename is not None else str(error))
+        what = "cannot read or write" if error.filename is None else f"cannot use {error.filename}"
+        complain(f"{what}: {error.strerror or error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        complain(f"need more memory than there is: {str(error).splitlines()[0] if str(error) else error!r}; {MEMORY}")
+        first_line = "".join(str(error).splitlines()[:1])
+        complain(f"need more memory than there is: {first_line}; {MEMORY}")
         return 2
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{what}; {remedy}")
         return getattr(error, "code", 130)
     finally:
+        _settle_stdout()
         if "l2g_meta.distributed" in sys.modules:
             sys.modules["l2g_meta.distributed"].shutdown()
 
@@ -62,9 +65,11 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _forget_stdout() -> None:
-    """What is left in its buffer goes nowhere: Python would complain about it at the end."""
+def _settle_stdout() -> None:
+    """Writes what is left in its buffer, or forgets it: Python would complain at the end."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # it is no file, as in a test
-        pass
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # it is no file, as in a test
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -81,7 +81,9 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CheckpointError(f"need a folder for the run, cannot make {self.out}: {error.strerror}") from error
+                raise CheckpointError(
+                    f"need a folder for the run, cannot make {self.out}: {error.strerror}; choose another --out"
+                ) from error
             self._claim()
             state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
             self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed

@@ -65,8 +65,9 @@ def read_sweep(path: Path) -> list[Run]:
 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise L2GError(f"need a file with an `l2g train` command per line, got {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise L2GError(f"need a file with an `l2g train` command per line, got {path}: {reason}") from error
     runs: dict[Path, Run] = {}
     for number, line in enumerate(lines, 1):
         try:

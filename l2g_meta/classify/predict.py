@@ -83,7 +83,9 @@ def _output(
         try:
             file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
         except OSError as error:
-            raise L2GError(f"need a file to write for --csv, got {csv_file}: {error.strerror}") from error
+            raise L2GError(
+                f"need a file to write for --csv, got {csv_file}: {error.strerror}; choose another"
+            ) from error
         with file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

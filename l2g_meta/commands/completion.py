@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         "the flags of this version: make it again after an upgrade.",
         EXAMPLES,
     )
-    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -140,4 +140,4 @@ def _check_writable(path: Path) -> None:
         if new:
             path.unlink()
     except OSError as error:
-        raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}") from error
+        raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}; choose another") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 from l2g_meta import __version__
 from l2g_meta.commands import COMMANDS, command
 from l2g_meta.commands.output import red
+from l2g_meta.errors import did_you_mean
 
 Commands = Any  # what ``add_subparsers`` returns; its type is argparse's own
 
@@ -127,6 +127,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and where the help is; exits with 2."""
         message = message.replace("the following arguments are required: ", "need ")
+        if message == "need COMMAND":
+            message = f"need a command of {', '.join(COMMANDS)}"
         self.exit(2, f"{red(f'{self.prog}:', sys.stderr)} {message}; see {self.prog} --help\n")
 
 
@@ -141,14 +143,3 @@ class Help(argparse.HelpFormatter):
             block if "\n  " in block else textwrap.fill(" ".join(block.split()), width) for block in text.split("\n\n")
         ]
         return textwrap.indent("\n\n".join(paragraphs), indent)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a word that is not known.
-
-    Example:
-        >>> did_you_mean("prototipical", ["prototypical", "relation"]), did_you_mean("x", ["relation"])
-        ('; did you mean prototypical?', '')
-    """
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

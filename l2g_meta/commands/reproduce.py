@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
     )
     scales = "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items())
     reproduce.epilog = f"scales: {scales}\n\n{reproduce.epilog}"
-    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS), help="table or figure of the paper")
+    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"table or "
+                           f"figure of the paper: {', '.join(EXPERIMENTS)}")  # fmt: skip
     reproduce.add_argument("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
                            "(default: small)")  # fmt: skip
     reproduce.add_argument("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")

@@ -15,7 +15,7 @@ def examine() -> dict[str, Any]:
 
     Whatever is broken is told and not raised.
     """
-    required = [look(part) for part in REQUIRED]
+    required = [look(part, required=True) for part in REQUIRED]
     found: dict[str, Any] = {
         "required": required,
         "python": platform.python_version(),

@@ -70,8 +70,11 @@ OPTIONAL = (
 )
 
 
-def look(part: Part) -> dict[str, Any]:
-    """A part's ``version``, ``None`` where it is missing, and the ``error`` that importing it ends in, if it does."""
+def look(part: Part, *, required: bool = False) -> dict[str, Any]:
+    """A part's ``version``, ``None`` where it is missing, and the ``error`` that importing it ends in, if it does.
+
+    A required part that is missing is an error, too.
+    """
     module = part.module or part.name
     found: dict[str, Any] = {"name": part.name, "use": part.use, "version": None, "error": None, "remedy": part.command}
     try:
@@ -79,7 +82,7 @@ def look(part: Part) -> dict[str, Any]:
             with warnings.catch_warnings():  # some packages announce their successors there
                 warnings.simplefilter("ignore")
                 if importlib.util.find_spec(module.partition(".")[0]) is None:
-                    found["error"] = "it is not installed" if part in REQUIRED else None
+                    found["error"] = "it is not installed" if required else None
                     return found
                 imported = importlib.import_module(module)
         found["version"] = _version(part, imported)

@@ -85,7 +85,7 @@ def check(plan: Plan) -> None:
             pass
         (plan.out / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
+        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
     for config in {cell.data: cell.config() for cell in plan.cells}.values():
         for split in SPLITS:
             build_data(config, split)  # missing data is found now
