@@ -19,7 +19,7 @@ from l2g_meta.config import LEARNERS, Config
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.errors import CheckpointError, FitError
+from l2g_meta.errors import CheckpointError, FitError, did_you_mean
 from l2g_meta.heads import HEADS
 from l2g_meta.maml import SoftmaxMAML
 from l2g_meta.meta_lstm import MetaLSTM
@@ -228,7 +228,10 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
         return known[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise FitError(f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}")
+        raise FitError(
+            f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises

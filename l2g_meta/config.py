@@ -261,6 +261,10 @@ class Config:
             return cls.of(json.loads(path.read_text(encoding="utf-8"))).resolved()
         except L2GError:
             raise
+        except OSError as error:
+            raise L2GError(
+                f"need a run's config in {path}, got: {error.strerror}; name a folder made by `l2g train`"
+            ) from error
         except Exception as error:  # JSON can hold values that fail in any comparison
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
 

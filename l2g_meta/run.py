@@ -95,21 +95,32 @@ class Run:
         state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
 
-    def resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, *, force: bool = False) -> dict[str, Any]:
+    def resume(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], *, force: bool = False
+    ) -> dict[str, Any]:
         """Puts the newest sound state back; returns its header.
 
         Raises:
-            CheckpointError: if no state is sound, it belongs to another model, or to another config without ``force``.
+            CheckpointError: if no state is sound, it belongs to another model or was given other parts from Python, or,
+                without ``force``, it belongs to another config.
         """
-        info = self.world.from_main(lambda: self._resume(wrapper, optimizer, force))
+        info = self.world.from_main(lambda: self._resume(wrapper, optimizer, given, force))
         self._share(wrapper, optimizer)
         return info
 
-    def _resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, force: bool) -> dict[str, Any]:
+    def _resume(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], force: bool
+    ) -> dict[str, Any]:
         if not self.out.is_dir():
             raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
         self._claim()
         path, tensors, info = state.newest(self.out)
+        if info["given"] != list(given):
+            had, has = (" and ".join(names) or "no part" for names in (info["given"], given))
+            raise CheckpointError(
+                f"{self.out} was given its {had} from Python, now {has}; continue it with "
+                "l2g_meta.training.train(..., resume=True) and the same parts"
+            )
         difference = self.config.differences(Config.of(info["config"]))
         if difference and not force:
             raise CheckpointError(

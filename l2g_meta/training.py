@@ -98,7 +98,7 @@ def train(
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world) as run:
         if resume:
-            info = run.resume(wrapper, optimizer, force=force)
+            info = run.resume(wrapper, optimizer, given, force=force)
         else:
             info = run.begin(wrapper, optimizer, image_shape, given)
         if isinstance(update, StaticUpdate):
