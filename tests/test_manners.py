@@ -102,7 +102,7 @@ def test_typos(line, message, capsys):
     "line, message",
     [
         (
-            "train --head protoypical --image-size 16 --ways 3 --data folder --root {1}",
+            "train --head protoypical --image-size 16 --ways 3 --queries 2 --data folder --root {1}",
             "got 'protoypical'; did you mean prototypical\\?",
         ),
         ("train --resume {0}/nowhere", "need a run's config in .*, got: No such file .*; name a folder made by"),
