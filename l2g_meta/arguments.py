@@ -12,6 +12,7 @@ from l2g_meta.bench.case import Case
 from l2g_meta.cluster import EXECUTORS
 from l2g_meta.config import Config, Sizes
 from l2g_meta.norm import POLICIES
+from l2g_meta.report import command as report_command
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.plan import SCALES
 
@@ -61,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--root", help="folder of the data, if it has moved since training")
     evaluate.add_argument("--device", help="auto, cpu, cuda, … (default: as trained)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the result, in per cent")
+
+    report = commands.add_parser(
+        "report",
+        help="a page to look at, of one run or several",
+        description="Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning "
+        "curves, confusions, t-SNE, reliability, and episodes as pictures. It needs no network.",
+    )
+    report_command.add_arguments(report)
 
     bench = commands.add_parser(
         "bench",

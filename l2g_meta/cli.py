@@ -130,6 +130,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from l2g_meta.report.command import run
+
+    return run(args)
+
+
 def _bench(args: argparse.Namespace) -> int:
     from l2g_meta.bench.batching import batching
     from l2g_meta.bench.norms import norms
@@ -318,6 +324,7 @@ def _describe(config: Config) -> str:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "report": _report,
     "bench": _bench,
     "reproduce": _reproduce,
     "submit": _submit,
