@@ -39,7 +39,16 @@ def trained_glyphs(tmp_path_factory):
 
     folder, runs = tmp_path_factory.mktemp("trained"), []
     for name, method, seed in (("episodic-seed0", "episodic", 0), ("episodic-seed1", "episodic", 1), ("l2g", "l2g", 0)):
-        config = Config(method=method, seed=seed, iterations=8, eval_every=4, eval_episodes=10, device="cpu")
+        config = Config(
+            method=method,
+            seed=seed,
+            iterations=8,
+            eval_every=4,
+            eval_episodes=5,
+            pairs=1,
+            backbone="conv4-32",
+            device="cpu",
+        )
         train(config.resolved(), folder / name)
         runs.append(folder / name)
     return runs

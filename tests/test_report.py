@@ -312,7 +312,6 @@ def test_points_are_capped_and_shared_out(report):
         flat(measured.model, measured.data, rows[:2])
 
 
-def test_too_large_a_page_gets_smaller_thumbnails(report, monkeypatch):
-    large = render(report)
-    monkeypatch.setattr("l2g_meta.report.page.LIMIT", len(large.encode()) - 1)
-    assert len(render(report)) < len(large)
+def test_too_large_a_page_gets_smaller_thumbnails(page, report, monkeypatch):
+    monkeypatch.setattr("l2g_meta.report.page.LIMIT", len(page.encode()) - 1)
+    assert len(render(report)) < len(page)

@@ -111,7 +111,7 @@ def test_a_thumbnail_on_hover(browser, page):
 
 def test_a_thumbnail_by_the_keyboard(browser, page):
     browser.open(page, **DESKTOP)
-    browser.evaluate("document.querySelector('.tsne').previousElementSibling; document.querySelector('.pt').focus()")
+    browser.evaluate("document.querySelector('.pt').focus()")
     first = browser.evaluate(TIP)
     browser.press("ArrowRight")
     second = browser.evaluate(TIP)

@@ -88,7 +88,7 @@ def accuracy_chart(group: Sequence[tuple[int, Experiment]], split: str) -> str:
         e_all = experiment.evaluation
         if e_all is not None and e_all.ci95_runs is not None:
             over = f"{len(e_all.run_means)} trained models"
-            lines.append((f"{experiment.letter} mean", e_all.accuracy_mean, e_all.ci95_runs, f"{colour(i)} mean", over))
+            lines.append((experiment.letter, e_all.accuracy_mean, e_all.ci95_runs, f"{colour(i)} mean", over))
     lines.reverse()
     low = min(mean - half if math.isfinite(half) else mean for _, mean, half, *_ in lines)
     high = max(mean + half if math.isfinite(half) else mean for _, mean, half, *_ in lines)

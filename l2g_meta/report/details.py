@@ -25,7 +25,7 @@ TILES = 100  # queries shown of an episode
 SUPPORTS = 6  # shown of a class
 
 
-@dataclass
+@dataclass(eq=False)
 class Images:
     """Experiments on one data set, their hard classes, and the sheet of its thumbnails.
 
@@ -102,7 +102,8 @@ def _matrix(i: int, experiment: Experiment, images: Images, counts: Confusion, n
         )
         rows.append(f"<tr>{title}{cells}</tr>")
     table = (
-        f'<div class="scroll"><table class="confusion"><thead><tr><th scope="col">class</th>{head}</tr></thead>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Confusions"><table class="confusion">'
+        f'<thead><tr><th scope="col">class</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     e = experiment.evaluation

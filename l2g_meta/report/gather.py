@@ -16,7 +16,7 @@ from l2g_meta.report.measure import Asked, Measured, Splits, measure
 from l2g_meta.report.runs import RunFolder, read_run
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A run, and what was measured of it."""
 
@@ -31,7 +31,7 @@ class Run:
         return None if self.folder.config is None else self.folder.config.seed
 
 
-@dataclass
+@dataclass(eq=False)
 class Experiment:
     """Runs that differ in their seed alone, or one run."""
 

@@ -20,7 +20,7 @@ from l2g_meta.norm import Policy
 from l2g_meta.report.runs import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """What a report measures.
 
@@ -49,7 +49,7 @@ class Asked:
     device: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """What a model said in one episode.
 
@@ -69,7 +69,7 @@ class Answers:
         return self.predicted == self.rows.query_y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """A run's results on a split."""
 

@@ -134,7 +134,8 @@ def _accuracy(report: Report) -> str:
         name = f"{data.name} {data.split}".strip()
         chart = accuracy_chart(members, name)
         caption = (
-            f"{name}, {data.n_classes} classes. Whiskers are 95 % intervals over episodes, those of means over seeds."
+            f"{name}, {data.n_classes} classes. Whiskers are 95 % intervals over episodes; "
+            "of a letter alone, the mean of its trained seeds, over those (Student t)."
         )
         parts.append(figure(escaped(name), chart, caption))
     if not parts:
@@ -173,14 +174,14 @@ def _paired(report: Report) -> str:
     for d in differences(report):
         seeds = "" if d.seeds is None else f"± {d.seeds:.2f}"
         rows.append([
-            f"{badge(index[id(d.a)], d.a.letter)} − {badge(index[id(d.b)], d.b.letter)} "
-            f"{escaped(d.a.title)} − {escaped(d.b.title)}",
+            f"{badge(index[id(d.a)], d.a.letter)} − {badge(index[id(d.b)], d.b.letter)}",
             plus_minus(d.mean, d.episodes, sign=True), seeds, _verdict(d.mean, d.episodes),
         ])  # fmt: skip
     if not rows:
         return ""
     note = (
-        "Both saw the same episodes of the same images, so that what is hard for both drops out. "
+        "Both saw the same episodes of the same images, so that what is hard for both drops out; of "
+        "several seeds the mean counts. "
         f"± is 95 %, over {report.asked.episodes} episodes; over seeds where both have the same. With few seeds, an "
         "interval over episodes says little about other seeds."
     )
@@ -260,7 +261,8 @@ def _confusions(images: Sequence[Images], report: Report) -> str:
         note = (
             f"The {len(of.hard)} of {of.data.n_classes} classes that are recognised least often, the hardest first. An "
             "episode has only a few classes: a cell is the share of the row's queries, in episodes with both classes, "
-            "that were taken for the column's. On the diagonal: recognised."
+            "that were taken for the column's. On the diagonal: recognised. –: never met. Few "
+            "meetings make rough shares; stop over a cell for its counts."
         )
         parts.append(f'<p>{escaped(note)}</p><div class="grid">{"".join(confusion_figures(of))}</div>')
     return "".join(parts) + (_limited(report) if parts else "")

@@ -18,7 +18,7 @@ from l2g_meta.logs import read_log
 NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunFolder:
     """A run as its files have it.
 
