@@ -34,7 +34,7 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
 
     Example:
         >>> ticks(0, 300), ticks(24.3, 31.2)
-        ([0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0], [25.0, 26.0, 27.0, 28.0, 29.0, 30.0, 31.0])
+        ([0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0], [26.0, 28.0, 30.0])
     """
     raw = max(high - low, 1e-9) / n
     power = 10.0 ** math.floor(math.log10(raw))
