@@ -15,6 +15,7 @@ COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "evaluate": "accuracy on unseen classes",
     "predict": "classify images of new classes from a few examples",
     "export": "a run as one folder to share",
+    "report": "a page to look at, of one run or several",
     "bench": "what an exact meta-step costs",
     "reproduce": "the paper's tables and figures, ours beside theirs",
     "submit": "many runs on a cluster",
