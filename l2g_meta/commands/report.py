@@ -24,8 +24,8 @@ def add(commands: Commands) -> None:
     report = new_command(
         commands,
         "report",
-        "Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning curves, confusions, "
-        "t-SNE, reliability, and episodes as pictures. It needs no network.",
+        "Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning curves, "
+        "confusions, t-SNE, reliability, and episodes as pictures. It needs no network.",
         EXAMPLES,
     )
     flag = report.add_argument
