@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from l2g_meta.bench.case import Case
 from l2g_meta.cluster import EXECUTORS
-from l2g_meta.config import Config, Sizes
+from l2g_meta.config import NOT_SUPERVISED, SUPERVISED, Config, Sizes
 from l2g_meta.norm import POLICIES
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.plan import SCALES
@@ -27,20 +28,18 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a model", description="Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
     )
-    for f in fields(Config):
-        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        options["default"] = argparse.SUPPRESS
-        if f.default is not None and f.default is not False:
-            options["help"] += f" (default: {f.default})"
-        if f.type == "bool":
-            train.add_argument(flag, action="store_true", **options)
-        else:
-            train.add_argument(flag, type=TYPES[str(f.type).removesuffix(" | None")], **options)
-    train.add_argument("--out", type=Path, help="run directory (default: runs/DATA-METHOD-HEAD-seedSEED)")
-    train.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; "
-                       "without one: that in --out if there is one, else begin it")  # fmt: skip
-    train.add_argument("--force", action="store_true", help="resume with another config than the run had so far")
+    _add_config(train)
     train.add_argument("--replay", type=Path, metavar="RUN", help="run a run's failed update again and show where")
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="train an encoder on the training classes",
+        description="Trains an encoder with a linear classifier of all training classes, as `l2g train --method "
+        "supervised`, and chooses the checkpoint by few-shot accuracy of nearest prototypes on validation classes; "
+        "`l2g train --weights RUN` begins with its encoder.",
+    )
+    _add_config(pretrain, leave_out=NOT_SUPERVISED)
+    pretrain.set_defaults(method=SUPERVISED, replay=None)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -115,6 +114,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(command: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
+    """A flag per field of ``Config``, and what a run's folder takes."""
+    for f in fields(Config):
+        if f.name in leave_out:
+            continue
+        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        options["default"] = argparse.SUPPRESS
+        if f.default is not None and f.default is not False:
+            options["help"] += f" (default: {f.default})"
+        if f.type == "bool":
+            command.add_argument(flag, action="store_true", **options)
+        else:
+            command.add_argument(flag, type=TYPES[str(f.type).removesuffix(" | None")], **options)
+    command.add_argument("--out", type=Path, help="run directory (default: runs/DATA-METHOD-HEAD-seedSEED)")
+    command.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; "
+                       "without one: that in --out if there is one, else begin it")  # fmt: skip
+    command.add_argument("--force", action="store_true", help="resume with another config than the run had so far")
+
+
 def _add_jobs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--slurm", action="append", metavar="NAME=VALUE,…", help="options of sbatch, for example "
                          "partition=gpu,time=240,gpus_per_node=1; time is in minutes")  # fmt: skip
@@ -140,4 +158,4 @@ def _sizes(text: str) -> Sizes:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
-TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Sizes": _sizes}
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Sizes": _sizes, "Names": str}

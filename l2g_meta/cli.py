@@ -15,7 +15,7 @@ from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.arguments import build_parser
 from l2g_meta.bench.case import Case
 from l2g_meta.checkpoint import read_info, write_text
-from l2g_meta.config import Config
+from l2g_meta.config import SUPERVISED, Config
 from l2g_meta.distributed import World, join, shutdown
 from l2g_meta.errors import L2GError
 
@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
-        resume = "l2g train --resume RUN continues a run" if args.command == "train" else "the same command continues"
+        resume = (
+            "l2g train --resume RUN continues a run"
+            if args.command in ("train", "pretrain")
+            else "the same command continues"
+        )
         print(f"l2g: {what}; {resume} to the same bits", file=sys.stderr)
         return getattr(error, "code", 130)
     finally:
@@ -67,7 +71,21 @@ def _train(args: argparse.Namespace) -> int:
         f"{out}: {_describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
+    if config.method == SUPERVISED:
+        for distance, result in _by_distance(out, config).items():
+            print(f"{out}: {distance} to prototypes: {result}")
     return 0
+
+
+def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
+    """Validation of a pre-trained run's best checkpoint by each distance of ``supervised.DISTANCES``."""
+    from l2g_meta.build import build_data, build_device, load_run
+    from l2g_meta.supervised import by_distance
+    from l2g_meta.training import validate
+
+    wrapper, _ = load_run(out, device=config.device)
+    data, device = build_data(config, "validation"), build_device(config.device)
+    return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
 
 def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
@@ -317,6 +335,7 @@ def _describe(config: Config) -> str:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "pretrain": _train,
     "evaluate": _evaluate,
     "bench": _bench,
     "reproduce": _reproduce,

@@ -63,7 +63,12 @@ class Run:
             requeue(error.code - 128)
 
     def begin(
-        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, image_shape: Sequence[int], given: Sequence[str]
+        self,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        image_shape: Sequence[int],
+        given: Sequence[str],
+        n_classes: int | None = None,
     ) -> dict[str, Any]:
         """A new run: makes the folder and saves its beginning; returns the header of its states.
 
@@ -72,6 +77,7 @@ class Run:
         """
         # What it takes to build the model again, and what of the run is not in its config.
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
+        info |= {} if n_classes is None else {"n_classes": n_classes}
         info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
         if self.world.main:
             if holds_run(self.out):
@@ -100,7 +106,7 @@ class Run:
                 raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
             self._claim()
             path, tensors, info = state.newest(self.out)
-            difference = self.config.differences(Config.of(info["config"]))
+            difference = self.config.differences(Config.of(info["config"]).resolved())
             if difference and not force:
                 raise CheckpointError(
                     f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
