@@ -37,11 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
-        resume = (
-            "l2g train --resume RUN continues a run"
-            if args.command in ("train", "pretrain")
-            else "the same command continues"
-        )
+        trains = args.command in ("train", "pretrain")
+        resume = f"l2g {args.command} --resume RUN continues a run" if trains else "the same command continues"
         print(f"l2g: {what}; {resume} to the same bits", file=sys.stderr)
         return getattr(error, "code", 130)
     finally:

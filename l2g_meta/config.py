@@ -72,9 +72,9 @@ class Config:
     backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class")
     backbone_options: Names | None = _flag(None, "arguments of the encoder, for example drop_rate=0.1 "
                                            "widths=64,128,256,512", nargs="+", metavar="NAME=VALUE")  # fmt: skip
-    weights: str | None = _flag(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors file or "
-                                "one of torch.save with a state dict, or default: the pretrained ones of timm or "
-                                "torchvision", metavar="RUN|FILE|default")  # fmt: skip
+    weights: str | None = _flag(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors "
+                                "file or one of torch.save with a state dict, or default: the pretrained ones of "
+                                "timm or torchvision", metavar="RUN|FILE|default")  # fmt: skip
     distance: str | None = _flag(
         None, "prototypical, and nearest prototypes of supervised: distance", choices=("euclidean", "squared", "cosine")
     )
@@ -99,8 +99,9 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
-    adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for example "
-                                "encoder.blocks.3 'head.*' (default: all)", nargs="+", metavar="NAME")  # fmt: skip
+    adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
+                                "example encoder.blocks.3 'head.*' (default: all)",
+                                nargs="+", metavar="NAME")  # fmt: skip
     recompute: bool = _flag(
         False,
         "evaluate the inner loss a second time instead of keeping its graph; saves memory for "
@@ -114,8 +115,8 @@ class Config:
     )
     weight_decay: float = _flag(None, "L2 penalty added to gradients (default: 0; supervised: 5e-4)")
     lr: float = _flag(None, "step size of the optimizer (default: adam 1e-3, sgd 0.05)")
-    schedule: str = _flag(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after 3/5 and "
-                          "4/5 of the updates (default: halve; supervised: cosine)",
+    schedule: str = _flag(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after "
+                          "3/5 and 4/5 of the updates (default: halve; supervised: cosine)",
                           choices=("halve", "cosine", "step"))  # fmt: skip
     clip_norm: float | None = _flag(None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)")
     lr_halve_every: int = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")

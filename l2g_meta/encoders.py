@@ -11,21 +11,22 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l2g_meta.conv import convert_conv
 from l2g_meta.errors import FitError, L2GError
 from l2g_meta.norm import convert_batchnorm
 
 # Not to be set by a config, which may be somebody else's: where weights come from, and what is set here.
-OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "model_name", "checkpoint_path", "cache_dir",
-       "features_only", "aux_logits", "scriptable", "exportable", "no_jit"}  # fmt: skip
+OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "model_name", "checkpoint_path",
+       "cache_dir", "features_only", "aux_logits", "scriptable", "exportable", "no_jit"}  # fmt: skip
 
 
 def timm_encoder(name: str, in_channels: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """A model of timm without its classification layer, with the fast double backward where there is one.
 
     Args:
-        name: one of ``timm.list_models()`` or ``timm.list_pretrained()``; no name that loads code or files (``hf-hub:``).
+        name: one of ``timm.list_models()`` or ``timm.list_pretrained()``; none that loads code or files (``hf-hub:``).
         in_channels: channels of the images.
         options: of the model, for example ``img_size`` and ``patch_size`` of a vision transformer.
         pretrained: with timm's own weights, from its cache or the net.
@@ -44,7 +45,7 @@ def timm_encoder(name: str, in_channels: int, options: Mapping[str, Any], *, pre
     ))  # fmt: skip
     classifier = net.pretrained_cfg.get("classifier") or ()
     net.left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return convert_conv(convert_batchnorm(net))
+    return convert_layers(net)
 
 
 def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
@@ -80,7 +81,36 @@ def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any])
     net.left_out = (layers[-1], "AuxLogits", "aux1", "aux2")
     if in_channels == 1:
         net.register_forward_pre_hook(_repeat_grey)
-    return convert_conv(convert_batchnorm(net))
+    return convert_layers(net)
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """``nn.Hardsigmoid`` with a second derivative, which PyTorch's operator lacks (MobileNetV3, squeeze and excitation).
+
+    Example:
+        >>> import torch
+        >>> Hardsigmoid()(torch.tensor([-4.0, 0.0, 4.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """relu6(x + 3) / 6."""
+        return F.relu6(input + 3) / 6
+
+
+def convert_layers(model: nn.Module) -> nn.Module:
+    """Makes a model of PyTorch's layers ready for an inner step, in place; returns it.
+
+    ``convert_batchnorm`` and ``convert_conv``, and a ``nn.Hardsigmoid`` that can be differentiated twice.
+
+    Example:
+        >>> type(convert_layers(nn.Sequential(nn.Hardsigmoid()))[0])
+        <class 'l2g_meta.encoders.Hardsigmoid'>
+    """
+    for module in model.modules():
+        if type(module) is nn.Hardsigmoid:
+            module.__class__ = Hardsigmoid
+    return convert_conv(convert_batchnorm(model))
 
 
 LIBRARIES: dict[str, Callable[[str, int, Mapping[str, Any]], nn.Module]] = {
@@ -98,8 +128,8 @@ def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any])
     library, _, name = backbone.partition(":")
     if library not in LIBRARIES:
         raise L2GError(
-            f"need --backbone timm:NAME or torchvision:NAME for --weights default, got {backbone}, which has none; name a "
-            "file or a run"
+            f"need --backbone timm:NAME or torchvision:NAME for --weights default, got {backbone}, which has none; "
+            "name a file or a run"
         )
     try:
         if library == "timm":
@@ -112,8 +142,8 @@ def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any])
     except Exception as error:  # what the libraries, and those they download with, raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise L2GError(
-            f"need {library}'s pretrained weights of {name}, in its cache or from the net, got: {reason}; run this once "
-            "with a network, copy the cache, or give a file of the state dict by --weights FILE"
+            f"need {library}'s pretrained weights of {name}, in its cache or from the net, got: {reason}; run this "
+            "once with a network, copy the cache, or give a file of the state dict by --weights FILE"
         ) from error
 
 

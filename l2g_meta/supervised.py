@@ -67,7 +67,7 @@ class LinearHead(nn.Module):
 
 def by_distance(model: nn.Module, evaluate: Any) -> dict[str, Evaluation]:
     """``evaluate(model)`` with the nearest prototypes of each distance; the head's own is put back."""
-    nearest = model.head.nearest  # type: ignore[union-attr]
+    nearest: Any = model.get_submodule("head.nearest")
     own, found = nearest.distance, {}
     try:
         for distance in DISTANCES:

@@ -1,4 +1,4 @@
-"""Where a run's encoder begins: another run's, a file's state dict, or a library's pretrained weights (``--weights``)."""
+"""Where a run's encoder begins: another run's, a file's state dict, or a library's pretrained ones (``--weights``)."""
 
 from __future__ import annotations
 
@@ -118,5 +118,6 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
         module.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
         raise CheckpointError(
-            f"{source} belongs to another {type(module).__name__}: {error}; use the same --backbone and --backbone-options"
+            f"{source} belongs to another {type(module).__name__}: {error}; use the same --backbone and "
+            "--backbone-options"
         ) from error

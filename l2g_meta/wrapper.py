@@ -39,8 +39,8 @@ class L2GWrapper(nn.Module):
     Args:
         model: ``model(task) -> scores`` of shape (n_query, n_way), higher is closer; any ``nn.Module``.
         inner_lr: step size α of the inner step (the paper: 0.01), or the initial one if it is learned.
-        adapt: which parameters the inner step changes, by name, prefix or pattern (``["head", "encoder.layer4.*"]``), as
-            in ANIL (Raghu et al. 2020); by default all. The others have the same value in θ' and are still trained,
+        adapt: which parameters the inner step changes, by name, prefix or pattern (``["head", "encoder.layer4.*"]``),
+            as in ANIL (Raghu et al. 2020); by default all. The others have the same value in θ' and are still trained,
             through the inner step too.
         first_order: treat the inner gradient as a constant: the meta-gradient loses its Hessian term.
         learn_inner_lr: ``False``; ``"scalar"``: one learned α; ``"tensor"``: one per parameter tensor;
