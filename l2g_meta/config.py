@@ -252,7 +252,7 @@ class Config:
         filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
         given = [name for name in NOT_SUPERVISED if name not in filled and getattr(self, name)]
         if given or self.head != "linear":
-            flags = ", ".join("--" + name.replace("_", "-") for name in given or ["head"])
+            flags = ", ".join("--" + name.replace("_", "-") for name in (given if self.head == "linear" else ["head"]))
             raise L2GError(f"--method supervised does not take {flags}; leave it out")
 
     def _check_learner(self) -> None:

@@ -85,7 +85,7 @@ def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any])
 
 
 class Hardsigmoid(nn.Hardsigmoid):
-    """``nn.Hardsigmoid`` with a second derivative, which PyTorch's operator lacks (MobileNetV3, squeeze and excitation).
+    """``nn.Hardsigmoid`` with a second derivative, which PyTorch's operator lacks (in MobileNetV3).
 
     Example:
         >>> import torch
