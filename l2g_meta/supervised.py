@@ -39,6 +39,7 @@ class LinearHead(nn.Module):
         Chen et al. (2021), *Meta-Baseline*, the Classifier-Baseline.
 
     Example:
+        >>> import torch
         >>> head, z = LinearHead(4, 64), torch.randn(3, 4)
         >>> head(z[:0], torch.empty(0), z, 64).shape, head.eval()(z, torch.arange(3), z, 3).shape
         (torch.Size([3, 64]), torch.Size([3, 3]))
