@@ -66,7 +66,12 @@ class Run:
             requeue(error.code - 128)
 
     def begin(
-        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, image_shape: Sequence[int], given: Sequence[str]
+        self,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        image_shape: Sequence[int],
+        given: Sequence[str],
+        n_classes: int | None = None,
     ) -> dict[str, Any]:
         """A new run: makes the folder and saves its beginning; returns the header of its states.
 
@@ -75,6 +80,7 @@ class Run:
         """
         # What it takes to build the model again, and what of the run is not in its config.
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
+        info |= {} if n_classes is None else {"n_classes": n_classes}
         info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
         self.world.from_main(lambda: self._begin(wrapper, optimizer, info))
         self._share(wrapper, optimizer)
@@ -121,7 +127,7 @@ class Run:
                 f"{self.out} was given its {had} from Python, now {has}; continue it with "
                 "l2g_meta.training.train(..., resume=True) and the same parts"
             )
-        difference = self.config.differences(Config.of(info["config"]))
+        difference = self.config.differences(Config.of(info["config"]).resolved())
         if difference and not force:
             raise CheckpointError(
                 f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "

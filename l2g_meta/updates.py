@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2g_meta.build import calls_of_update, tasks_of_calls
 from l2g_meta.config import Config
+from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.distributed import Joined, World
 from l2g_meta.objectives import Objective, UpdateStats, accumulate
@@ -41,7 +42,7 @@ class EagerUpdate:
         objective: what it minimises.
         wrapper: the model and its step sizes.
         optimizer: of its parameters.
-        pairs: the stream of tasks.
+        pairs: the stream of tasks, or of batches.
         world: the processes that share each update.
     """
 
@@ -51,7 +52,7 @@ class EagerUpdate:
         objective: Objective,
         wrapper: L2GWrapper,
         optimizer: torch.optim.Optimizer,
-        pairs: TaskPairs,
+        pairs: TaskPairs | Batches,
         world: World | None = None,
     ):
         self.config, self.objective, self.wrapper, self.optimizer = config, objective, wrapper, optimizer

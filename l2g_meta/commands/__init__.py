@@ -12,6 +12,7 @@ from types import ModuleType
 
 COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "train": "train a model",
+    "pretrain": "train an encoder on the training classes, to begin with",
     "evaluate": "accuracy on unseen classes",
     "predict": "classify images of new classes from a few examples",
     "export": "a run as one folder to share",

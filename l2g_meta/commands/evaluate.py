@@ -90,7 +90,7 @@ def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2G
     seeds = [config.seed for _, config in loaded]
     if len(set(seeds)) < len(seeds):
         raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
-    same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard"}
+    same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard", "weights"}
     _check_alike([config for _, config in loaded], sorted(same), "to be seeds of one experiment")
     for run in runs:
         path = run / f"{args.checkpoint}.safetensors"

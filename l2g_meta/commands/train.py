@@ -7,16 +7,19 @@ import json
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2g_meta.checkpoint import read_info
 from l2g_meta.commands.output import add_output, bold, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.runs import describe
 from l2g_meta.commands.types import METAVARS, TYPES
-from l2g_meta.config import Config
+from l2g_meta.config import SUPERVISED, Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
+
+if TYPE_CHECKING:
+    from l2g_meta.evaluation import Evaluation
 
 INTERRUPTED = "l2g train --resume RUN continues a run to the same bits"
 EXAMPLES = """\
@@ -28,14 +31,19 @@ l2g train --resume runs/a                            # go on where it stopped"""
 # A field that is in none of these is listed under "other".
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "root", "image_size", "download", "split_seed", "augment"),
-    "model": ("head", "backbone", "distance", "dims", "temperature", "learn_temperature", "reduction"),
+    "model": (
+        "backbone", "backbone_options", "weights", "head", "distance", "dims", "temperature", "learn_temperature",
+        "reduction",
+    ),
     "tasks: T_i takes the inner step, T_j is what it is judged by": (
         "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
     ),
     "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "fresh_queries",
+        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "fresh_queries",
     ),
-    "optimisation": ("lr", "lr_halve_every", "clip_norm", "iterations", "seed"),
+    "optimisation": (
+        "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
+    ),
     "validation": ("eval_every", "eval_episodes", "bn"),
     "numerics": ("precision", "deterministic", "skip_nonfinite", "recompute", "cuda_graph", "device"),
     "run": ("save_every", "keep", "rank_timeout", "tensorboard"),
@@ -106,8 +114,22 @@ def run(args: argparse.Namespace) -> int:
         f"{out}: {describe(config)}: best validation {accuracy} ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
+    if config.method == SUPERVISED:
+        for distance, result in _by_distance(out, config).items():
+            print(f"{out}: {distance} to prototypes: {result}")
     emit(args, _result(out, config, best, skipped))
     return 0
+
+
+def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
+    """Validation of a pre-trained run's best checkpoint by each distance of ``supervised.DISTANCES``."""
+    from l2g_meta.build import build_data, build_device, load_run
+    from l2g_meta.supervised import by_distance
+    from l2g_meta.training import validate
+
+    wrapper, _ = load_run(out, device=config.device)
+    data, device = build_data(config, "validation"), build_device(config.device)
+    return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
 
 def _result(out: Path, config: Config, best: dict[str, Any], skipped: int | None) -> dict[str, Any]:

@@ -57,5 +57,11 @@ def sizes(text: str) -> int | tuple[int, ...]:
     return found[0] if len(found) == 1 else found
 
 
-TYPES: dict[str, Any] = {"int": whole, "float": number, "str": str, "Sizes": sizes}  # of a dataclass's fields
-METAVARS = {"int": "N", "float": "X", "str": "NAME", "Sizes": "N,N"}
+TYPES: dict[str, Any] = {
+    "int": whole,
+    "float": number,
+    "str": str,
+    "Sizes": sizes,
+    "Names": str,
+}  # of a dataclass's fields
+METAVARS = {"int": "N", "float": "X", "str": "NAME", "Sizes": "N,N", "Names": "NAME"}
