@@ -38,7 +38,7 @@ for rows in glyphs.index[:5]:
 
 # 3. A model: any run or exported folder will do. This one learns from characters of other scripts, once.
 if not model.exists():
-    size = {"iterations": 2, "eval_every": 2, "eval_episodes": 2} if smoke else {}
+    size = {"iterations": 2, "eval_every": 2, "eval_episodes": 2} if smoke else {"iterations": 150}
     run = folder / "run"
     train(Config(method="episodic", shots=(1, 5), **size), run, resume=run.exists(), progress=False)
     export(run, model, onnx=False, episodes=5 if smoke else 600)

@@ -4,6 +4,9 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -71,7 +74,6 @@ def _reference() -> set[str]:
 
 
 def test_reference_names_only_what_exists():
-    # Parts of a NamedTuple or dataclass and attributes set in __init__ are no attributes of the class: none is listed.
     assert not [name for name in sorted(documented()) if resolved(name) is None]
 
 
@@ -115,7 +117,8 @@ def test_tutorial_shows_its_script(page):
     source = (ROOT / script).read_text(encoding="utf-8")
     blocks = re.findall(r"```\{literalinclude\} (\S+)\n((?:.|\n)*?)```", text)
     assert blocks and {name for name, _ in blocks} == {f"../../{script}"}
-    markers = re.findall(r":(?:start|end)-(?:at|before|after): (.+)", "\n".join(options for _, options in blocks))
+    options = "\n".join(options for _, options in blocks)
+    markers = re.findall(r":(?:start|end)-(?:at|before|after): \"(.+)\"", options)
     assert not [marker for marker in markers if source.count(marker) != 1]
     assert f"python examples/{page.stem}.py" in text
     assert f"tutorials/{page.stem}" in (DOCS / "index.md").read_text(encoding="utf-8")
@@ -127,3 +130,15 @@ def test_pictures_and_files_of_a_page_are_there(page):
         pytest.skip("not a page")
     links = re.findall(r"\]\(([^)#:\s]+\.\w+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if not (page.parent / link).is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium, Debian's package")
+def test_search_works_in_a_site_opened_from_the_disk(tmp_path):
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, site]
+    subprocess.run(build, check=True)
+    browser = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+    browser += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{site.as_uri()}/search.html?q=alignment"]
+    page = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert 'href="algorithm.html"' in page.split('id="search-results"')[1].split("</ul>")[0]
