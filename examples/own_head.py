@@ -16,7 +16,7 @@ from l2g_meta import Conv4, MetricModel
 from l2g_meta import functional as f
 from l2g_meta.config import Config
 from l2g_meta.data import load
-from l2g_meta.evaluation import evaluate
+from l2g_meta.evaluation import evaluate, paired_difference
 from l2g_meta.testing import check_head
 from l2g_meta.training import train
 
@@ -54,13 +54,19 @@ def main() -> None:
 
     iterations, episodes = (2, 10) if smoke else (200, 600)
     train_data, validation, test = (load("glyphs", split) for split in ("train", "validation", "test"))
+    results = {}
     for method in ("episodic", "maml", "l2g"):
         config = Config(method=method, iterations=iterations, eval_every=iterations, eval_episodes=episodes)
         torch.manual_seed(0)
         model = MetricModel(Conv4(1), ManhattanHead(64), image_shape=(1, 28, 28))
         with tempfile.TemporaryDirectory() as folder:
             wrapper = train(config, Path(folder) / method, data=train_data, validation=validation, model=model)
-        print(f"{method:10} {evaluate(wrapper, test, queries=5, episodes=episodes)}")
+        results[method] = evaluate(wrapper, test, queries=5, episodes=episodes)
+        print(f"{method:10} {results[method]}")
+
+    for other in ("episodic", "maml"):
+        mean, half = paired_difference(results["l2g"], results[other])
+        print(f"l2g − {other:8} {mean:+.2f} ± {half:.2f} points, over the same test episodes")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""The documentation is complete: the API reference has the public names, and each tutorial shows a script that runs."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import l2g_meta
+import l2g_meta.data
+from l2g_meta.classify.classifier import FewShotClassifier
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+
+# Modules that are parts of others, not for use from outside. Each other one has something in docs/api.
+INTERNAL = {
+    "arguments", "cli",  # the command `l2g`, which explains itself: --help
+    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images", "data.pickled_arrays",
+    "kernels", "kernels.aten", "kernels.coefficients", "kernels.triton",
+}  # fmt: skip
+
+
+def documented() -> set[str]:
+    """Full names that the directives of docs/api/*.rst give, listed members included."""
+    names = set()
+    for page in (DOCS / "api").glob("*.rst"):
+        module = ""
+        for block in re.split(r"^(?=\.\. )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            if not (directive := re.match(r"\.\. (currentmodule|data|auto\w+):: (\S+)", block)):
+                continue
+            kind, name = directive.groups()
+            if kind == "currentmodule":
+                module = name
+                continue
+            full = name if name.startswith("l2g_meta.") else f"{module}.{name}"
+            members = re.search(r":members:(.*(?:\n {4,}[^:\s].*)*)", block)
+            listed = re.findall(r"\w+", members[1]) if members else []
+            if kind == "automodule" and members and not listed:
+                listed = own(importlib.import_module(full))
+            names |= {full, *(f"{full}.{member}" for member in listed)}
+    return names
+
+
+def own(module: ModuleType) -> list[str]:
+    """Public functions and classes that a module defines."""
+    values = vars(module).items()
+    return [n for n, v in values if n[0] != "_" and callable(v) and getattr(v, "__module__", "") == module.__name__]
+
+
+def resolved(name: str) -> object:
+    """What a dotted name stands for; ``None`` if for nothing."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def identity(value: object) -> str:
+    """The full name under which a function or class was defined."""
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+
+
+@pytest.fixture(scope="module", name="reference")
+def _reference() -> set[str]:
+    return {identity(resolved(name)) for name in documented()}
+
+
+def test_reference_names_only_what_exists():
+    assert not [name for name in sorted(documented()) if resolved(name) is None]
+
+
+@pytest.mark.parametrize("package", [l2g_meta, l2g_meta.data], ids=lambda package: package.__name__)
+def test_reference_has_every_name_of_the_package(package, reference):
+    public = {
+        n: v for n, v in vars(package).items()
+        if n[0] != "_" and getattr(v, "__module__", "").startswith("l2g_meta") and not inspect.ismodule(v)
+        and not n.endswith("Error")
+    }  # fmt: skip
+    if package is l2g_meta:
+        public["FewShotClassifier"] = FewShotClassifier  # made at first use
+        listed = re.findall(r"`(\w+)`", (DOCS / "api.md").read_text(encoding="utf-8").split("```")[0])
+        assert set(listed) - {"l2g_meta"} == set(public), "the list in docs/api.md"
+    assert len(public) > 4
+    assert not {name for name, value in public.items() if identity(value) not in reference}
+
+
+def test_reference_has_something_of_every_module(reference):
+    names = {m.name for m in pkgutil.walk_packages(l2g_meta.__path__, "l2g_meta.")} - {"l2g_meta.__main__"}
+    internal = {f"l2g_meta.{name}" for name in INTERNAL}
+    assert internal <= names, "INTERNAL names a module that is gone"
+    modules = [importlib.import_module(name) for name in sorted(names - internal)]
+    missing = [m.__name__ for m in modules if own(m) and reference.isdisjoint(identity(getattr(m, n)) for n in own(m))]
+    assert not missing, "need a directive in docs/api, or a line in INTERNAL"
+
+
+def test_documented_names_have_a_docstring():
+    values = {name: resolved(name) for name in documented()}
+    silent = [name for name, value in values.items() if callable(value) and not inspect.getdoc(value)]
+    assert not silent
+
+
+def test_there_are_tutorials():
+    assert {page.stem for page in TUTORIALS} >= {"classify_photos", "own_protonet", "own_head", "from_maml"}
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorial_shows_its_script(page):
+    text, script = page.read_text(encoding="utf-8"), f"examples/{page.stem}.py"  # test_examples.py runs it
+    source = (ROOT / script).read_text(encoding="utf-8")
+    blocks = re.findall(r"```\{literalinclude\} (\S+)\n((?:.|\n)*?)```", text)
+    assert blocks and {name for name, _ in blocks} == {f"../../{script}"}
+    options = "\n".join(options for _, options in blocks)
+    markers = re.findall(r":(?:start|end)-(?:at|before|after): \"(.+)\"", options)
+    assert not [marker for marker in markers if source.count(marker) != 1]
+    assert f"python examples/{page.stem}.py" in text
+    assert f"tutorials/{page.stem}" in (DOCS / "index.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_pictures_and_files_of_a_page_are_there(page):
+    if "_build" in page.parts:
+        pytest.skip("not a page")
+    links = re.findall(r"\]\(([^)#:\s]+\.\w+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium, Debian's package")
+def test_search_works_in_a_site_opened_from_the_disk(tmp_path):
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, site]
+    subprocess.run(build, check=True)
+    browser = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+    browser += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{site.as_uri()}/search.html?q=alignment"]
+    page = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert 'href="algorithm.html"' in page.split('id="search-results"')[1].split("</ul>")[0]
