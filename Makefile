@@ -4,6 +4,7 @@ BIN := .venv/bin
 
 # learn2learn 0.2.0 ships C from an old Cython; build_ext generates it anew. From Python 3.13 on one of its
 # dependencies (qpth) makes pip compile NumPy 1.26: there the library uses its built-in clone and update instead.
+# It is named again beside the rest, which would otherwise bring a NumPy that it does not take.
 LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
 .PHONY: demo test slow lint docs audit clean
@@ -34,7 +35,7 @@ audit: .venv/installed
 ifneq ($(LEARN2LEARN),)
 	$(BIN)/python -m pip install --quiet --config-settings=--build-option=build_ext $(LEARN2LEARN)
 endif
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" $(LEARN2LEARN)
 	touch $@
 
 clean:
