@@ -336,6 +336,7 @@ def test_killed_and_shared_by_two_it_gives_the_same_numbers(done, tmp_path):
         assert [r["loss"] for r in read_log(cell.folder)] == [r["loss"] for r in read_log(twin)]
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
     options = ["--runs", "2", "--rows", *done.rows, "--parallel", "2"]
     assert main([*COMMAND[3:], "--out", str(tmp_path), *options]) == 0
