@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +15,20 @@ from torch import nn
 from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
-from l2g_meta.config import LEARNERS, Config
+from l2g_meta.config import LEARNERS, SUPERVISED, Config
 from l2g_meta.data.augment import Augment
+from l2g_meta.data.batches import Batches
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.errors import CheckpointError, FitError
+from l2g_meta.encoders import LIBRARIES
+from l2g_meta.errors import CheckpointError, FitError, did_you_mean
 from l2g_meta.heads import HEADS
 from l2g_meta.maml import SoftmaxMAML
 from l2g_meta.meta_lstm import MetaLSTM
 from l2g_meta.model import MetricModel, SoftmaxClassifier, build_head, feature_shape
 from l2g_meta.objectives import OBJECTIVES, Objective, episodic
+from l2g_meta.options import parsed_options
+from l2g_meta.supervised import LinearHead
 from l2g_meta.task import Task, split_queries
 from l2g_meta.wrapper import L2GWrapper
 
@@ -63,20 +67,26 @@ def build_data(config: Config, split: str) -> ClassDataset:
     )
 
 
-def build_model(config: Config, image_shape: tuple[int, ...]) -> nn.Module:
+def build_model(config: Config, image_shape: tuple[int, ...], n_classes: int | None = None) -> nn.Module:
     """The config's model for images (C, H, W), initialised from ``config.seed``; PyTorch's generator is left as it was.
 
-    An encoder with a metric head, or with a softmax for a method that adapts on the supports.
+    An encoder with a metric head, or with a softmax for a method that adapts on the supports, or with a linear
+    classifier of ``n_classes`` training classes for supervised training.
 
     Raises:
         FitError: if a name is unknown, an option is not the head's, or encoder and head do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        encoder = _call(_named(config.backbone, BACKBONES, "backbone"), image_shape[0])
+        encoder = build_encoder(config.backbone, image_shape[0], parsed_options(config.backbone_options))
         shape = feature_shape(encoder, image_shape)
         if config.method in LEARNERS:
             return _build_learner(config, encoder, math.prod(shape))
+        if config.method == SUPERVISED:
+            if n_classes is None:
+                raise FitError("need the number of training classes for supervised training, got none; give n_classes")
+            classifier = LinearHead(math.prod(shape), n_classes, distance=config.distance or "cosine")
+            return MetricModel(encoder, classifier, image_shape=image_shape)
         head = _named(config.head, HEADS, "head")
         return MetricModel(encoder, build_head(head, shape, **config.head_options), image_shape=image_shape)
 
@@ -105,6 +115,7 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
     return L2GWrapper(
         model,
         config.inner_lr,
+        adapt=config.adapt,
         first_order=config.first_order,
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
@@ -113,8 +124,26 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
     )
 
 
-def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs:
-    """The training stream of the config."""
+def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -> torch.optim.Optimizer:
+    """Adam (eq. 5), or SGD with momentum 0.9; Adam in a form that a CUDA graph can record, if that is wanted.
+
+    Raises:
+        FitError: if a CUDA graph of SGD is wanted.
+    """
+    graph = config.cuda_graph and device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if graph else config.lr
+    if config.optimizer == "adam":
+        return torch.optim.Adam(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, capturable=graph)
+    if graph:
+        raise FitError("need --optimizer adam with --cuda-graph, got sgd; leave --cuda-graph out")
+    return torch.optim.SGD(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, momentum=0.9)
+
+
+def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:
+    """The training stream of the config: pairs of tasks, or for supervised training batches of labelled images."""
+    augment = Augment() if config.augment else None
+    if config.method == SUPERVISED:
+        return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
     parts = 2 if config.fresh_queries else 1  # split_queries halves them
     return TaskPairs(
         dataset,
@@ -125,12 +154,12 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
         outer_shots=config.outer_shots,
         outer_queries=parts * (config.outer_queries or config.queries),
         seed=config.seed,
-        augment=Augment() if config.augment else None,
+        augment=augment,
         device=device,
     )
 
 
-def tasks_of_update(config: Config, pairs: TaskPairs, k: int) -> list[tuple[Task, ...]]:
+def tasks_of_update(config: Config, pairs: TaskPairs | Batches, k: int) -> list[tuple[Task, ...]]:
     """The tasks of update k, one tuple for each call of the objective, from one stream for all methods.
 
     L2G takes B pairs; ``maml`` the T_i of the same B pairs; the others both tasks of the same B pairs. With
@@ -149,21 +178,25 @@ def calls_of_update(config: Config, k: int) -> list[tuple[Place, ...]]:
         >>> calls_of_update(Config(method="episodic", tasks_per_update=3).resolved(), 1)
         [((1, 1),), ((2, 0),), ((2, 1),)]
     """
+    if config.method == SUPERVISED:
+        return [((position, 0),) for position in positions_of_update(config, k)]
     skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
     return _select(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
 
 
-def tasks_of_calls(config: Config, pairs: TaskPairs, calls: Sequence[tuple[Place, ...]]) -> list[tuple[Task, ...]]:
+def tasks_of_calls(
+    config: Config, pairs: TaskPairs | Batches, calls: Sequence[tuple[Place, ...]]
+) -> list[tuple[Task, ...]]:
     """The tasks of some calls of the objective; their images in one gather."""
     positions = sorted({position for call in calls for position, _ in call})
-    found = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
+    found: dict[int, tuple[Task, ...]] = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
     return [_halved(config, tuple(found[position][member] for position, member in call)) for call in calls]
 
 
 def positions_of_update(config: Config, k: int) -> range:
-    """The pairs of the stream that update k takes tasks from."""
+    """The pairs of the stream that update k takes tasks from; for supervised training its batches."""
     n = config.tasks_per_update
-    if n is None:
+    if n is None or config.method == SUPERVISED:
         return range(k * config.episodes_per_update, (k + 1) * config.episodes_per_update)
     return range(k * n // 2, (k * n + n + 1) // 2)
 
@@ -215,11 +248,23 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
         raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
     if math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
         raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
-    wrapper = build_wrapper(config, build_model(config, tuple(shape)))
+    wrapper = build_wrapper(config, build_model(config, tuple(shape), n_classes_of(info)))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
     return wrapper.to(build_device(config.device)).eval(), config
+
+
+def n_classes_of(info: Mapping[str, Any]) -> int | None:
+    """The training classes of a supervised run, from the header of its checkpoints.
+
+    Raises:
+        CheckpointError: if they are no number that can be.
+    """
+    n = info.get("n_classes")
+    if n is not None and not (type(n) is int and 1 < n <= 2**20):
+        raise CheckpointError(f"need the number of training classes in a checkpoint's header, got {n!r}; use another")
+    return n
 
 
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
@@ -228,7 +273,10 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
         return known[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise FitError(f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}")
+        raise FitError(
+            f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises
@@ -242,8 +290,20 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
     return found
 
 
-def _call(encoder: Callable[..., nn.Module], in_channels: int) -> nn.Module:
+def build_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    """An encoder of ours, of timm or torchvision, or a user's, for images of that many channels.
+
+    Raises:
+        FitError: if the name is unknown, or the encoder does not take the options.
+    """
+    library, _, model = name.partition(":")
+    if library in LIBRARIES:
+        return LIBRARIES[library](model, in_channels, options)
+    encoder = _named(name, BACKBONES, "backbone")
     try:
-        return encoder(in_channels)
+        return encoder(in_channels, **options)
     except TypeError as error:
-        raise FitError(f"need a backbone that is built as Backbone(in_channels), got: {error}") from error
+        given = ", ".join(options) or "none"
+        raise FitError(
+            f"need a backbone that is built as Backbone(in_channels, **options), got options {given}: {error}"
+        ) from error

@@ -87,6 +87,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with _named_errors(path):
         content = path.read_bytes()
+        if len(content) < 8 or len(content) < 8 + int.from_bytes(content[:8], "little"):
+            raise ValueError(f"{len(content)} bytes, a file that is cut off or of another kind")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         version, text = int(header["format"]), header["info"]
         if version > FORMAT:

@@ -12,10 +12,13 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from l2g_meta.errors import FitError
 
 INSTALL = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
 
@@ -127,6 +130,44 @@ def update_module(module: nn.Module, updates: Sequence[Tensor | None]) -> nn.Mod
 def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters that require a gradient, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def adapted_names(module: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    """Names of the trainable parameters that an inner step changes, in the module's order.
+
+    Args:
+        module: the model.
+        patterns: names, prefixes of names up to a dot, or patterns with ``*``, ``?`` and ``[...]``; ``None``: all.
+
+    Raises:
+        FitError: if a pattern fits no trainable parameter, with the names there are.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> adapted_names(model, ["1"]), adapted_names(model, ["*.bias"])
+        (['1.weight', '1.bias'], ['0.bias', '1.bias'])
+    """
+    names = list(trainable_parameters(module))
+    if patterns is None:
+        return names
+    if isinstance(patterns, str):
+        raise FitError(f"need adapt to be several names or patterns, got the text {patterns!r}; write [{patterns!r}]")
+    found: set[str] = set()
+    for pattern in patterns:
+        fitting = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
+        if not fitting:
+            raise FitError(
+                f"need a trainable parameter for adapt {pattern!r}, got none; there are {', '.join(_shortened(names))}"
+            )
+        found |= set(fitting)
+    return [name for name in names if name in found]
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """All names of a small model; of a large one those of its parts."""
+    if len(names) <= 40:
+        return list(names)
+    return list(dict.fromkeys(".".join([*name.split(".")[:-1][:3], "*"]) for name in names))
 
 
 def hold(places: Sequence[tuple[nn.Module, str, Any]]) -> None:

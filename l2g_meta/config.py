@@ -15,15 +15,23 @@ from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
 from l2g_meta.heads import HEADS
 from l2g_meta.objectives import OBJECTIVES
+from l2g_meta.options import parsed_options
 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
 
 
 LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
-METHODS = (*OBJECTIVES, *LEARNERS)
+SUPERVISED = "supervised"  # the encoder with a linear classifier of the training classes: `l2g pretrain`
+METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
+NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
+    "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
+    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
+    "fresh_queries", "pairs", "cuda_graph",
+)  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
+Names = tuple[str, ...]
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -31,6 +39,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
     "Sizes": (int, tuple),
+    "Names": (tuple,),
 }
 
 
@@ -58,10 +67,17 @@ class Config:
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
 
     method: str = _flag("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
-                        "supports, at test too", choices=METHODS)  # fmt: skip
+                        "supports, at test too; supervised as `l2g pretrain`", choices=METHODS)  # fmt: skip
     head: str = _flag(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
-    backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, or package.module:Class")
-    distance: str | None = _flag(None, "prototypical: distance", choices=("euclidean", "squared", "cosine"))
+    backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class")
+    backbone_options: Names | None = _flag(None, "arguments of the encoder, for example drop_rate=0.1 "
+                                           "widths=64,128,256,512", nargs="+", metavar="NAME=VALUE")  # fmt: skip
+    weights: str | None = _flag(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors "
+                                "file or one of torch.save with a state dict, or default: the pretrained ones of "
+                                "timm or torchvision", metavar="RUN|FILE|default")  # fmt: skip
+    distance: str | None = _flag(
+        None, "prototypical, and nearest prototypes of supervised: distance", choices=("euclidean", "squared", "cosine")
+    )
     dims: str | None = _flag(None, "prototypical: sum or mean over dimensions", choices=("sum", "mean"))
     temperature: float | None = _flag(None, "prototypical, matching: scores are divided by it")
     learn_temperature: bool = _flag(False, "prototypical, matching: train the temperature")
@@ -83,6 +99,9 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
+    adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
+                                "example encoder.blocks.3 'head.*' (default: all)",
+                                nargs="+", metavar="NAME")  # fmt: skip
     recompute: bool = _flag(
         False,
         "evaluate the inner loss a second time instead of keeping its graph; saves memory for "
@@ -90,11 +109,20 @@ class Config:
     )
     fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
-    lr: float = _flag(1e-3, "step size of Adam")
+    batch: int | None = _flag(None, "supervised: images of a batch (default: 128)")
+    optimizer: str = _flag(
+        None, "adam, or SGD with momentum 0.9 (default: adam; supervised: sgd)", choices=("adam", "sgd")
+    )
+    weight_decay: float = _flag(None, "L2 penalty added to gradients (default: 0; supervised: 5e-4)")
+    lr: float = _flag(None, "step size of the optimizer (default: adam 1e-3, sgd 0.05)")
+    schedule: str = _flag(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after "
+                          "3/5 and 4/5 of the updates (default: halve; supervised: cosine)",
+                          choices=("halve", "cosine", "step"))  # fmt: skip
     clip_norm: float | None = _flag(None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)")
     lr_halve_every: int = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
     pairs: int = _flag(None, "pairs of tasks per update")
-    tasks_per_update: int | None = _flag(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs)")
+    tasks_per_update: int | None = _flag(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs; "
+                                         "supervised: batches, 1)")  # fmt: skip
     iterations: int = _flag(None, "updates")
     eval_every: int = _flag(None, "updates between validations; checkpoints are written then")
     eval_episodes: int = _flag(None, "validation episodes")
@@ -134,6 +162,9 @@ class Config:
         if filled["head"] in HEADS:  # stored, so that another version's defaults do not change what a run was
             defaults = {name: p.default for name, p in inspect.signature(HEADS[filled["head"]]).parameters.items()}
             filled |= {name: defaults[name] for name in HEAD_FLAGS if getattr(self, name) is None and name in defaults}
+        for name in ("adapt", "backbone_options"):
+            if isinstance(getattr(self, name), list):  # as the command line gives it
+                filled[name] = tuple(getattr(self, name))
         if self.root is not None:
             filled["root"] = str(Path(self.root).expanduser().absolute())
         config = replace(self, **filled)
@@ -141,10 +172,15 @@ class Config:
         return config
 
     def _of_method(self) -> dict[str, Any]:
-        """Head, inner steps and clipping, where the method has a default of its own."""
+        """Head, inner steps, optimizer and clipping, where the method has a default of its own."""
         own: dict[str, Any] = {"head": "prototypical", "inner_lr": 0.003, "inner_steps": 1}
+        own |= {"optimizer": "adam", "weight_decay": 0.0, "schedule": "halve"}
+        if self.method == SUPERVISED:
+            own |= {"head": "linear", "distance": "cosine", "batch": 128, "tasks_per_update": 1}
+            own |= {"optimizer": "sgd", "weight_decay": 5e-4, "schedule": "cosine"}
+        own["lr"] = 0.05 if (self.optimizer or own["optimizer"]) == "sgd" else 1e-3
         if self.method in LEARNERS:
-            own = {"head": "softmax", "inner_lr": 0.01, "inner_steps": 5}
+            own |= {"head": "softmax", "inner_lr": 0.01, "inner_steps": 5}
         if self.method == "maml-softmax":
             own["test_steps"] = 10
         if self.method == "meta-lstm":
@@ -185,13 +221,39 @@ class Config:
                 f"--clip-norm, by default that of --method {self.method}, does not work with --cuda-graph; leave "
                 "--cuda-graph out"
             )
+        if not 0 <= self.weight_decay < math.inf:
+            raise L2GError(f"need --weight-decay of at least 0 and finite, got {self.weight_decay}")
         self._check_learner()
+        self._check_supervised()
+        self._check_names()
         if self.tasks_per_update is not None and self.method == "l2g":
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
         if self.cuda_graph and (self.tasks_per_update or 0) % 2:
             raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {self.tasks_per_update}")
         if self.fresh_queries and self.method != "maml":
             raise L2GError(f"--fresh-queries belongs to --method maml, got --method {self.method}")
+
+    def _check_names(self) -> None:
+        for name in ("adapt", "backbone_options"):
+            value = getattr(self, name)
+            if value is not None and not (value and all(isinstance(text, str) for text in value)):
+                raise L2GError(f"need --{name.replace('_', '-')} to be one or more texts, got {value!r}")
+        parsed_options(self.backbone_options)
+        if self.adapt is not None and self.method not in ("l2g", "maml"):
+            raise L2GError(f"--adapt belongs to --method l2g and maml, got --method {self.method}; leave it out")
+        if self.weight_decay and self.learn_inner_lr:
+            raise L2GError("--weight-decay would shrink learned step sizes too; leave it or --learn-inner-lr out")
+
+    def _check_supervised(self) -> None:
+        if self.method != SUPERVISED:
+            if self.batch is not None or self.head == "linear":
+                raise L2GError(f"--batch and --head linear belong to --method supervised, got --method {self.method}")
+            return
+        filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
+        given = [name for name in NOT_SUPERVISED if name not in filled and getattr(self, name)]
+        if given or self.head != "linear":
+            flags = ", ".join("--" + name.replace("_", "-") for name in (given if self.head == "linear" else ["head"]))
+            raise L2GError(f"--method supervised does not take {flags}; leave it out")
 
     def _check_learner(self) -> None:
         if self.method not in LEARNERS:
@@ -261,6 +323,10 @@ class Config:
             return cls.of(json.loads(path.read_text(encoding="utf-8"))).resolved()
         except L2GError:
             raise
+        except OSError as error:
+            raise L2GError(
+                f"need a run's config in {path}, got: {error.strerror}; name a folder made by `l2g train`"
+            ) from error
         except Exception as error:  # JSON can hold values that fail in any comparison
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,13 +71,27 @@ class World:
         self.wait()
         return function() if found is None else found
 
-    def from_main(self, value: T) -> T:
-        """The main process's value, on every rank."""
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What a function returns that the main process alone calls, on every rank.
+
+        Raises:
+            L2GError: on every rank, if it raises one.
+        """
         if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+            return function()
+        found: list[Any] = [None, None]
+        error: L2GError | None = None
+        if self.main:
+            try:
+                found[0] = function()
+            except L2GError as e:
+                error, found[1] = e, str(e)
+        dist.broadcast_object_list(found, src=0)
+        if error is not None:
+            raise error
+        if found[1] is not None:
+            raise L2GError(f"rank {self.rank} ends, since rank 0 could not go on: {found[1]}")
+        return found[0]
 
     def wait(self) -> None:
         """Returns when all ranks are here."""

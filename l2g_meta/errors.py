@@ -1,5 +1,10 @@
 """Errors that say what was needed, what came, and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class L2GError(ValueError):
     """Base of the library's own errors: wrong input, with need, got and remedy in the message."""
@@ -19,3 +24,14 @@ class CheckpointError(L2GError):
 
 class NotFiniteError(L2GError):
     """A loss, a gradient or a weight is NaN or infinite."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known.
+
+    Example:
+        >>> did_you_mean("prototipical", ["prototypical", "relation"]), did_you_mean("x", ["relation"])
+        ('; did you mean prototypical?', '')
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

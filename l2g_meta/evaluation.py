@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
@@ -86,6 +86,7 @@ def evaluate(
     device: torch.device | str | None = None,
     split: str | None = None,
     world: World | None = None,
+    observe: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Evaluation:
     """Accuracy of ``model(task)`` on episodes that depend on ``episode_seed`` alone.
 
@@ -108,6 +109,7 @@ def evaluate(
         device: where the model is.
         split: name of the split in the result; the data set's own by default.
         world: processes that share the episodes; each returns the whole result.
+        observe: called with scores (n_query, n_way) and labels (n_query,) of each episode of this process, in turn.
 
     Raises:
         DataError: if the split has too few classes or images.
@@ -131,11 +133,12 @@ def evaluate(
     ]
     world = world or World()
     share = world.share(runs * episodes)
+    scored = []
     with torch.no_grad(), batchnorm_policy(model, bn):
-        scored = [
-            torch.stack([_accuracy(scores, y), loss_fn(scores, y).double()])
-            for scores, y in _scores(model, streams, [divmod(i, episodes) for i in share], bn)
-        ]
+        for scores, y in _scores(model, streams, [divmod(i, episodes) for i in share], bn):
+            scored.append(torch.stack([_accuracy(scores, y), loss_fn(scores, y).double()]))
+            if observe is not None:
+                observe(scores, y)
     accuracy, losses = gathered(world, scored, share, runs * episodes).T
     accuracies: list[float] = (100 * accuracy).tolist()
     return Evaluation(

@@ -7,7 +7,7 @@ only then is the graph of g wanted, and by then that of T_j is gone. The two gra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch.autograd import Function
 from l2g_meta.clone import hold, trainable_parameters
 
 
-def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def recomputed_gradient(
+    module: nn.Module, loss: Callable[[], Tensor], *, of: Collection[str] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss of a module, and its differentiable gradient by name, whose graph is built in the backward pass.
 
     The second evaluation sees the same parameters, buffers, random numbers and autocast setting, and writes no buffer.
@@ -26,6 +28,7 @@ def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[
     Args:
         module: a differentiable copy made by ``clone_module``.
         loss: computes the scalar loss with the module's current parameters.
+        of: names of the parameters whose gradient is wanted; by default of all trainable ones.
 
     Example:
         >>> from l2g_meta.clone import clone_module
@@ -37,15 +40,16 @@ def recomputed_gradient(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[
         True
     """
     parameters = trainable_parameters(module)
-    found = _Gradient.apply(_Replay(module, loss, list(parameters.values())), *parameters.values())
+    wanted = [k for k, name in enumerate(parameters) if of is None or name in of]
+    found = _Gradient.apply(_Replay(module, loss, list(parameters.values()), wanted), *parameters.values())
     return found[0], {name: g for name, g in zip(parameters, found[1:], strict=True) if g is not None}
 
 
 class _Replay:
     """Evaluates a loss and its gradient, any number of times alike."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], parameters: list[Tensor]):
-        self.module, self.loss = module, loss
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], parameters: list[Tensor], wanted: list[int]):
+        self.module, self.loss, self.wanted = module, loss, wanted
         positions = {id(p): k for k, p in enumerate(parameters)}
         self.slots = [  # where each parameter is held: after the step other tensors are there
             (child, name, positions[id(p)])
@@ -65,7 +69,10 @@ class _Replay:
             loss = self.loss()
             if not loss.requires_grad:
                 return loss, (None,) * len(parameters)
-            return loss, torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+            chosen = [parameters[k] for k in self.wanted]
+            gradients = torch.autograd.grad(loss, chosen, create_graph=create_graph, allow_unused=True)
+            found = dict(zip(self.wanted, gradients, strict=True))
+            return loss, tuple(found.get(k) for k in range(len(parameters)))
 
     def again(self, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
         with torch.random.fork_rng(devices=self.generators), _buffers_replaced(self.buffers):

@@ -16,9 +16,11 @@ from l2g_meta.build import (
     build_device,
     build_model,
     build_objective,
+    build_optimizer,
     build_pairs,
     build_wrapper,
     calls_of_update,
+    n_classes_of,
     set_precision,
     tasks_of_calls,
 )
@@ -68,8 +70,9 @@ def replay(
     config = replace(config, device=device or config.device, root=root or config.root).resolved()
     set_precision(config.precision)
     where, k = build_device(config.device), info["iteration"]
-    wrapper = build_wrapper(config, model or build_model(config, tuple(info["image_shape"]))).to(where).train()
-    restore(tensors, wrapper, torch.optim.Adam(wrapper.parameters()), found[-1])
+    wrapper = build_wrapper(config, model or build_model(config, tuple(info["image_shape"]), n_classes_of(info)))
+    wrapper = wrapper.to(where).train()
+    restore(tensors, wrapper, build_optimizer(config, wrapper, where), found[-1])
     data = build_data(config, "train") if data is None else data
     pairs, objective = build_pairs(config, data, where), build_objective(config)
 

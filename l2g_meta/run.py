@@ -30,7 +30,10 @@ from l2g_meta.wrapper import L2GWrapper
 
 def holds_run(out: Path) -> bool:
     """Whether a folder has a run, or what is left of one, that must not be begun anew."""
-    return (out / "config.json").exists() or any(state.numbers(out)[-1:])  # a state of 0 updates loses nothing
+    states = state.numbers(out)
+    left = ["config.json", "log.csv", "best.safetensors"]
+    left += [] if 0 in states else ["last.safetensors"]  # a beginning that was killed has both, and loses nothing
+    return any(states) or any((out / name).exists() for name in left)
 
 
 class Run:
@@ -63,7 +66,12 @@ class Run:
             requeue(error.code - 128)
 
     def begin(
-        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, image_shape: Sequence[int], given: Sequence[str]
+        self,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        image_shape: Sequence[int],
+        given: Sequence[str],
+        n_classes: int | None = None,
     ) -> dict[str, Any]:
         """A new run: makes the folder and saves its beginning; returns the header of its states.
 
@@ -72,52 +80,70 @@ class Run:
         """
         # What it takes to build the model again, and what of the run is not in its config.
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
+        info |= {} if n_classes is None else {"n_classes": n_classes}
         info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
-        if self.world.main:
-            if holds_run(self.out):
-                raise CheckpointError(
-                    f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
-                )
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"need a folder for the run, cannot make {self.out}: {error.strerror}") from error
-            self._claim()
-            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
-            self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
+        self.world.from_main(lambda: self._begin(wrapper, optimizer, info))
         self._share(wrapper, optimizer)
         return info
 
-    def resume(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, *, force: bool = False) -> dict[str, Any]:
+    def _begin(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
+        if holds_run(self.out):
+            raise CheckpointError(
+                f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
+            )
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"need a folder for the run, cannot make {self.out}: {error.strerror}; choose another --out"
+            ) from error
+        self._claim()
+        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+        self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
+
+    def resume(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], *, force: bool = False
+    ) -> dict[str, Any]:
         """Puts the newest sound state back; returns its header.
 
         Raises:
-            CheckpointError: if no state is sound, it belongs to another model, or to another config without ``force``.
+            CheckpointError: if no state is sound, it belongs to another model or was given other parts from Python, or,
+                without ``force``, it belongs to another config.
         """
-        info: dict[str, Any] = {}
-        if self.world.main:
-            if not self.out.is_dir():
-                raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
-            self._claim()
-            path, tensors, info = state.newest(self.out)
-            difference = self.config.differences(Config.of(info["config"]))
-            if difference and not force:
-                raise CheckpointError(
-                    f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
-                    "another run, or go on with the new values by --force (train(..., force=True))"
-                )
-            state.restore(tensors, wrapper, optimizer, path)
-            if info["iteration"] > self.config.iterations:
-                raise CheckpointError(
-                    f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
-                    f"{self.config.iterations}"
-                )
-            info["config"] = vars(self.config)
-            self._mend_last(wrapper, info)
-            info = self._with_best(wrapper, info)
-            self.config.save(self.out / "config.json")
+        info = self.world.from_main(lambda: self._resume(wrapper, optimizer, given, force))
         self._share(wrapper, optimizer)
-        return self.world.from_main(info)
+        return info
+
+    def _resume(
+        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], force: bool
+    ) -> dict[str, Any]:
+        if not self.out.is_dir():
+            raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
+        self._claim()
+        path, tensors, info = state.newest(self.out)
+        if info["given"] != list(given):
+            had, has = (" and ".join(names) or "no part" for names in (info["given"], given))
+            raise CheckpointError(
+                f"{self.out} was given its {had} from Python, now {has}; continue it with "
+                "l2g_meta.training.train(..., resume=True) and the same parts"
+            )
+        difference = self.config.differences(Config.of(info["config"]).resolved())
+        if difference and not force:
+            raise CheckpointError(
+                f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
+                "another run, or go on with the new values by --force (train(..., force=True))"
+            )
+        state.restore(tensors, wrapper, optimizer, path)
+        if info["iteration"] > self.config.iterations:
+            raise CheckpointError(
+                f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
+                f"{self.config.iterations}"
+            )
+        info["config"] = vars(self.config)
+        self._mend_last(wrapper, info)
+        info = self._with_best(wrapper, info)
+        self.config.save(self.out / "config.json")
+        return info
 
     def open_log(self, info: Mapping[str, Any], *, progress: bool) -> None:
         """Starts or continues ``log.csv``."""
@@ -187,14 +213,18 @@ class Run:
             return
         positions = positions_of_update(self.config, k)
         path = self.out / f"failed-{k}.safetensors"
+        replay = f"`l2g train --replay {self.out}` runs this update again and shows where"
         if self.world.main:
-            save_tensors(path, state.collect(wrapper, optimizer) | dict(generators), {**info, "pending": None})
+            try:
+                save_tensors(path, state.collect(wrapper, optimizer) | dict(generators), {**info, "pending": None})
+            except CheckpointError as error:
+                replay = f"it cannot be replayed ({error})"
         inner = "" if math.isnan(stats.inner_loss) else f", inner loss {stats.inner_loss}"
         raise NotFiniteError(
             f"update {k} (pairs {positions.start} to {positions.stop - 1} of the stream of seed {self.config.seed}) "
             f"found a number that is not finite: loss {stats.loss}{inner}, or a gradient or weight; nothing was "
-            f"changed. `l2g train --replay {self.out}` runs this update again and shows where; then lower --inner-lr "
-            "or --lr, use --dims mean, or leave such updates out with --skip-nonfinite"
+            f"changed. {replay}; then lower --inner-lr or --lr, use --dims mean, or leave such updates out with "
+            "--skip-nonfinite"
         )
 
     def _claim(self) -> None:
@@ -208,9 +238,9 @@ class Run:
     def _share(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> None:
         if self.world.size > 1:  # other machines may not see the folder, and a given model may differ
             tensors = self.world.from_main(
-                {name: t.cpu() for name, t in state.collect(wrapper, optimizer).items()} if self.world.main else None
+                lambda: {name: t.cpu() for name, t in state.collect(wrapper, optimizer).items()}
             )
-            if tensors is not None and not self.world.main:
+            if not self.world.main:
                 state.restore(tensors, wrapper, optimizer, self.out)
 
     def _mend_last(self, wrapper: L2GWrapper, info: Mapping[str, Any]) -> None:

@@ -54,8 +54,10 @@ def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.
                 if value.shape != (torch.Size() if key == "step" else parameters[int(index)].shape):
                     raise ValueError(f"{name} has the shape {tuple(value.shape)}")
                 state.setdefault(int(index), {})[key] = value
-        if any(found.keys() != {"step", "exp_avg", "exp_avg_sq"} for found in state.values()):
-            raise ValueError("a moment of Adam's is missing")
+        adam = isinstance(optimizer, torch.optim.Adam)
+        needed = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+        if any(found.keys() != needed for found in state.values()):
+            raise ValueError(f"a moment of {type(optimizer).__name__}'s is missing")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["generator.cpu"])
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -105,7 +107,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         for message in tried:
             warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
         return path, *found
-    raise CheckpointError(f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}")
+    raise CheckpointError(
+        f"need a state to go on from in {folder}, got: {'; '.join(tried) or 'none'}; put a copy of one there, or begin "
+        "another run with another --out"
+    )
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -61,12 +61,13 @@ def read_sweep(path: Path) -> list[Run]:
         L2GError: naming the line, if it is no `l2g train` command, has the folder of another, or its folder holds
             another run.
     """
-    from l2g_meta.arguments import build_parser
+    from l2g_meta.commands.parser import build_parser
 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise L2GError(f"need a file with an `l2g train` command per line, got {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise L2GError(f"need a file with an `l2g train` command per line, got {path}: {reason}") from error
     runs: dict[Path, Run] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -76,7 +77,7 @@ def read_sweep(path: Path) -> list[Run]:
             begins = [command for command in COMMANDS if words[: len(command)] == command]
             if not begins or "--resume" in words:
                 raise L2GError("need `l2g train ...` without --resume: a run that was begun is continued")
-            run = run_of(build_parser().parse_args(["train", *words[len(begins[0]) :]]))
+            run = run_of(build_parser(["train"]).parse_args(["train", *words[len(begins[0]) :]]))
             run = replace(run, out=run.out.expanduser().absolute())
             if run.out in runs:
                 raise L2GError(f"{run.out} is another line's folder, too; give each its --out")

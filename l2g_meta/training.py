@@ -18,6 +18,7 @@ from l2g_meta.build import (
     build_device,
     build_model,
     build_objective,
+    build_optimizer,
     build_pairs,
     build_wrapper,
     positions_of_update,
@@ -25,7 +26,8 @@ from l2g_meta.build import (
 )
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.clone import backend
-from l2g_meta.config import Config
+from l2g_meta.config import SUPERVISED, Config
+from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import Episodes, TaskPairs, values
 from l2g_meta.data.sources import task_source
 from l2g_meta.distributed import World, join
@@ -34,7 +36,8 @@ from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
 from l2g_meta.run import Run
-from l2g_meta.updates import EagerUpdate
+from l2g_meta.updates import EagerUpdate, seed_update
+from l2g_meta.weights import initialise
 from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
@@ -86,21 +89,25 @@ def train(
     if data is None:
         data = world.first_here(lambda: build_data(config, "train"))
     pairs = build_pairs(config, data, device)
-    image_shape = tuple(pairs[0][0].support_x.shape[1:])
-    wrapper = build_wrapper(config, model or build_model(config, image_shape)).to(device)
+    image_shape = tuple(pairs[0][0].query_x.shape[1:])
+    n_classes = pairs.n_classes if isinstance(pairs, Batches) else None
+    wrapper = build_wrapper(config, model or build_model(config, image_shape, n_classes))
+    if config.weights is not None and not resume and world.main:
+        initialise(wrapper.module, config)
+    wrapper = wrapper.to(device)
     optimizer = build_optimizer(config, wrapper, device)
     update = build_update(config, wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
         require_tensorboard()
-    if config.method != "episodic":
+    if config.method not in ("episodic", SUPERVISED):
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    with Run(out, config, world) as run:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world) as run:
         if resume:
-            info = run.resume(wrapper, optimizer, force=force)
+            info = run.resume(wrapper, optimizer, given, force=force)
         else:
-            info = run.begin(wrapper, optimizer, image_shape, given)
+            info = run.begin(wrapper, optimizer, image_shape, given, n_classes)
         if isinstance(update, StaticUpdate):
             wrapper.train()
             update.capture()  # now: resuming replaces the optimizer's tensors
@@ -121,7 +128,10 @@ def train(
             wrapper.train()
             _set_lr(optimizer, learning_rate(config, k))
             began = time.perf_counter()
+            seed_update(config, k, world)
             stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
+            if world.size == 1:
+                asked = run.signals.asked  # also what came meanwhile; several ranks notice that in the next update
             if not finite:
                 run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
@@ -144,13 +154,20 @@ def train(
 
 
 def learning_rate(config: Config, k: int) -> float:
-    """Adam's step size at update k: halved every ``lr_halve_every`` episodes.
+    """The optimizer's step size at update k, as ``schedule`` says.
 
     Example:
         >>> config = Config(pairs=5, lr=1e-3, lr_halve_every=10_000).resolved()
         >>> learning_rate(config, 1999), learning_rate(config, 2000)
         (0.001, 0.0005)
+        >>> [learning_rate(Config(lr=1.0, schedule="cosine", iterations=4).resolved(), k) for k in (0, 2)]
+        [1.0, 0.5]
     """
+    done = k / config.iterations
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * done)) / 2
+    if config.schedule == "step":
+        return config.lr * 0.1 ** ((done >= 3 / 5) + (done >= 4 / 5))
     return config.lr * 0.5 ** (k * config.episodes_per_update // config.lr_halve_every)
 
 
@@ -187,15 +204,8 @@ def validate(
     )
 
 
-def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -> torch.optim.Adam:
-    """Adam (eq. 5); in a form that a CUDA graph can record, if that is wanted."""
-    graph = config.cuda_graph and device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if graph else config.lr
-    return torch.optim.Adam(wrapper.parameters(), lr=lr, capturable=graph)
-
-
 def build_update(
-    config: Config, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, pairs: TaskPairs, world: World
+    config: Config, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, pairs: TaskPairs | Batches, world: World
 ) -> EagerUpdate | StaticUpdate:
     """The update as the config wants it run.
 
@@ -205,8 +215,8 @@ def build_update(
     objective = build_objective(config)
     if not config.cuda_graph:
         return EagerUpdate(config, objective, wrapper, optimizer, pairs, world)
-    if world.size > 1:
-        raise L2GError(f"--cuda-graph is for one process, got {world.size}; leave it out")
+    if world.size > 1 or isinstance(pairs, Batches):
+        raise L2GError(f"--cuda-graph is for tasks and one process, got {world.size} with --method {config.method}")
     positions = partial(positions_of_update, config)
     return StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
 

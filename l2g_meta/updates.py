@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2g_meta.build import calls_of_update, tasks_of_calls
 from l2g_meta.config import Config
+from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.distributed import Joined, World
 from l2g_meta.objectives import Objective, UpdateStats, accumulate
@@ -28,6 +29,11 @@ class Update(NamedTuple):
     asked: int
 
 
+def seed_update(config: Config, k: int, world: World) -> None:
+    """Seeds PyTorch's generators for what a model draws in update k: the same in any run, another on each rank."""
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, k, world.rank]).generate_state(1)[0]))
+
+
 class EagerUpdate:
     """Algorithm 1 for update k: tasks, meta-gradient, all-reduce, Adam.
 
@@ -36,7 +42,7 @@ class EagerUpdate:
         objective: what it minimises.
         wrapper: the model and its step sizes.
         optimizer: of its parameters.
-        pairs: the stream of tasks.
+        pairs: the stream of tasks, or of batches.
         world: the processes that share each update.
     """
 
@@ -46,7 +52,7 @@ class EagerUpdate:
         objective: Objective,
         wrapper: L2GWrapper,
         optimizer: torch.optim.Optimizer,
-        pairs: TaskPairs,
+        pairs: TaskPairs | Batches,
         world: World | None = None,
     ):
         self.config, self.objective, self.wrapper, self.optimizer = config, objective, wrapper, optimizer
@@ -56,8 +62,6 @@ class EagerUpdate:
 
     def __call__(self, k: int, asked: int = 0) -> Update:
         """Runs update k; ``asked`` is the signal that came to this process, or 0."""
-        if self.world.size > 1:  # ranks draw differently, and after resuming the same as before
-            torch.manual_seed(int(np.random.SeedSequence([self.config.seed, k, self.world.rank]).generate_state(1)[0]))
         self.generators = generators(self.device)
         buffers = {name: b.clone() for name, b in self.wrapper.named_buffers()}
         calls = calls_of_update(self.config, k)
@@ -66,7 +70,7 @@ class EagerUpdate:
         self.optimizer.zero_grad()
         means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
         gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
-        bad = ~all_finite([*gradients, *self.wrapper.parameters()])
+        bad = ~all_finite([*gradients, *self.wrapper.parameters()]) | ~squares_finite(gradients)
         values = torch.cat([means, bad.float().view(1)])
         if self.world.size > 1:
             signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
@@ -86,6 +90,17 @@ class EagerUpdate:
                 b.copy_(buffers[name])
         asked = next((number for number, count in zip(SIGNALS, counts, strict=False) if count), asked)
         return Update(UpdateStats(loss, inner, alignment), finite, asked)
+
+
+def squares_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
+    """Whether the squares of finite numbers are finite, too: Adam would keep ∞, and never move that weight again.
+
+    Example:
+        >>> squares_finite([torch.tensor(1e18)]), squares_finite([torch.tensor(1e20)])
+        (tensor(True), tensor(False))
+    """
+    values = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
+    return all_finite([n.square() for n in torch._foreach_norm(values, float("inf"))] if values else [])
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.clone import backend, own_buffers, trainable_parameters
+from l2g_meta.attention import twice_differentiable
+from l2g_meta.clone import adapted_names, backend, own_buffers, trainable_parameters
 from l2g_meta.errors import FitError
 from l2g_meta.recompute import recomputed_gradient
 from l2g_meta.task import Task
@@ -37,6 +39,9 @@ class L2GWrapper(nn.Module):
     Args:
         model: ``model(task) -> scores`` of shape (n_query, n_way), higher is closer; any ``nn.Module``.
         inner_lr: step size α of the inner step (the paper: 0.01), or the initial one if it is learned.
+        adapt: which parameters the inner step changes, by name, prefix or pattern (``["head", "encoder.layer4.*"]``),
+            as in ANIL (Raghu et al. 2020); by default all. The others have the same value in θ' and are still trained,
+            through the inner step too.
         first_order: treat the inner gradient as a constant: the meta-gradient loses its Hessian term.
         learn_inner_lr: ``False``; ``"scalar"``: one learned α; ``"tensor"``: one per parameter tensor;
             ``"element"``: one per element (Meta-SGD, Li et al. 2017).
@@ -50,7 +55,7 @@ class L2GWrapper(nn.Module):
         loss_fn: ``loss_fn(scores, query_y) -> ()``; by default the model's own ``loss_fn``, else cross-entropy.
 
     Raises:
-        FitError: for an unknown option, or a model without trainable parameters.
+        FitError: for an unknown option, a model without trainable parameters, or a pattern that fits none.
 
     Example:
         >>> import torch
@@ -67,6 +72,7 @@ class L2GWrapper(nn.Module):
         model: nn.Module,
         inner_lr: float | StepSizes,
         *,
+        adapt: Sequence[str] | None = None,
         first_order: bool = False,
         learn_inner_lr: LearnInnerLR = False,
         inner_steps: int = 1,
@@ -78,7 +84,10 @@ class L2GWrapper(nn.Module):
         if not isinstance(inner_steps, int) or inner_steps < 0:
             raise FitError(f"need inner_steps to be an integer of at least 0, got {inner_steps!r}")
         self.module = model
-        self.inner_lr = inner_lr if isinstance(inner_lr, StepSizes) else StepSizes(model, inner_lr, learn_inner_lr)
+        self.adapt_only = adapt
+        if not isinstance(inner_lr, StepSizes):
+            inner_lr = StepSizes(model, inner_lr, learn_inner_lr, adapt)
+        self.inner_lr = inner_lr
         self.first_order, self.inner_steps, self.recompute = first_order, inner_steps, recompute
         self.autocast = autocast
         self._loss_fn, self._checked = loss_fn, False
@@ -97,7 +106,9 @@ class L2GWrapper(nn.Module):
         learner = self.clone()
         for _ in range(self.inner_steps):
             if self.recompute and not self.first_order and torch.is_grad_enabled():
-                learner._take_step(*recomputed_gradient(learner.module, lambda: learner.loss(task_i)))
+                learner._take_step(
+                    *recomputed_gradient(learner.module, lambda: learner.loss(task_i), of=learner._adapted_names())
+                )
             else:
                 learner.adapt(learner.loss(task_i))
         return learner
@@ -112,6 +123,7 @@ class L2GWrapper(nn.Module):
         learner = L2GWrapper(
             clone_module(self.module),
             self.inner_lr,
+            adapt=self.adapt_only,
             first_order=self.first_order,
             inner_steps=self.inner_steps,
             recompute=self.recompute,
@@ -125,7 +137,8 @@ class L2GWrapper(nn.Module):
     def adapt(self, loss: Tensor) -> L2GWrapper:
         r"""One inner step on a learner, in place: :math:`\theta' = \theta - \alpha \nabla_\theta` loss (eq. 3).
 
-        Frozen parameters, and those that the loss does not depend on, stay as they are; afterwards ``updates`` holds
+        Frozen parameters, those that ``adapt`` leaves out and those that the loss does not depend on stay as they are;
+        afterwards ``updates`` holds
         θ' − θ by name for the others, and ``inner_loss`` the loss.
 
         Args:
@@ -139,7 +152,8 @@ class L2GWrapper(nn.Module):
         """
         if self.source is None:
             raise FitError("need a learner to adapt, got the wrapper of the model itself; call clone() first")
-        trainable = trainable_parameters(self.module)
+        parameters = dict(self.module.named_parameters())
+        trainable = {name: parameters[name] for name in self._adapted_names()}
         if not loss.requires_grad:
             raise FitError(
                 "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
@@ -150,6 +164,9 @@ class L2GWrapper(nn.Module):
         )
         g = {name: gradient for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
         return self._take_step(loss, g)
+
+    def _adapted_names(self) -> list[str]:
+        return adapted_names(self.module, self.adapt_only)
 
     def _take_step(self, loss: Tensor, g: dict[str, Tensor]) -> L2GWrapper:
         if not g:
@@ -172,12 +189,10 @@ class L2GWrapper(nn.Module):
         """
         if self.source is None:
             self._check_first(task)
-        if self.autocast is None:
-            scores = self.module(task)
-        else:
-            # The cache would hand the inner step's casts of θ, or their graph, to later passes.
-            with torch.autocast(task.query_y.device.type, self.autocast, cache_enabled=False):
-                scores = self.module(task)
+        second_order = self.source is not None and not self.first_order and torch.is_grad_enabled()
+        with twice_differentiable() if second_order else nullcontext():
+            scores = self._scores(task)
+        if self.autocast is not None:
             scores = scores.to(task.query_x.dtype) if isinstance(scores, Tensor) else scores
         expected = (len(task.query_y), task.n_way)
         if not isinstance(scores, Tensor) or scores.shape != expected:
@@ -187,6 +202,13 @@ class L2GWrapper(nn.Module):
                 f"got {got}"
             )
         return self.loss_fn(scores, task.query_y)
+
+    def _scores(self, task: Task) -> Tensor:
+        if self.autocast is None:
+            return self.module(task)
+        # The cache would hand the inner step's casts of θ, or their graph, to later passes.
+        with torch.autocast(task.query_y.device.type, self.autocast, cache_enabled=False):
+            return self.module(task)
 
     @property
     def loss_fn(self) -> LossFn:
@@ -210,6 +232,7 @@ class StepSizes(nn.Module):
         model: the module whose trainable parameters get a step size.
         value: (initial) step size, a finite number.
         learn: see ``L2GWrapper``.
+        adapt: see ``L2GWrapper``.
 
     Example:
         >>> alpha = StepSizes(nn.Linear(2, 1), 0.1, "tensor")
@@ -217,7 +240,7 @@ class StepSizes(nn.Module):
         (['bias', 'weight'], True)
     """
 
-    def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False):
+    def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False, adapt: Sequence[str] | None = None):
         super().__init__()
         if learn not in (False, "scalar", "tensor", "element"):
             raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
@@ -226,6 +249,7 @@ class StepSizes(nn.Module):
         trainable = trainable_parameters(model)
         if not trainable:
             raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
+        trainable = {name: trainable[name] for name in adapted_names(model, adapt)}
         self.learn = learn
         if learn in ("tensor", "element"):
             for name, p in trainable.items():

@@ -227,7 +227,7 @@ def test_a_job_on_disk_is_the_job(tmp_path):
 
 
 def test_the_folder_of_a_run_is_that_of_the_command():
-    from l2g_meta.arguments import build_parser
+    from l2g_meta.commands.parser import build_parser
 
     run = run_of(build_parser().parse_args(["train", "--seed", "7", "--method", "episodic"]))
     assert str(run.out) == "runs/glyphs-episodic-prototypical-seed7" and run.config.seed == 7

@@ -23,6 +23,7 @@ from l2g_meta.data import ClassDataset
 from l2g_meta.errors import CheckpointError, NotFiniteError
 from l2g_meta.heads import PrototypicalHead
 from l2g_meta.replay import replay
+from l2g_meta.run import holds_run
 from l2g_meta.signals import Stopped
 from l2g_meta.training import train
 from l2g_meta.updates import EagerUpdate
@@ -131,6 +132,21 @@ class TestKilled:
         assert contents(out) == whole and not list(out.glob(".*.safetensors.*"))
 
 
+def test_what_a_model_draws_is_the_seeds(tmp_path):
+    """Dropout: the same run again, whatever was drawn before; PyTorch's generator is left as it was."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        net = Net()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        train(CONFIG, tmp_path / str(seed), data=DATA, validation=DATA, model=net, progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(contents(tmp_path / str(seed)))
+    weights = [{name: part for name, part in files.items() if "resume" not in name} for files, _ in found]
+    assert weights[0] == weights[1] and found[0][1] == found[1][1]
+
+
 class TestDamaged:
     @pytest.fixture
     def run(self, tmp_path):
@@ -214,6 +230,19 @@ class TestDamaged:
             go(run, resume=True, force=False, config=other)
         assert (run / "last.safetensors").read_bytes() == before
         go(run, resume=True, config=other)
+
+    @pytest.mark.parametrize("left", ["best.safetensors", "last.safetensors", "log.csv"])
+    def test_what_is_left_of_a_run_is_not_begun_anew(self, left, run):
+        for path in run.iterdir():
+            if path.name != left:
+                path.unlink()
+        before = (run / left).read_bytes()
+        assert holds_run(run)
+        with pytest.raises(CheckpointError, match="already holds a run"):
+            go(run)
+        with pytest.raises(CheckpointError, match=r"need a state to go on from in .*, got: none; put a copy of one"):
+            go(run, resume=True)
+        assert (run / left).read_bytes() == before
 
     def test_last_weights_are_made_again(self, run, whole):
         sound = load_tensors(run / "last.safetensors")
@@ -346,15 +375,15 @@ class TestSignals:
         signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-    @pytest.mark.parametrize("rung, at", [(3, 3), (4, 4), (5, 4)])  # before a validation: it is the resumed run's
-    def test_finish_the_update_save_and_end(self, name, rung, at, whole, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("rung", [3, 4])  # 4: before a validation, which is the resumed run's
+    def test_finish_the_update_save_and_end(self, name, rung, whole, tmp_path, monkeypatch):
         out, number = tmp_path / "run", getattr(signal, name)
         before = signal.getsignal(number)
         with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
             ring_after(patch, rung, number)
             go(out)
-        assert stopped.value.code == 128 + number and f"after update {at} of 12, saved" in str(stopped.value)
-        assert max(state.numbers(out)) == at
+        assert stopped.value.code == 128 + number and f"after update {rung} of 12, saved" in str(stopped.value)
+        assert max(state.numbers(out)) == rung
         assert signal.getsignal(number) == before
         go(out, resume=True)
         found, rows = contents(out)
@@ -401,7 +430,7 @@ class TestSignals:
             assert "saved; l2g train --resume RUN continues a run to the same bits" in error
             assert load_tensors(out / "last.safetensors")[1]["iteration"] >= there + updates
 
-    @pytest.mark.parametrize("rung", [2, 5])  # 5: it ends in the validation after update 4
+    @pytest.mark.parametrize("rung", [2, 4])  # 4: before the validation
     @pytest.mark.parametrize("fails", [False, True])
     def test_slurm_gets_the_job_back_once(self, fails, rung, tmp_path, monkeypatch):
         tool, calls = tmp_path / "scontrol", tmp_path / "calls"
@@ -424,7 +453,7 @@ def ring_after(patch, update, number, *, times=1, then=lambda: None):
 
     def ring(self, k, asked=0):
         found = real(self, k, asked)
-        if k + 2 == update:  # it is noticed by the update after
+        if k + 1 == update:
             for _ in range(times):
                 signal.raise_signal(number)
             then()
@@ -491,18 +520,21 @@ class Blows(nn.Module):
         if self.kind == "inf in T_i" and inner:
             return scores + float("inf")
         if self.kind == "inf in the meta-gradient" and not inner:
-            return _Explode.apply(scores)
+            return _Explode.apply(scores, float("inf"))
+        if self.kind == "large gradient" and not inner:
+            return _Explode.apply(scores, 1e25)
         return scores
 
 
 class _Explode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, factor):
+        ctx.factor = factor
         return x.clone()
 
     @staticmethod
     def backward(ctx, g):
-        return g * float("inf")
+        return g * ctx.factor, None
 
 
 KINDS = ["nan in T_i", "inf in T_i", "inf in the meta-gradient"]
@@ -521,7 +553,8 @@ class TestNotFinite:
         go(sound, config=Config(**{**vars(config), "iterations": 5}), model=lambda: Blows(kind, 99))
         same, _ = load_tensors(sound / "resume-5.safetensors")
         assert failed.keys() == same.keys()
-        assert all(torch.equal(failed[name], same[name]) for name in failed)
+        drawn = {name for name in failed if name.startswith("generator.")}  # as update 5 begins, for its replay
+        assert all(torch.equal(failed[name], same[name]) for name in failed.keys() - drawn)
 
     def test_a_fixed_program_checks_the_inner_loss_too(self, tmp_path):
         config = Config(**{**vars(CONFIG), "iterations": 6, "learn_inner_lr": None, "cuda_graph": True})
@@ -531,7 +564,7 @@ class TestNotFinite:
             go(tmp_path / "sound", config=Config(**{**vars(config), "iterations": 5}), model=lambda: Blows("", 99))
         failed, _ = load_tensors(tmp_path / "run" / "failed-5.safetensors")
         same, _ = load_tensors(tmp_path / "sound" / "resume-5.safetensors")
-        assert all(torch.equal(failed[name], same[name]) for name in same)
+        assert all(torch.equal(failed[name], same[name]) for name in same if not name.startswith("generator."))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_or_is_left_out_and_counted(self, kind, tmp_path):
@@ -589,6 +622,21 @@ class TestNotFinite:
         rows = replay(tmp_path / "run", data=DATA, model=Blows("nan in T_i", 0), say=lines.append)
         assert [row["tasks"] for row in rows] == [((2, 0), (2, 1)), ((3, 0), (3, 1))] and len(lines) == 4
         assert all(row["loss"] != row["loss"] and row["first"] is not None for row in rows)
+
+    def test_a_gradient_whose_square_is_infinite_is_not_taken(self, tmp_path):
+        """Adam would keep the square, and divide by it for ever."""
+        with pytest.raises(NotFiniteError, match="update 1 .*nothing was changed"):
+            go(tmp_path / "run", model=lambda: Blows("large gradient", 1))
+
+    def test_a_full_disk_does_not_hide_which_update_it_was(self, tmp_path, monkeypatch):
+        import l2g_meta.run as of_run
+
+        def full(path, *arguments):
+            raise CheckpointError(f"cannot write {path}: No space left on device")
+
+        monkeypatch.setattr(of_run, "save_tensors", full)
+        with pytest.raises(NotFiniteError, match=r"update 1 .*it cannot be replayed \(cannot write .*failed-1"):
+            go(tmp_path / "run", model=lambda: Blows("nan in T_i", 1))
 
     def test_a_weight_that_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
         real = EagerUpdate.__call__

@@ -16,7 +16,7 @@ from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Pairs, Variant
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
 
@@ -35,7 +35,7 @@ def available(
     chosen = {}
     for name in names or ROWS:
         if name not in ROWS:
-            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}")
+            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}{did_you_mean(name, ROWS)}")
         row = ROWS[name]
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
             extra = "learn2learn" if row.needs == "learn2learn" else "bench"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,9 @@ def predict(
     query: Sequence[Path],
     *,
     csv_file: Path | None = None,
-    as_json: bool = False,
+    table: bool = True,
+    emit: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
     reject_rate: float | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -37,7 +38,9 @@ def predict(
         support: a folder of one folder per class.
         query: files, and folders of them.
         csv_file: write the rows there instead of printing them.
-        as_json: print one JSON document instead of a table.
+        table: print the rows, if no file takes them, and a summary.
+        emit: is given all rows and the summary as one dictionary, in the end.
+        progress: show a progress bar.
         reject_rate: as of ``FewShotClassifier``.
         batch_size: images at a time.
         device: as ``--device``.
@@ -55,36 +58,39 @@ def predict(
     skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
     supports = fit_folder(classifier, source.preparation, support, skipped)
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
-    with _output(csv_file, as_json, files, classifier) as write, tqdm(total=len(files), disable=None) as progress:
+    hidden = None if progress else True  # None: hidden where there is no terminal
+    with _output(csv_file, table, files, classifier) as write, tqdm(total=len(files), disable=hidden) as bar:
         for start, batch in enumerate(classify_files(classifier, source.preparation, files, supports, skipped)):
             for row in batch:
                 write(row)
             rows += batch
-            progress.update(min(batch_size, len(files) - start * batch_size))
+            bar.update(min(batch_size, len(files) - start * batch_size))
     summary = _summary(classifier, rows, skipped)
-    if as_json:
-        predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        print(json.dumps({"model": str(model), **summary, "predictions": predictions}, indent=1))
-    else:
+    if table:
         _say(summary, csv_file)
+    if emit is not None:
+        predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        emit({"model": str(model), **summary, "predictions": predictions})
     return 1 if skipped.files else 0
 
 
 @contextmanager
 def _output(
-    csv_file: Path | None, as_json: bool, files: Sequence[str], classifier: FewShotClassifier
+    csv_file: Path | None, table: bool, files: Sequence[str], classifier: FewShotClassifier
 ) -> Iterator[Callable[[Row], None]]:
-    """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere as JSON comes at the end."""
+    """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
     if csv_file is not None:
         try:
             file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
         except OSError as error:
-            raise L2GError(f"need a file to write for --csv, got {csv_file}: {error.strerror}") from error
+            raise L2GError(
+                f"need a file to write for --csv, got {csv_file}: {error.strerror}; choose another"
+            ) from error
         with file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
-    elif as_json:
+    elif not table:
         yield lambda row: None
     else:
         from tqdm import tqdm

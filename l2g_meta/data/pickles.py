@@ -253,6 +253,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 
 def _key(key: Any) -> Any:
-    if not isinstance(key, str | bytes | int | float | np.generic | None):  # hashing tuples in tuples can take for ever
+    # Hashing tuples in tuples can take for ever; so can a dictionary whose keys, long integers, have one hash.
+    if not isinstance(key, str | bytes | int | float | np.generic | None) or (type(key) is int and abs(key) >= 2**63):
         raise Refused(f"a dictionary key {short(key)}")
     return key

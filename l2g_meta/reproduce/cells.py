@@ -38,7 +38,12 @@ WAIT = 5.0  # seconds between looks at cells that others hold
 
 
 def run_cells(
-    plan: Plan, *, cells: Sequence[Cell] | None = None, parallel: int = 1, progress: bool = True
+    plan: Plan,
+    *,
+    cells: Sequence[Cell] | None = None,
+    parallel: int = 1,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Brings every cell to its result; returns what failed.
 
@@ -47,6 +52,7 @@ def run_cells(
         cells: those of its cells that are wanted; all by default.
         parallel: processes, each with its share of the cores.
         progress: show each run's progress bar, if there is one process.
+        say: is told each cell's accuracy; a function that can be pickled.
 
     Raises:
         L2GError: if the plan's folder cannot be written.
@@ -54,12 +60,12 @@ def run_cells(
     check(plan)
     cells = plan.cells if cells is None else cells
     if parallel == 1:
-        failed = work(cells, progress=progress)
+        failed = work(cells, progress=progress, say=say)
     else:
         failed = []  # the workers say what
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         threads = max(1, torch.get_num_threads() // parallel)  # of the cores that this process may use
-        workers = [context.Process(target=_worker, args=(cells, threads), daemon=True) for _ in range(parallel)]
+        workers = [context.Process(target=_worker, args=(cells, threads, say), daemon=True) for _ in range(parallel)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -79,18 +85,18 @@ def check(plan: Plan) -> None:
             pass
         (plan.out / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}") from error
+        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
     for config in {cell.data: cell.config() for cell in plan.cells}.values():
         for split in SPLITS:
             build_data(config, split)  # missing data is found now
 
 
-def _worker(cells: Sequence[Cell], threads: int) -> None:
+def _worker(cells: Sequence[Cell], threads: int, say: Callable[[str], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    work(cells, progress=False)
+    work(cells, progress=False, say=say)
 
 
 def _end_with_parent() -> None:

@@ -11,13 +11,21 @@ from typing import Any
 import torch
 
 from l2g_meta.bench.timing import interleaved
-from l2g_meta.build import build_data, build_device, build_model, build_pairs, build_wrapper, set_precision
+from l2g_meta.build import (
+    build_data,
+    build_device,
+    build_model,
+    build_optimizer,
+    build_pairs,
+    build_wrapper,
+    set_precision,
+)
 from l2g_meta.config import Config
 from l2g_meta.data.placement import placed
 from l2g_meta.distributed import World
 from l2g_meta.reproduce.paper import ROWS
 from l2g_meta.reproduce.plan import SCALES, Cell
-from l2g_meta.training import build_optimizer, build_update
+from l2g_meta.training import build_update
 
 
 def equal_time(cell: Cell) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.config import Config
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS, Column, Row
 
 # Our choice, the paper gives no total; for MAML and the LSTM as their authors trained them.
@@ -137,7 +137,9 @@ def plan(
 def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names or () if name not in known]
     if unknown:
-        raise L2GError(f"need --{kind} of {', '.join(known)}; got {', '.join(unknown)}")
+        raise L2GError(
+            f"need --{kind} of {', '.join(known)}; got {', '.join(unknown)}{did_you_mean(unknown[0], known)}"
+        )
     return tuple(dict.fromkeys(names or default))
 
 

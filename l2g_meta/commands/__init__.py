@@ -1,0 +1,30 @@
+"""The commands of ``l2g``, a file each.
+
+Such a file has ``add(commands)``, which adds the command and its arguments to the parser, and ``run(args)``, which does
+the work and returns the exit code. It may have ``INTERRUPTED``: what to do after Ctrl-C, in words. A new command is one
+file here and one line below. Files are imported when their command is used, so that `l2g --help` takes no PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+COMMANDS = {  # in the order of `l2g --help`, which prints these lines
+    "train": "train a model",
+    "pretrain": "train an encoder on the training classes, to begin with",
+    "evaluate": "accuracy on unseen classes",
+    "predict": "classify images of new classes from a few examples",
+    "export": "a run as one folder to share",
+    "report": "a page to look at, of one run or several",
+    "bench": "what an exact meta-step costs",
+    "reproduce": "the paper's tables and figures, ours beside theirs",
+    "submit": "many runs on a cluster",
+    "doctor": "what is installed here, and whether it works",
+    "completion": "a script that completes l2g's flags in your shell",
+}
+
+
+def command(name: str) -> ModuleType:
+    """The file of a command."""
+    return importlib.import_module(f"{__name__}.{name}")

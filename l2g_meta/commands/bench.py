@@ -1,0 +1,77 @@
+"""``l2g bench``: what an exact meta-step costs; flags are the fields of ``Case``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from typing import Any
+
+from l2g_meta.bench.case import Case
+from l2g_meta.commands.output import add_output, emit
+from l2g_meta.commands.parser import Commands, new_command
+from l2g_meta.commands.types import METAVARS, TYPES, positive
+from l2g_meta.errors import L2GError
+
+INTERRUPTED = "nothing was written; run it again"
+EXAMPLES = """\
+l2g bench                                            # Conv4 at 84 px, 5-way 1-shot
+l2g bench --pairs 5 --variants episodic l2g learn2learn --json bench.json
+l2g bench --scaling --image-size 28"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    bench = new_command(
+        commands,
+        "bench",
+        "Times one update of L2G, of episodic training and of other libraries in turn, on random images.",
+        EXAMPLES,
+    )
+    case = bench.add_argument_group("what is timed")
+    for f in fields(Case):
+        kind: Any = positive if f.type == "int" else TYPES[str(f.type)]
+        case.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=METAVARS[str(f.type)], default=f.default,
+                          help=f"{f.metadata['help']} (default: {f.default})")  # fmt: skip
+    how = bench.add_argument_group("how")
+    how.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
+    how.add_argument("--repeats", type=positive, metavar="N", default=5, help="timed steps of each (default: 5)")
+    how.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    instead = bench.add_argument_group("instead of the table, one of").add_mutually_exclusive_group()
+    instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
+    instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
+    instead.add_argument("--ranks", action="store_true", help="what several processes would take, on paper")
+    instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
+    instead.add_argument("--storage", action="store_true", help="an update's tasks from memory maps of mini-ImageNet's "
+                         "and of tieredImageNet's size")  # fmt: skip
+    add_output(bench, json="the results")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures."""
+    from l2g_meta.bench.batching import batching
+    from l2g_meta.bench.norms import norms
+    from l2g_meta.bench.ranks import ranks
+    from l2g_meta.bench.run import bench, scaling
+    from l2g_meta.bench.storage import storage
+    from l2g_meta.build import build_device
+
+    case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
+    case = replace(case, device=str(build_device(case.device)))
+    options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
+    if args.variants and (args.batching or args.norms or args.storage or args.ranks):
+        raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
+    result: Any
+    if args.batching:
+        result = batching(case, repeats=args.repeats)
+    elif args.norms:
+        result = norms(case, repeats=args.repeats)
+    elif args.ranks:
+        result = ranks(case, repeats=args.repeats)
+    elif args.storage:
+        result = storage(case, repeats=args.repeats)
+    elif args.scaling:
+        result = scaling(case, **options)
+    else:
+        result = bench(case, memory=not args.no_memory, **options)
+    emit(args, result)
+    return 0

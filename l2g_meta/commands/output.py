@@ -1,0 +1,155 @@
+"""What a command prints, and where: ``--quiet``, ``--json``, colours, terminals that lack some characters."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+from l2g_meta.errors import L2GError
+
+STDOUT = Path("-")
+PLAIN = {"±": "+-", "×": "x", "α": "alpha", "θ": "theta", "…": "...", "—": "-", "–": "-", "’": "'", "“": '"', "”": '"'}
+
+
+def add_output(parser: argparse.ArgumentParser, *, quiet: bool = True, json: str | None = None) -> None:
+    """``--quiet``, and ``--json [FILE]`` with what it writes."""
+    group = parser.add_argument_group("output")
+    if quiet:
+        group.add_argument(
+            "--quiet", action="store_true", help="no progress bar and no lines: errors and warnings only"
+        )
+    if json is not None:
+        group.add_argument("--json", nargs="?", const=STDOUT, type=Path, metavar="FILE", help=f"write {json} as JSON; "
+                           "without a FILE, or for -, to stdout, which then holds nothing else")  # fmt: skip
+
+
+@contextmanager
+def output_of(args: argparse.Namespace) -> Iterator[None]:
+    """While a command runs, its lines go where ``args`` want them.
+
+    With JSON on stdout they go to stderr, with ``--quiet`` nowhere; that holds for what other packages print, too.
+
+    Raises:
+        L2GError: if the file for JSON cannot be written.
+    """
+    args.stdout = sys.stdout  # for ``emit``
+    path = getattr(args, "json", None)
+    if path is not None and path != STDOUT:
+        _check_writable(path)
+    if getattr(args, "quiet", False):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
+    elif path == STDOUT:
+        with redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield
+
+
+def emit(args: argparse.Namespace, values: Any) -> None:
+    """Writes JSON where ``--json`` wants it, if it was given; ``null`` for numbers that JSON lacks."""
+    if args.json is None:
+        return
+    text = json.dumps(known(values), indent=2, allow_nan=False, default=str)
+    if args.json == STDOUT:
+        print(text, file=args.stdout, flush=True)
+    else:
+        from l2g_meta.checkpoint import write_text
+
+        write_text(args.json, text + "\n")
+
+
+def to_stderr(line: str) -> None:
+    """Prints a line to stderr; for processes beside the command's own, whose stdout is not redirected."""
+    print(line, file=sys.stderr)
+
+
+def errors_only(line: str) -> None:
+    """Prints a line to stderr if it is an error."""
+    if line.startswith("l2g: "):
+        to_stderr(line)
+
+
+def known(value: Any) -> Any:
+    """The same with ``None`` for the numbers that JSON lacks, NaN and ±∞, at any depth.
+
+    Example:
+        >>> known({"a": [1.5, float("nan")]})
+        {'a': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: known(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def bold(text: str, stream: TextIO | None = None) -> str:
+    """Bold on a terminal, as it is elsewhere."""
+    return _marked(text, "1", sys.stdout if stream is None else stream)
+
+
+def red(text: str, stream: TextIO | None = None) -> str:
+    """Red on a terminal, as it is elsewhere."""
+    return _marked(text, "1;31", sys.stderr if stream is None else stream)
+
+
+def _marked(text: str, code: str, stream: TextIO | None) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # https://no-color.org
+    if plain or stream is None or not stream.isatty():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def complain(message: str) -> None:
+    """An error in a line of its own on stderr."""
+    print(f"{red('l2g:')} {message}", file=sys.stderr)
+
+
+def plain_warnings() -> None:
+    """Lets this package's warnings be a line as errors are, without the place in the code."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> str:
+        own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
+        return f"{red('l2g:')} warning: {message}\n" if own else usual(message, category, filename, *more)
+
+    warnings.formatwarning = line  # type: ignore[assignment]
+
+
+def print_anything() -> None:
+    """Lets stdout and stderr take any text: what their encoding lacks is written otherwise, instead of failing."""
+    codecs.register_error("l2g-plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="l2g-plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("unicode_escape").decode() for c in text), error.end
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise L2GError(f"need a file to write for --json, got the folder {path}; put --json last, or before a FILE")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}; choose another") from error

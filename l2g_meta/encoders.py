@@ -1,0 +1,181 @@
+"""Encoders of timm and torchvision by name: ``timm:NAME``, ``torchvision:NAME``.
+
+Features are the pooled embedding, what the library's own classification layer would get. Images are normalised as the
+data set says, not as the library's weights were trained. Both libraries are imported at first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2g_meta.conv import convert_conv
+from l2g_meta.errors import FitError, L2GError
+from l2g_meta.norm import convert_batchnorm
+
+# Not to be set by a config, which may be somebody else's: where weights come from, and what is set here.
+OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "model_name", "checkpoint_path",
+       "cache_dir", "features_only", "aux_logits", "scriptable", "exportable", "no_jit"}  # fmt: skip
+
+
+def timm_encoder(name: str, in_channels: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """A model of timm without its classification layer, with the fast double backward where there is one.
+
+    Args:
+        name: one of ``timm.list_models()`` or ``timm.list_pretrained()``; none that loads code or files (``hf-hub:``).
+        in_channels: channels of the images.
+        options: of the model, for example ``img_size`` and ``patch_size`` of a vision transformer.
+        pretrained: with timm's own weights, from its cache or the net.
+
+    Shapes:
+        (n, in_channels, H, W) -> (n, d).
+
+    Raises:
+        FitError: if there is no such model, or it does not take the options.
+        ImportError: if timm is not installed.
+    """
+    timm = require_timm()
+    _check_name("timm", name, [*timm.list_models(), *timm.list_pretrained()])
+    net = _built("timm", name, options, lambda: timm.create_model(
+        name, pretrained=pretrained, num_classes=0, in_chans=in_channels, **options
+    ))  # fmt: skip
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    net.left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return convert_layers(net)
+
+
+def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    """A classification model of torchvision without its last layer, with the fast double backward where there is one.
+
+    Args:
+        name: one of ``torchvision.models.list_models(module=torchvision.models)``.
+        in_channels: channels of the images: 3, or 1, which is repeated.
+        options: of the model, for example ``image_size`` of a vision transformer.
+
+    Shapes:
+        (n, in_channels, H, W) -> (n, d).
+
+    Raises:
+        FitError: if there is no such model, it does not take the options, or images have other channels.
+
+    Example:
+        >>> import torch
+        >>> torchvision_encoder("resnet18", 1, {})(torch.randn(2, 1, 32, 32)).shape
+        torch.Size([2, 512])
+    """
+    from torchvision import models
+
+    _check_name("torchvision", name, models.list_models(module=models))
+    if in_channels not in (1, 3):
+        raise FitError(f"need images of 1 or 3 channels for torchvision:{name}, got {in_channels}; use timm:NAME")
+    own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    net = _built("torchvision", name, options, lambda: models.get_model(name, weights=None, **own, **options))
+    layers = [
+        path for path, m in net.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000
+    ]
+    net.set_submodule(layers[-1], nn.Identity())
+    net.left_out = (layers[-1], "AuxLogits", "aux1", "aux2")
+    if in_channels == 1:
+        net.register_forward_pre_hook(_repeat_grey)
+    return convert_layers(net)
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """``nn.Hardsigmoid`` with a second derivative, which PyTorch's operator lacks (in MobileNetV3).
+
+    Example:
+        >>> import torch
+        >>> Hardsigmoid()(torch.tensor([-4.0, 0.0, 4.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """relu6(x + 3) / 6."""
+        return F.relu6(input + 3) / 6
+
+
+def convert_layers(model: nn.Module) -> nn.Module:
+    """Makes a model of PyTorch's layers ready for an inner step, in place; returns it.
+
+    ``convert_batchnorm`` and ``convert_conv``, and a ``nn.Hardsigmoid`` that can be differentiated twice.
+
+    Example:
+        >>> type(convert_layers(nn.Sequential(nn.Hardsigmoid()))[0])
+        <class 'l2g_meta.encoders.Hardsigmoid'>
+    """
+    for module in model.modules():
+        if type(module) is nn.Hardsigmoid:
+            module.__class__ = Hardsigmoid
+    return convert_conv(convert_batchnorm(model))
+
+
+LIBRARIES: dict[str, Callable[[str, int, Mapping[str, Any]], nn.Module]] = {
+    "timm": timm_encoder,
+    "torchvision": torchvision_encoder,
+}
+
+
+def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict of a library's own pretrained weights, from its cache or the net.
+
+    Raises:
+        L2GError: if the encoder is none of timm's or torchvision's, has no such weights, or they cannot be had.
+    """
+    library, _, name = backbone.partition(":")
+    if library not in LIBRARIES:
+        raise L2GError(
+            f"need --backbone timm:NAME or torchvision:NAME for --weights default, got {backbone}, which has none; "
+            "name a file or a run"
+        )
+    try:
+        if library == "timm":
+            return timm_encoder(name, in_channels, options, pretrained=True).state_dict()
+        from torchvision.models import get_model_weights
+
+        return get_model_weights(name)["DEFAULT"].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (L2GError, ImportError):
+        raise
+    except Exception as error:  # what the libraries, and those they download with, raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise L2GError(
+            f"need {library}'s pretrained weights of {name}, in its cache or from the net, got: {reason}; run this "
+            "once with a network, copy the cache, or give a file of the state dict by --weights FILE"
+        ) from error
+
+
+def require_timm() -> ModuleType:
+    """The timm module.
+
+    Raises:
+        ImportError: with the line that installs it.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"--backbone timm:NAME needs timm ({error}); pip install l2g-meta[timm]") from error
+    return timm
+
+
+def _check_name(library: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = [n for n in known if n.startswith(name[:6])][:8] or known[:8]
+        raise FitError(f"need a name of {library}'s {len(known)} models, got {name!r}; for example {', '.join(near)}")
+
+
+def _built(library: str, name: str, options: Mapping[str, Any], build: Callable[[], Any]) -> Any:
+    refused = sorted(o for o in options if o in OWN or o.startswith("pretrained"))
+    if refused:
+        raise FitError(f"--backbone-options cannot set {', '.join(refused)} of {library}:{name}; weights are --weights")
+    try:
+        return build()
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
+        raise FitError(f"{library}:{name} cannot be built with the options {given}: {error}") from error
+
+
+def _repeat_grey(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].expand(-1, 3, -1, -1),)

@@ -1,0 +1,187 @@
+"""Runs as experiments, tested on the same episodes where they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.config import MACHINE, Config
+from l2g_meta.errors import L2GError
+from l2g_meta.evaluation import Evaluation, over_models, paired_difference
+from l2g_meta.functional import confidence_interval
+from l2g_meta.report.measure import Asked, Measured, Splits, measure
+from l2g_meta.report.runs import RunFolder, read_run
+
+
+@dataclass(eq=False)
+class Run:
+    """A run, and what was measured of it."""
+
+    folder: RunFolder
+    measured: Measured | None = None
+    problems: list[str] = field(default_factory=list)
+    label: str = ""  # A, or A1, A2, … of several seeds
+
+    @property
+    def seed(self) -> int | None:
+        """Of training."""
+        return None if self.folder.config is None else self.folder.config.seed
+
+
+@dataclass(eq=False)
+class Experiment:
+    """Runs that differ in their seed alone, or one run."""
+
+    letter: str
+    runs: list[Run]
+
+    @property
+    def config(self) -> Config | None:
+        """Of its first run."""
+        return self.runs[0].folder.config
+
+    @property
+    def title(self) -> str:
+        """Method and head, in words."""
+        return self.runs[0].folder.name if self.config is None else f"{self.config.method} {self.config.head}"
+
+    @property
+    def measured(self) -> list[Measured]:
+        """Of the runs that could be tested."""
+        return [run.measured for run in self.runs if run.measured is not None]
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Of one run, or over the trained seeds."""
+        found = [m.evaluation for m in self.measured]
+        return over_models(found) if len(found) > 1 else next(iter(found), None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One experiment minus another, in points.
+
+    Args:
+        a: the first.
+        b: the one that it is compared with.
+        mean: over the episodes that both saw, and the seeds of each.
+        episodes: half width of its 95% interval over episodes.
+        seeds: half width over the seeds that both have, if these are several and the only ones.
+    """
+
+    a: Experiment
+    b: Experiment
+    mean: float
+    episodes: float
+    seeds: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows."""
+
+    asked: Asked
+    experiments: list[Experiment]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Of all experiments."""
+        return [run for experiment in self.experiments for run in experiment.runs]
+
+    def by_data(self) -> list[list[Experiment]]:
+        """Experiments that were tested, those on the same images together."""
+        groups: dict[Any, list[Experiment]] = {}
+        for experiment in self.experiments:
+            if experiment.measured:
+                groups.setdefault(signature(experiment.measured[0]), []).append(experiment)
+        return list(groups.values())
+
+
+def gather(paths: Sequence[Path], asked: Asked, *, tell: Callable[[str], object] = print) -> Report:
+    """Reads the runs and tests each on the same episodes; what fails is kept as a problem of its run.
+
+    Raises:
+        L2GError: if a path is no run directory, or given twice.
+    """
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise L2GError(f"need different runs, got {path} more than once; leave one out")
+    runs, splits = [Run(read_run(path)) for path in paths], Splits()
+    for run in runs:
+        run.problems += run.folder.problems
+        if run.folder.config is None or not run.folder.best:
+            continue
+        try:
+            run.measured = measure(run.folder, asked, splits)
+            tell(f"{run.folder.path}: {run.measured.evaluation}")
+        except (L2GError, ImportError) as error:
+            run.problems.append(f"not tested: {error}")
+    return Report(asked, experiments(runs))
+
+
+def experiments(runs: Sequence[Run]) -> list[Experiment]:
+    """Runs that differ in their seed alone, together; in the order of the first of each."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            if _are_seeds(group[0], run) and run.seed not in [other.seed for other in group]:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    found = [Experiment(letters(i), group) for i, group in enumerate(groups)]
+    for experiment in found:
+        for n, run in enumerate(experiment.runs, 1):
+            run.label = experiment.letter + (str(n) if len(experiment.runs) > 1 else "")
+    return found
+
+
+def _are_seeds(a: Run, b: Run) -> bool:
+    first, second = a.folder.config, b.folder.config
+    if first is None or second is None:
+        return False
+    left_out = {"seed", *MACHINE}
+    same = all(value == getattr(second, name) for name, value in vars(first).items() if name not in left_out)
+    # The same name of a data set in two folders may be two data sets.
+    return same and (a.measured is None or b.measured is None or signature(a.measured) == signature(b.measured))
+
+
+def signature(measured: Measured) -> tuple[Any, ...]:
+    """What must be equal for two runs to have seen the same images."""
+    data = measured.data
+    return data.name, data.split, data.image_shape, data.class_names, tuple(len(rows) for rows in data.index)
+
+
+def differences(report: Report) -> Iterator[Difference]:
+    """Later experiments minus earlier ones, where both saw the same episodes of the same images."""
+    for group in report.by_data():
+        for b, a in combinations(group, 2):
+            first, second = a.evaluation, b.evaluation
+            if first is None or second is None:
+                continue
+            try:
+                mean, half = paired_difference(first, second)
+            except L2GError:  # other ways or shots
+                continue
+            yield Difference(a, b, mean, half, _over_seeds(a, b))
+
+
+def _over_seeds(a: Experiment, b: Experiment) -> float | None:
+    means = [{r.seed: r.measured.evaluation.accuracy_mean for r in e.runs if r.measured} for e in (a, b)]
+    if means[0].keys() != means[1].keys() or len(means[0]) < 2:
+        return None
+    return confidence_interval([means[0][seed] - means[1][seed] for seed in means[0]])
+
+
+def letters(i: int) -> str:
+    """A, B, …, Z, AA, AB, ….
+
+    Example:
+        >>> letters(0), letters(25), letters(26)
+        ('A', 'Z', 'AA')
+    """
+    return (letters(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)

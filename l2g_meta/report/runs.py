@@ -1,0 +1,123 @@
+"""What a run directory says of itself, whatever is missing or damaged in it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.checkpoint import read_info
+from l2g_meta.config import Config
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.logs import read_log
+
+NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """A run as its files have it.
+
+    Args:
+        path: as it was given.
+        config: ``None`` if it cannot be read.
+        log: a row per update, (n, 4): update, loss, validation accuracy and half width in per cent; NaN where empty.
+        best: header of the best checkpoint; empty if there is none.
+        problems: what could not be read.
+    """
+
+    path: Path
+    config: Config | None
+    log: np.ndarray
+    best: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def updates(self) -> int:
+        """Updates in the log."""
+        return int(self.log[:, 0].max()) if len(self.log) else 0
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
+        if self.config is None:
+            return f"{self.updates:,} updates in its log"
+        done = "" if self.updates >= self.config.iterations else "unfinished: "
+        return f"{done}{self.updates:,} of {self.config.iterations:,} updates"
+
+    @property
+    def validation(self) -> np.ndarray:
+        """Rows of the log that have a validation, (n, 4)."""
+        return self.log[np.isfinite(self.log[:, 2])]
+
+
+def read_run(path: Path) -> RunFolder:
+    """All that can be read of a run directory.
+
+    Raises:
+        L2GError: if it is none.
+    """
+    if not any((path / name).is_file() for name in ("config.json", "log.csv", "best.safetensors")):
+        found = "a folder without config.json and log.csv" if path.is_dir() else "no folder of that name"
+        raise L2GError(f"need a run directory, {path}: {found}; name a folder made by `l2g train`")
+    problems: list[str] = []
+    config, log, best = None, np.empty((0, len(NUMBERS))), {}
+    try:
+        config = Config.load(path / "config.json")
+    except L2GError as error:
+        problems.append(f"no config: {error}")
+    try:
+        log = read_numbers(path)
+    except L2GError as error:
+        problems.append(f"no learning curve: {error}")
+    try:
+        best = read_info(path / "best.safetensors")
+        if not isinstance(best, dict):
+            raise CheckpointError(f"need a header in {path / 'best.safetensors'}, got another kind; train again")
+        if best.get("given"):
+            raise CheckpointError(
+                f"need a run that its config describes, {path} was given its {' and '.join(best['given'])} from "
+                "Python; test it with l2g_meta.evaluation.evaluate"
+            )
+    except CheckpointError as error:
+        best = {}
+        problems.append(f"not tested: {error}")
+    return RunFolder(path, config, log, best, tuple(problems))
+
+
+def read_numbers(run: Path) -> np.ndarray:
+    """A run's log as numbers, (n, 4), ascending; a cell that is none is NaN, a row without an update is left out.
+
+    Raises:
+        L2GError: if there is no log, or it is not one.
+    """
+    try:
+        rows = [[number(row.get(name)) for name in NUMBERS] for row in read_log(run)]
+    except (UnicodeError, csv.Error) as error:
+        raise L2GError(f"need a run's log in {run / 'log.csv'}, got: {error}; look at the file") from error
+    log = np.array(rows, dtype=float).reshape(-1, len(NUMBERS))
+    log = log[(log[:, 0] >= 1) & (log[:, 0] < 1e15)]
+    return log[np.argsort(log[:, 0], kind="stable")]
+
+
+def number(text: Any) -> float:
+    """A finite number, or NaN.
+
+    Example:
+        >>> number("1.5"), number(""), number("inf"), number(None)
+        (1.5, nan, nan, nan)
+    """
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return float("nan")
+    return value if np.isfinite(value) else float("nan")

@@ -1,0 +1,123 @@
+"""Where a run's encoder begins: another run's, a file's state dict, or a library's pretrained ones (``--weights``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.checkpoint import load_tensors
+from l2g_meta.config import Config
+from l2g_meta.encoders import library_weights
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.options import parsed_options
+
+PREFIXES = ("", "module.", "encoder.", "module.encoder.", "module.classifier.encoder.", "backbone.", "model.", "net.")
+NESTED = ("state_dict", "model", "params", "encoder")  # under which files of torch.save have a state dict
+
+
+def initialise(model: nn.Module, config: Config) -> None:
+    """Puts the weights that ``config.weights`` names into a model's encoder.
+
+    A run's head comes along where it is of the same kind, with the same options.
+
+    Raises:
+        L2GError: if they cannot be had, or belong to another encoder.
+    """
+    source, encoder = config.weights or "", encoder_of(model)
+    if source == "default":
+        channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
+        tensors = library_weights(config.backbone, channels, parsed_options(config.backbone_options))
+        put_encoder(tensors, encoder, f"the pretrained weights of {config.backbone}")
+        return
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        put_encoder(read_state_dict(path), encoder, str(path))
+        return
+    tensors, info = load_tensors(path / "best.safetensors")
+    put_encoder(tensors, encoder, str(path))
+    theirs = Config.of(info["config"])
+    if (theirs.head, theirs.head_options) == (config.head, config.head_options) and isinstance(
+        getattr(model, "head", None), nn.Module
+    ):
+        found = {name.removeprefix("module.head."): t for name, t in tensors.items() if name.startswith("module.head.")}
+        _load(model.head, found, str(path))  # type: ignore[arg-type]
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """A model's encoder.
+
+    Raises:
+        L2GError: if it has none.
+    """
+    holder: Any = getattr(model, "classifier", model)
+    encoder = getattr(holder, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise L2GError(f"need a model with an encoder for --weights, {type(model).__name__} has none")
+    return encoder
+
+
+def put_encoder(tensors: Mapping[str, Tensor], encoder: nn.Module, source: str) -> None:
+    """Loads an encoder's state dict, which may have a prefix, a head beside it, and a library's classification layer.
+
+    Raises:
+        CheckpointError: if it belongs to another encoder, with what is missing or too much.
+
+    Example:
+        >>> put_encoder({"encoder.weight": torch.ones(1, 2), "head.a": torch.ones(1)}, nn.Linear(2, 1, bias=False), "x")
+    """
+    wanted = {name for name in encoder.state_dict() if not name.endswith("num_batches_tracked")}
+    for prefix in PREFIXES:
+        found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        if wanted <= found.keys():
+            break
+    else:
+        missing = sorted(wanted - tensors.keys())
+        raise CheckpointError(
+            f"need the weights of a {type(encoder).__name__}, {source} lacks {len(missing)} of {len(wanted)}: "
+            f"{', '.join(missing[:3])} …, and has {', '.join(sorted(tensors)[:3])} …; use the same --backbone and "
+            "--backbone-options"
+        )
+    left_out = tuple(getattr(encoder, "left_out", ()))
+    kept = {n: t for n, t in found.items() if not any(n == layer or n.startswith(f"{layer}.") for layer in left_out)}
+    _load(encoder, kept, source)
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a ``.safetensors`` file, or in one of ``torch.save``, read as data alone.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files end in any
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"need a run, a .safetensors file or one of torch.save for --weights, got {path}: {reason}; save "
+            "model.state_dict()"
+        ) from error
+    for name in NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError(f"need a state dict, names and tensors, in {path}, got another thing; save one")
+    return found
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    own = module.state_dict()
+    counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}  # which older files lack
+    try:
+        module.load_state_dict({**counts, **tensors})
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source} belongs to another {type(module).__name__}: {error}; use the same --backbone and "
+            "--backbone-options"
+        ) from error

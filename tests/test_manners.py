@@ -1,0 +1,328 @@
+"""How the command line behaves: help, typos, quiet, JSON, colours, odd terminals, completion, doctor."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import l2g_meta
+from l2g_meta import doctor
+from l2g_meta.cli import main
+from l2g_meta.commands import COMMANDS, command
+from l2g_meta.commands.output import bold, print_anything, red
+from l2g_meta.commands.parser import build_parser
+from l2g_meta.config import Config
+from l2g_meta.doctor import parts
+from l2g_meta.doctor.parts import OPTIONAL, Part, look
+
+TINY = "--image-size 16 --ways 3 --queries 2 --pairs 1 --iterations 2 --eval-every 2 --eval-episodes 4 --device cpu"
+
+
+def said(capsys, line):
+    """Exit code, stdout, stderr."""
+    try:
+        code = main(line.split())
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_help_takes_no_pytorch():
+    code = (
+        "import sys; from l2g_meta.cli import main\n"
+        "try: main(['--help'])\nfinally: print(sorted({'torch', 'numpy', 'l2g_meta.config'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "examples:" in done.stdout
+
+
+def test_public_names_are_there_at_first_use():
+    assert set(l2g_meta._HOME_OF) <= set(dir(l2g_meta))
+    assert all(getattr(l2g_meta, name).__name__ == name for name in l2g_meta._HOME_OF)
+    with pytest.raises(AttributeError, match="has no attribute 'Conv5'"):
+        l2g_meta.Conv5  # noqa: B018
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_explains_itself(name, capsys):
+    code, out, _ = said(capsys, f"{name} --help")
+    examples = out.partition("examples:\n")[2].splitlines()
+    assert code == 0 and 2 <= len(examples) <= 4 and all(line.startswith("  l2g ") for line in examples)
+    parser = build_parser([name])
+    for line in examples:  # they are commands that l2g takes
+        words = line.partition("#")[0].replace("&& l2g train", "").partition(">")[0].split()[1:]
+        if words[0] == name:
+            parser.parse_args(words)
+
+
+def test_every_flag_of_train_is_in_a_group(capsys):
+    out = said(capsys, "train --help")[1]
+    assert "\nother:" not in out and all(f"--{f.name.replace('_', '-')}" in out for f in fields(Config))
+
+
+def test_metavars_are_a_few_words():
+    found = set()
+    for parser in build_parser().children.choices.values():
+        found |= {a.metavar or a.dest.upper() for a in parser._actions if a.nargs != 0 and a.choices is None}
+    assert found <= {
+        "RUN", "DIR", "FILE", "DIR|FILE", "OUT", "NAME", "N", "N,N", "X", "ROW", "COLUMN", "RATE", "NAME=VALUE,…",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "l2g: need a command of train, evaluate, .*; see l2g --help"),
+        ("trian --shots 5", "need one of train, .*; got 'trian'; did you mean train\\?"),
+        ("train --shotz 5", "l2g train: need a flag that it has, got --shotz; did you mean --shots\\?; see l2g train"),
+        ("train -shots 5", "got -shots 5 besides; did you mean --shots\\?"),
+        ("train photos", "l2g train: need only what it takes, got photos besides; see l2g train --help"),
+        ("train --method l2gg", "argument --method: need one of .*; got 'l2gg'; did you mean l2g\\?"),
+        ("train --lr fast", "argument --lr: need a number, got 'fast'"),
+        ("train --seed 1.5", "argument --seed: need a whole number, got '1.5'"),
+        ("evaluate run --ways five", "argument --ways: need a whole number of at least 2, got 'five'"),
+        ("evaluate", "l2g evaluate: need RUN"),
+        ("predict --modle run --support a --query b", "got --modle; did you mean --model\\?"),
+        ("predict --model run", "l2g predict: need --support, --query"),
+        ("reproduce table9", "need one of table1, .*; got 'table9'; did you mean table3\\?"),
+        ("completion bsh", "did you mean bash\\?"),
+    ],
+)
+def test_typos(line, message, capsys):
+    code, out, err = said(capsys, line)
+    assert (code, out) == (2, "") and re.search(message, err) and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "train --head protoypical --image-size 16 --ways 3 --queries 2 --data folder --root {1}",
+            "got 'protoypical'; did you mean prototypical\\?",
+        ),
+        ("train --resume {0}/nowhere", "need a run's config in .*, got: No such file .*; name a folder made by"),
+        (
+            "train --out {0}/file --image-size 16 --ways 3 --queries 2 --data folder --root {1}",
+            "cannot make .*; choose another --out",
+        ),
+        ("train --json {0}", "need a file to write for --json, got the folder"),
+        ("evaluate {0}/file", "need a run's config in .*, got: Not a directory"),
+        ("export {0} {0}/out --no-onnx", "need a run's config in"),
+        ("submit {0}/file", "need a file with an `l2g train` command per line, got .*: it is no UTF-8 text"),
+        ("submit {0}", "need a file with an `l2g train` command per line, got .*: Is a directory"),
+        ("reproduce table1 --rows prto --data-root {0}", "got prto; did you mean proto\\?"),
+    ],
+)
+def test_wrong_files_and_names(line, message, blob_run, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    code, out, err = said(capsys, line.format(tmp_path, blob_run.parent / "data"))
+    assert (code, out) == (2, "") and err.startswith("l2g: ") and re.search(message, err) and err.count("\n") == 1, err
+
+
+def test_quiet_and_json(blob_run, tmp_path, capsys):
+    train = f"train --data folder --root {blob_run.parent / 'data'} {TINY} --out {tmp_path}"
+    assert said(capsys, f"{train}/a --quiet") == (0, "", "")
+    code, out, err = said(capsys, f"{train}/b --json")
+    found = json.loads(out)
+    assert code == 0 and (found["run"], found["best_iteration"], found["skipped"]) == (f"{tmp_path}/b", 2, 0)
+    assert f"best validation {found['best_val_accuracy']:.2f} %" in err  # what stdout has otherwise
+    assert said(capsys, f"{train}/c --json {tmp_path}/c.json --quiet") == (0, "", "")
+    assert json.loads((tmp_path / "c.json").read_text())["best_val_accuracy"] == found["best_val_accuracy"]
+
+    evaluate = f"evaluate {blob_run} --episodes 3"
+    printed = said(capsys, f"{evaluate} --json {tmp_path}/e.json")[1]
+    in_file = json.loads((tmp_path / "e.json").read_text())
+    assert f"{in_file['accuracy_mean']:.2f} ±" in printed
+    for ending in ("--json", "--json -", "--json --quiet"):
+        assert json.loads(said(capsys, f"{evaluate} {ending}")[1]) == in_file
+    assert said(capsys, f"{evaluate} --quiet") == (0, "", "")
+
+    photos = blob_run.parent / "data" / "test"
+    predict = f"predict --model {blob_run} --support {photos} --query {photos / 'class00'}"
+    assert said(capsys, f"{predict} --quiet --csv {tmp_path / 'p.csv'}") == (0, "", "")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 13
+    code, out, err = said(capsys, f"{predict} --json --quiet")
+    assert (code, err, json.loads(out)["classified"]) == (0, "", 12)
+
+    code, out, err = said(capsys, f"export {blob_run} {tmp_path / 'model'} --no-onnx --episodes 2 --json --quiet")
+    assert code == 0 and json.loads(out)["out"] == str(tmp_path / "model")
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is one."""
+
+    def isatty(self):
+        return True
+
+
+def test_colours_only_on_a_terminal(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert bold("1", io.StringIO()) == "1" and bold("1", Terminal()) == "\x1b[1m1\x1b[0m"
+    assert red("l2g:", Terminal()) == "\x1b[1;31ml2g:\x1b[0m"
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["evaluate", "nowhere"]) == 2 and sys.stderr.getvalue().startswith("\x1b[1;31ml2g:\x1b[0m need a run's")
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert red("l2g:", Terminal()) == "l2g:"
+
+
+def test_terminals_that_lack_characters(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    print_anything()
+    print("50.00 ± 0.50 %, α, ü, \udcff", flush=True)
+    assert raw.getvalue() == b"50.00 +- 0.50 %, alpha, \\xfc, \\udcff\n"
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (KeyboardInterrupt(), 130, "l2g: interrupted; {}\n"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (PermissionError(13, "Permission denied", "log.csv"), 2, "l2g: cannot use log.csv: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "l2g: cannot read or write: No space left on device\n"),
+        (MemoryError("of 9 GB"), 2, "l2g: need more memory than there is: of 9 GB; lower --pairs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "l2g: need more memory than there is: Default"),
+    ],
+)
+@pytest.mark.parametrize("name", ["predict", "export", "evaluate"])
+def test_whatever_ends_a_command(name, error, code, message, monkeypatch, capsys):
+    def end(_):
+        raise error
+
+    monkeypatch.setattr(command(name), "run", end)
+    line = {"predict": "--model m --support s --query q", "export": "run out", "evaluate": "run"}[name]
+    found, out, err = said(capsys, f"{name} {line}")
+    assert (found, out) == (code, "") and err.startswith(message.format(command(name).INTERRUPTED))
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def end(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(command("evaluate"), "run", end)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["evaluate", "run"])
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="there is no bash")
+def test_completion_in_bash(tmp_path, capsys):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    script = said(capsys, "completion bash")[1]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "notes.txt").touch()
+    lines = [["l2g", "ev"], ["l2g", "train", "--outer-s"], ["l2g", "train", "--method", "ma"], ["l2g", "export", ""]]
+    asked = "".join(
+        f"COMP_WORDS=({' '.join(word or chr(39) * 2 for word in words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); "
+        '_shtab_l2g; echo "${COMPREPLY[*]}"\n'
+        for words in lines
+    )
+    done = subprocess.run(
+        ["/bin/bash", "--norc", "-c", script + asked], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    completed = [line.split() for line in done.stdout.splitlines()]
+    assert completed[:3] == [["evaluate"], ["--outer-shots"], ["maml", "maml-softmax"]]
+    assert "photos" in completed[3][0] and "notes.txt" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_have_every_command(shell, capsys):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    out = said(capsys, f"completion {shell}")[1]
+    assert all(name in out for name in COMMANDS) and "learn-inner-lr" in out
+
+
+def test_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert said(capsys, "completion bash") == (
+        2,
+        "",
+        'l2g: completion needs shtab; pip install "l2g-meta[completion]"\n',
+    )
+
+
+@pytest.fixture
+def few_parts(monkeypatch):
+    """The doctor looks at one optional package: importing all takes seconds."""
+    monkeypatch.setattr(doctor, "OPTIONAL", (Part("no-such-package", "nothing", extra="none"),))
+
+
+@pytest.mark.usefixtures("few_parts")
+def test_doctor(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("L2G_CACHE", str(tmp_path / "new" / "cache"))
+    code, out, err = said(capsys, "doctor")
+    assert (
+        (code, err) == (0, "") and "all that is required works" in out and f"{tmp_path}/new/cache: 0.00 GB used" in out
+    )
+    assert 'no-such-package  missing (nothing): pip install "l2g-meta[none]"' in out
+    assert not (tmp_path / "new").exists() and not list(Path.cwd().glob(".l2g-doctor-*"))
+    code, out, err = said(capsys, "doctor --json")
+    found = json.loads(out)
+    assert code == 0 and found["works"] and found["devices"]["cpu"]["threads"] >= 1 and "Self test" in err
+    assert [check["ok"] for check in found["self_test"]] == [True, True]
+    assert [part["version"] for part in found["required"] if part["name"] == "l2g-meta"] == [l2g_meta.__version__]
+
+
+@pytest.mark.usefixtures("few_parts")
+def test_doctor_finds_what_does_not_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("L2G_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("l2g_meta.doctor.selftest.ConvBlock", lambda *_, **__: 1 / 0)
+        code, out, _ = said(capsys, "doctor")
+        assert code == 1 and "FAILED" in out and "ZeroDivisionError: division by zero" in out
+    with monkeypatch.context() as patch:
+        patch.setattr("l2g_meta.doctor.selftest.DIFFERENCES", -1.0)
+        assert said(capsys, "doctor --quiet") == (
+            1,
+            "",
+            "l2g: something required does not work; l2g doctor says what\n",
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "REQUIRED", (Part("no-such-package", "everything", remedy="pip install it"),))
+        code, out, _ = said(capsys, "doctor")
+        assert code == 1 and "does not work: it is not installed; pip install it" in out
+    with monkeypatch.context() as patch:
+        patch.setattr("l2g_meta.doctor.machine.claim", _no_locks)
+        code, out, _ = said(capsys, "doctor")
+        assert code == 1 and "cannot lock; set L2G_CACHE to a folder" in out
+
+
+def _no_locks(_):
+    raise l2g_meta.errors.CheckpointError("cannot lock; choose another")
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("raise RuntimeError('built for\\n another torch')", "RuntimeError: built for another torch"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def", "SyntaxError"),
+        ("print('hello'); __version__ = '7'", None),
+    ],
+)
+def test_broken_packages_are_told(text, error, tmp_path, monkeypatch, capsys):
+    (tmp_path / "l2g_broken_part.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "l2g_broken_part", raising=False)
+    found = look(Part("l2g_broken_part", "a test", remedy="mend it"))
+    assert capsys.readouterr() == ("", "")
+    assert found["error"] is None and found["version"] == "7" if error is None else found["error"].startswith(error)
+
+
+def test_extras_are_those_of_the_project():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 lacks tomllib")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for part in OPTIONAL:
+        if part.extra:
+            names = [re.split("[<>=]", need)[0] for need in project["optional-dependencies"][part.extra]]
+            assert part.name in names, part
+    needed = {re.split("[<>=]", need)[0] for need in project["dependencies"]}
+    assert {part.name for part in parts.REQUIRED} == needed | {"l2g-meta"}
