@@ -318,5 +318,5 @@ def test_cuda_graphs_are_for_one_process():
     from l2g_meta.training import build_update
 
     config = Config(**{**vars(CONFIG), "cuda_graph": True})
-    with pytest.raises(L2GError, match="--cuda-graph is for one process, got 2"):
+    with pytest.raises(L2GError, match="--cuda-graph is for tasks and one process, got 2 with --method l2g"):
         build_update(config, None, None, None, World(0, 2))

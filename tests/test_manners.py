@@ -70,14 +70,15 @@ def test_metavars_are_a_few_words():
     for parser in build_parser().children.choices.values():
         found |= {a.metavar or a.dest.upper() for a in parser._actions if a.nargs != 0 and a.choices is None}
     assert found <= {
-        "RUN", "DIR", "FILE", "DIR|FILE", "OUT", "NAME", "N", "N,N", "X", "ROW", "COLUMN", "RATE", "NAME=VALUE,…",
+        "RUN", "DIR", "FILE", "DIR|FILE", "OUT", "NAME", "N", "N,N", "X", "ROW", "COLUMN", "RATE", "NAME=VALUE",
+        "NAME=VALUE,…", "RUN|FILE|default",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "l2g: need a command of train, evaluate, .*; see l2g --help"),
+        ("", "l2g: need a command of train, pretrain, .*; see l2g --help"),
         ("trian --shots 5", "need one of train, .*; got 'trian'; did you mean train\\?"),
         ("train --shotz 5", "l2g train: need a flag that it has, got --shotz; did you mean --shots\\?; see l2g train"),
         ("train -shots 5", "got -shots 5 besides; did you mean --shots\\?"),
