@@ -124,6 +124,11 @@ def test_tutorial_shows_its_script(page):
     assert f"tutorials/{page.stem}" in (DOCS / "index.md").read_text(encoding="utf-8")
 
 
+def test_no_page_waits_for_its_numbers():
+    pages = {page.name: page.read_text(encoding="utf-8") for page in [*DOCS.glob("*.md"), *TUTORIALS]}
+    assert not {name: gaps for name, text in pages.items() if (gaps := re.findall(r"^\{\w+\}$", text, re.MULTILINE))}
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
 def test_pictures_and_files_of_a_page_are_there(page):
     if "_build" in page.parts:
