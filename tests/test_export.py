@@ -53,6 +53,25 @@ def test_an_export_predicts_as_its_run(blob_run, exported):
     assert fitted.fit(x[one_each], y[one_each]).temperature_ == values["calibration"]["shots"][0]["temperature"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backbone": "resnet12", "backbone_options": ("widths=4,4,4,6",), "ways": 2, "queries": 2, "pairs": 1},
+        {"method": "supervised", "batch": 8},
+    ],
+    ids=["options of the encoder", "pre-trained"],
+)
+def test_whatever_was_trained_is_built_again(options, tmp_path):
+    config = Config(image_size=20, iterations=1, eval_every=1, eval_episodes=2, device="cpu", **options)
+    model = train(config, tmp_path / "run", progress=False).module.eval()
+    export(tmp_path / "run", tmp_path / "model", onnx=False, episodes=2)
+    found = FewShotClassifier.load(tmp_path / "model", device="cpu").fit(np.zeros((2, 20, 20, 1), np.uint8), [0, 1])
+    assert found.source_.model.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(2, 1, 20, 20)
+    with torch.no_grad():
+        assert torch.equal(found.source_.model.encoder(x), model.encoder(x))
+
+
 def test_one_example_each_is_enough_for_rejection(blob_run, exported):
     x, y = images(blob_run)
     one_each = np.unique(y, return_index=True)[1]

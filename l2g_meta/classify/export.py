@@ -87,7 +87,8 @@ def export(
     with _appears(out) as folder:
         if isinstance(model, MetricModel):
             values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
-        save_tensors(folder / WEIGHTS, model.state_dict(), {"image_shape": info["image_shape"], "given": []})
+        header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
+        save_tensors(folder / WEIGHTS, model.state_dict(), header)
         write_text(folder / MODEL, json.dumps(values, indent=1) + "\n")
         write_text(folder / CARD, model_card(values))
     return values

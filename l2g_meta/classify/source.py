@@ -12,20 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2g_meta.build import build_device, build_model, load_run, set_precision
+from l2g_meta.build import build_device, build_model, load_run, n_classes_of, set_precision
 from l2g_meta.checkpoint import load_tensors, put, read_info
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.images import Preparation
-from l2g_meta.config import Config
+from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.wrapper import L2GWrapper
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
 FORMAT = 1  # of model.json; raised when an older version could not read it
-ARCHITECTURE = (
-    "data", "method", "head", "backbone", "distance", "dims", "temperature", "learn_temperature", "reduction", "ways",
-    "shots", "inner_lr", "inner_steps", "test_steps", "first_order", "precision", "seed",
-)  # fmt: skip
+NOT_BUILT = (*MACHINE, "weights")  # fields of a config that say nothing of its model: where it ran, how it began
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +82,7 @@ def open_source(model: Any, device: str = "auto") -> Source:
 
 def architecture(config: Config) -> dict[str, Any]:
     """What of a config it takes to build its model again."""
-    return {name: getattr(config, name) for name in ARCHITECTURE}
+    return {name: value for name, value in vars(config).items() if name not in NOT_BUILT}
 
 
 def _open_export(folder: Path, device: torch.device) -> Source:
@@ -98,8 +95,8 @@ def _open_export(folder: Path, device: torch.device) -> Source:
         raise
     except Exception as error:  # names and values of any kind
         raise CheckpointError(f"need an architecture in {folder / MODEL}, got: {error!r}; export again") from error
-    model = build_model(config, preparation.image_shape)
-    tensors, _ = load_tensors(folder / WEIGHTS)
+    tensors, info = load_tensors(folder / WEIGHTS)
+    model = build_model(config, preparation.image_shape, n_classes_of(info))
     put(tensors, model, folder / WEIGHTS)
     set_precision(config.precision)
     return Source(model.eval().to(device), preparation, calibration, values)
