@@ -22,7 +22,7 @@ from l2g_meta.errors import L2GError
 from l2g_meta.objectives import Objective, UpdateStats, accumulate, episodic
 from l2g_meta.state import generators
 from l2g_meta.task import Task
-from l2g_meta.updates import Update, all_finite, squares_finite
+from l2g_meta.updates import Update, all_finite
 from l2g_meta.wrapper import L2GWrapper
 
 Arrange = Callable[[list[tuple[Task, Task]]], list[tuple[Task, ...]]]
@@ -120,7 +120,7 @@ class StaticUpdate:
         means = accumulate(self.objective, self.wrapper, batch)
         gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
         losses = means[:1] if self.objective is episodic else means[:2]
-        finite = all_finite([losses, *gradients, *self.wrapper.parameters()]) & squares_finite(gradients)
+        finite = all_finite(gradients, squared=True) & all_finite([losses, *self.wrapper.parameters()])
         self.stats.copy_(torch.cat([means, finite.float().view(1)]))
         self.optimizer.step()
 

@@ -112,6 +112,31 @@ def read_info(path: Path) -> dict[str, Any]:
     return load_tensors(path)[1]
 
 
+def refuse_given(info: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """That a run's data and model are those of its config.
+
+    Raises:
+        CheckpointError: if they were given from Python.
+    """
+    given = info.get("given")
+    if given:
+        raise CheckpointError(
+            f"need a run that its config describes, {path} was given its {' and '.join(given)} from Python; {remedy}"
+        )
+
+
+def make_folder(path: Path, need: str, remedy: str) -> None:
+    """Makes a folder and those that it is in.
+
+    Raises:
+        CheckpointError: if it cannot be made, with what is needed and what to do.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"need {need}, cannot make {path}: {error.strerror}; {remedy}") from error
+
+
 def load_weights(path: Path, wrapper: nn.Module) -> dict[str, Any]:
     """Puts a checkpoint's weights and step sizes into a wrapper; returns the JSON values of its header.
 

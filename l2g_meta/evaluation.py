@@ -248,38 +248,6 @@ def _scores(
         yield model(task), task.query_y
 
 
-def episode_scores(
-    model: nn.Module,
-    dataset: Any,
-    *,
-    ways: Choice,
-    shots: Choice,
-    queries: int,
-    episodes: int,
-    episode_seed: int = 0,
-    device: torch.device | str | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (n_query, n_way) and labels (n_query,) of each episode that ``evaluate`` would use, running statistics.
-
-    Args:
-        model: ``model(task) -> scores``, not its wrapper.
-        dataset: as for ``TaskPairs``.
-        ways: classes per episode, or several numbers to draw from for each.
-        shots: supports per class, or several.
-        queries: queries per class.
-        episodes: how many.
-        episode_seed: of the episodes.
-        device: where the model is.
-
-    Raises:
-        DataError: if the split has too few classes or images.
-    """
-    dataset = placed(dataset, device) if isinstance(dataset, ClassDataset) else dataset
-    stream = Episodes(dataset, ways=ways, shots=shots, queries=queries, seed=(episode_seed, 0), device=device)
-    with torch.no_grad(), batchnorm_policy(model, "running"):
-        yield from _scores(model, [stream], [(0, k) for k in range(episodes)], "running")
-
-
 def scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:
     """Whether scores depend on each image's own embedding alone: a plain ``MetricModel`` with running statistics."""
     plain = type(model).forward is MetricModel.forward and getattr(type(model), "score", None) is MetricModel.score

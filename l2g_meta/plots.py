@@ -168,10 +168,7 @@ def tsne_points(
         ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
         FitError: for a model without an ``encoder``.
     """
-    try:
-        import sklearn.manifold  # noqa: F401
-    except ImportError as error:
-        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
+    require_tsne()
     rows = []
     for data in dataset if isinstance(dataset, list | tuple) else [dataset]:
         task = Episodes(data, ways=ways, shots=shots, queries=queries, seed=seed, device=device)[0]
@@ -180,16 +177,36 @@ def tsne_points(
     return rows
 
 
-def _embedded(title: str, model: nn.Module, task: Task, seed: int) -> Scatter:
-    from sklearn.manifold import TSNE
+def require_tsne() -> Any:
+    """scikit-learn's ``TSNE``.
 
+    Raises:
+        ImportError: with what to install.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
+    return TSNE
+
+
+def flattened(z: np.ndarray, seed: int) -> np.ndarray:  # (n, d) -> (n, 2)
+    """Embeddings as points of a plane, by t-SNE.
+
+    Raises:
+        ImportError: without scikit-learn.
+    """
+    return require_tsne()(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
+
+
+def _embedded(title: str, model: nn.Module, task: Task, seed: int) -> Scatter:
     model = model.module if isinstance(model, L2GWrapper) else model
     if not isinstance(model, MetricModel):
         raise FitError(f"need a MetricModel, whose encoder gives embeddings, got {type(model).__name__} for {title!r}")
     with torch.no_grad(), batchnorm_policy(model, "running"):
         z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
     n = len(task.support_y)
-    flat = TSNE(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
+    flat = flattened(z, seed)
     return Scatter(title, flat[:n].tolist(), task.support_y.tolist(), flat[n:].tolist(), task.query_y.tolist())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2g_meta import state
 from l2g_meta.build import positions_of_update
-from l2g_meta.checkpoint import load_tensors, save_tensors
+from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import CheckpointError, NotFiniteError
@@ -91,12 +91,7 @@ class Run:
             raise CheckpointError(
                 f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
             )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"need a folder for the run, cannot make {self.out}: {error.strerror}; choose another --out"
-            ) from error
+        make_folder(self.out, "a folder for the run", "choose another --out")
         self._claim()
         state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed

@@ -70,7 +70,7 @@ class EagerUpdate:
         self.optimizer.zero_grad()
         means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
         gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
-        bad = ~all_finite([*gradients, *self.wrapper.parameters()]) | ~squares_finite(gradients)
+        bad = ~(all_finite(gradients, squared=True) & all_finite(self.wrapper.parameters()))
         values = torch.cat([means, bad.float().view(1)])
         if self.world.size > 1:
             signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
@@ -92,25 +92,21 @@ class EagerUpdate:
         return Update(UpdateStats(loss, inner, alignment), finite, asked)
 
 
-def squares_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
-    """Whether the squares of finite numbers are finite, too: Adam would keep ∞, and never move that weight again.
-
-    Example:
-        >>> squares_finite([torch.tensor(1e18)]), squares_finite([torch.tensor(1e20)])
-        (tensor(True), tensor(False))
-    """
-    values = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
-    return all_finite([n.square() for n in torch._foreach_norm(values, float("inf"))] if values else [])
-
-
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:  # ()
+def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> Tensor:  # ()
     """Whether all numbers of all tensors are finite, without waiting for the device.
+
+    Args:
+        tensors: of any shapes.
+        squared: whether their squares are, too: Adam would keep ∞, and never move that weight again.
 
     Example:
         >>> all_finite([torch.ones(2), torch.tensor(float("nan"))])
         tensor(False)
+        >>> all_finite([torch.tensor(1e18)], squared=True), all_finite([torch.tensor(1e20)], squared=True)
+        (tensor(True), tensor(False))
     """
     values = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
     if not values:
         return torch.tensor(True)
-    return torch.stack([n.float() for n in torch._foreach_norm(values, float("inf"))]).isfinite().all()
+    largest = torch._foreach_norm(values, float("inf"))
+    return torch.stack([(n.square() if squared else n).float() for n in largest]).isfinite().all()

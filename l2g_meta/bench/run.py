@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
 import resource
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
 from l2g_meta.bench.timing import interleaved, seconds
 from l2g_meta.bench.updates import LEARN2LEARN, Update
 from l2g_meta.bench.variants import VARIANTS, Pairs, float32_products
+from l2g_meta.doctor.machine import cpu_model
 from l2g_meta.errors import L2GError
 
 
@@ -217,11 +217,8 @@ def describe_machine(case: Case) -> str:
     """Processor, threads, version of PyTorch."""
     if case.device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(case.device)}, PyTorch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor()
     level = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({level}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    return f"{cpu_model()} ({level}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
 def table(result: dict[str, Any]) -> str:

@@ -71,10 +71,23 @@ def expected_calibration_error(
         >>> round(expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 6)
         0.4
     """
-    confidence, correct = confidence.double(), correct.double()
-    b = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open at the left, as published
-    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add_(0, b, correct - confidence)
+    gaps = in_bins(correct.double() - confidence.double(), bin_of(confidence, bins), bins)
     return gaps.abs().sum().item() / len(confidence)
+
+
+def bin_of(confidence: Tensor, bins: int = BINS) -> Tensor:  # (n,) -> (n,)
+    """The bin of each probability, of bins of equal width, open at the left as published.
+
+    Example:
+        >>> bin_of(torch.tensor([0.0, 0.5, 0.51, 1.0]), 2)
+        tensor([0, 0, 1, 1])
+    """
+    return (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+
+
+def in_bins(values: Tensor, at: Tensor, bins: int = BINS) -> Tensor:  # (n,), (n,) -> (bins,)
+    """The sum of the values in each bin."""
+    return torch.zeros(bins, dtype=values.dtype, device=values.device).index_add_(0, at, values)
 
 
 def rejection_threshold(known: Tensor, rate: float) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2g_meta import functional as f
 from l2g_meta.classify.calibration import (
     AtShots,
     Calibration,
@@ -16,7 +15,7 @@ from l2g_meta.classify.calibration import (
     probabilities,
     quantiles,
 )
-from l2g_meta.evaluation import episode_scores
+from l2g_meta.evaluation import Evaluation, evaluate
 
 
 def calibrate(
@@ -50,13 +49,12 @@ def calibrate(
     options: dict[str, Any] = {"ways": ways, "queries": queries, "episodes": episodes, "device": device}
     entries = []
     for k in shots:
-        scores, y = _gathered(model, validation, shots=k, **options)
+        _, scores, y = _evaluated(model, validation, shots=k, **options)
         entry: dict[str, Any] = {"shots": k, "temperature": fit_temperature(scores, y)}
         entry["known"] = quantiles(scores.max(-1).values)
         if test is not None:
-            scores, y = _gathered(model, test, shots=k, **options)
-            per_episode = (100 * (scores.argmax(-1) == y).double()).view(episodes, -1).mean(1)
-            entry |= {"accuracy": per_episode.mean().item(), "accuracy_ci95": f.confidence_interval(per_episode)}
+            result, scores, y = _evaluated(model, test, shots=k, **options)
+            entry |= {"accuracy": result.accuracy_mean, "accuracy_ci95": result.ci95_episodes}
             entry["ece_before"] = calibration_error(scores, y, 1.0)
             entry["ece_after"] = calibration_error(scores, y, entry["temperature"])
         entries.append(AtShots(**entry))
@@ -74,7 +72,8 @@ def calibration_error(scores: Tensor, y: Tensor, temperature: float) -> float:
     return expected_calibration_error(confidence, predicted == y)
 
 
-def _gathered(model: nn.Module, data: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Scores (n, n_way) and labels (n,) of all episodes."""
-    parts = list(episode_scores(model, data, **options))
-    return torch.cat([scores.cpu() for scores, _ in parts]), torch.cat([y.cpu() for _, y in parts])
+def _evaluated(model: nn.Module, data: Any, **options: Any) -> tuple[Evaluation, Tensor, Tensor]:
+    """The evaluation, and the scores (n, n_way) and labels (n,) of all its episodes."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    result = evaluate(model, data, **options, observe=lambda scores, y: parts.append((scores, y)))
+    return result, torch.cat([scores for scores, _ in parts]).cpu(), torch.cat([y for _, y in parts]).cpu()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.checkpoint import read_info, save_tensors, write_text
+from l2g_meta.checkpoint import read_info, refuse_given, save_tensors, write_text
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.episodes import calibrate
@@ -66,10 +66,7 @@ def export(
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
     wrapper, config = load_run(run, checkpoint=checkpoint, device=device)
     info = read_info(run / f"{checkpoint}.safetensors")
-    if info.get("given"):
-        raise L2GError(
-            f"need a run that its config describes, {run} was given its {' and '.join(info['given'])} from Python"
-        )
+    refuse_given(info, run, "fit a FewShotClassifier around its model")
     model, preparation = wrapper.module, Preparation.of_run(config, info["image_shape"])
     data = {
         split: build_data(replace(config, root=root or config.root), split) for split in ("train", "validation", "test")

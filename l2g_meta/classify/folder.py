@@ -13,11 +13,12 @@ import numpy as np
 
 from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.images import Preparation
-from l2g_meta.data.images import FORMATS, subfolders
+from l2g_meta.data.images import FORMATS, files_by_class
 from l2g_meta.errors import DataError
 
 # Pictures of formats that are not read: they are listed as skipped, where other files in a folder are passed over.
 OTHER = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
+PICTURES = OTHER.union(FORMATS)
 READERS = 4  # threads that decode
 
 
@@ -74,14 +75,9 @@ def support_files(folder: Path) -> dict[str, list[str]]:
     """
     if not folder.is_dir():
         raise DataError(f"need a folder of one folder per class as --support, {folder} is none")
-    classes = {}
-    for name in subfolders(folder):
-        found = sorted(entry.name for entry in os.scandir(folder / name) if entry.is_file())
-        classes[name] = [str(folder / name / n) for n in found if not n.startswith(".") and _is_picture(n)]
-    empty = [name for name, files in classes.items() if not files]
-    if empty or not classes:
-        got = f"no image in {empty}" if empty else "no folder"
-        raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {got} in {folder}")
+    classes, lacks = files_by_class(folder, PICTURES)
+    if lacks:
+        raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {lacks} in {folder}")
     return classes
 
 
@@ -177,4 +173,4 @@ def _pixels(file: str, preparation: Preparation) -> np.ndarray | str:
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in (*FORMATS, *OTHER)
+    return os.path.splitext(name)[1].lower() in PICTURES

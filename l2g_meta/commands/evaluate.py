@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2g_meta.checkpoint import read_info
+from l2g_meta.checkpoint import read_info, refuse_given
 from l2g_meta.commands.output import add_output, bold, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.runs import add_run, describe, refuse_given
+from l2g_meta.commands.runs import add_run, describe
 from l2g_meta.commands.types import natural, positive
 from l2g_meta.config import Config
 from l2g_meta.distributed import World, join

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from l2g_meta.checkpoint import make_folder
 from l2g_meta.commands.output import add_output, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import natural, positive
@@ -66,9 +67,4 @@ def run(args: argparse.Namespace) -> int:
 def _check_place(path: Path) -> None:
     if path.is_dir():
         raise L2GError(f"need a file to write, -o {path} is a folder; name a file in it, {path / 'report.html'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise L2GError(
-            f"need a folder for the page, cannot make {path.parent}: {error.strerror}; choose another"
-        ) from error
+    make_folder(path.parent, "a folder for the page", "choose another")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from l2g_meta.config import Config
-from l2g_meta.errors import L2GError
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +20,3 @@ def describe(config: Config) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in config.head_options.items())
     head = f"{config.head} ({settings})" if settings else config.head
     return f"{config.method} {head}, {config.data} at {config.image_size} px"
-
-
-def refuse_given(info: dict[str, Any], path: Path, remedy: str) -> None:
-    """That a run's data and model are those of its config.
-
-    Raises:
-        L2GError: if they were given from Python.
-    """
-    given = info.get("given")
-    if given:
-        raise L2GError(
-            f"need a run that its config describes, {path} was given its {' and '.join(given)} from Python; {remedy}"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -80,16 +80,23 @@ def class_files(folder: Path) -> dict[str, list[str]]:
     Raises:
         DataError: if there is no class, or a class has no image.
     """
+    classes, lacks = files_by_class(folder, FORMATS)
+    if lacks:
+        raise DataError(
+            f"need images <class>/*.{{jpg,jpeg,png}} in {folder}, got {lacks}; add some or remove the folder"
+        )
+    return classes
+
+
+def files_by_class(folder: Path, suffixes: Collection[str]) -> tuple[dict[str, list[str]], str]:
+    """Files of these kinds in each subfolder, sorted, hidden ones left out; and what is lacking, in words, or ""."""
     classes = {}
     for name in subfolders(folder):
         with os.scandir(folder / name) as entries:
             files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
-        classes[name] = [f for f in files if os.path.splitext(f)[1].lower() in FORMATS]
+        classes[name] = [f for f in files if os.path.splitext(f)[1].lower() in suffixes]
     empty = [name for name, files in classes.items() if not files]
-    if empty or not classes:
-        got = f"no image in {empty}" if empty else "no folder"
-        raise DataError(f"need images <class>/*.{{jpg,jpeg,png}} in {folder}, got {got}; add some or remove the folder")
-    return classes
+    return classes, f"no image in {empty}" if empty else "" if classes else "no folder"
 
 
 def find_folder(*bases: Path, split: str) -> Path | None:

@@ -22,7 +22,7 @@ def devices() -> dict[str, Any]:
     """The CPU, each CUDA device and MPS; memory in GB (10⁹ bytes)."""
     return {
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gb": _memory(),
@@ -49,7 +49,8 @@ def _gpu(k: int) -> dict[str, Any]:
     return {"name": properties.name, "memory_gb": properties.total_memory / GB, "bf16": recent, "tf32": recent}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -12,6 +12,7 @@ from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import FitError
 from l2g_meta.model import MetricModel
 from l2g_meta.norm import batchnorm_policy
+from l2g_meta.plots import flattened, require_tsne
 
 POINTS = 300  # drawn at most
 SEED = 0  # of the choice of images, and of t-SNE
@@ -40,16 +41,13 @@ def flat(model: nn.Module, data: ClassDataset, rows: np.ndarray) -> np.ndarray:
     """
     if not isinstance(model, MetricModel):
         raise FitError(f"{type(model).__name__} adapts to each task and has no embedding that holds for all")
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
+    require_tsne()  # before images are embedded
     device = next(model.parameters()).device
     with torch.no_grad(), batchnorm_policy(model, "running"):
         parts = [model.encoder(data.gather(part).to(device)).flatten(1).cpu() for part in np.array_split(rows, 4)]
     z = torch.cat(parts).numpy()
     if len(z) < 4:
         raise FitError(f"t-SNE needs at least 4 images, got {len(z)}")
-    points = TSNE(random_state=SEED, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
+    points = flattened(z, SEED)
     low, high = points.min(0), points.max(0)
     return (points - low) / np.maximum(high - low, 1e-9)

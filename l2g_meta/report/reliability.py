@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2g_meta.classify.calibration import BINS
+from l2g_meta.classify.calibration import BINS, bin_of, in_bins
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def reliability(
         >>> reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, True]), bins=2).accuracy
         [1.0, 0.5]
     """
-    confidence, correct = confidence.double(), correct.double()
-    b = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count = torch.bincount(b, minlength=bins)
-    sums = (torch.zeros(bins, dtype=torch.float64).index_add_(0, b, v) for v in (confidence, correct))
-    return Reliability(count.tolist(), *((s / count).tolist() for s in sums))
+    at = bin_of(confidence, bins)
+    count = torch.bincount(at, minlength=bins)
+    means = (in_bins(values.double(), at, bins) / count for values in (confidence, correct))
+    return Reliability(count.tolist(), *(mean.tolist() for mean in means))

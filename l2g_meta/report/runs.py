@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from l2g_meta.checkpoint import read_info
+from l2g_meta.checkpoint import read_info, refuse_given
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.logs import read_log
@@ -83,11 +83,7 @@ def read_run(path: Path) -> RunFolder:
         best = read_info(path / "best.safetensors")
         if not isinstance(best, dict):
             raise CheckpointError(f"need a header in {path / 'best.safetensors'}, got another kind; train again")
-        if best.get("given"):
-            raise CheckpointError(
-                f"need a run that its config describes, {path} was given its {' and '.join(best['given'])} from "
-                "Python; test it with l2g_meta.evaluation.evaluate"
-            )
+        refuse_given(best, path, "test it with l2g_meta.evaluation.evaluate")
     except CheckpointError as error:
         best = {}
         problems.append(f"not tested: {error}")
