@@ -15,7 +15,7 @@ from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
 from l2g_meta.heads import HEADS
 from l2g_meta.objectives import OBJECTIVES
-from l2g_meta.options import parsed_options
+from l2g_meta.options import flag, parsed_options
 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
@@ -190,16 +190,15 @@ class Config:
     def _check(self) -> None:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
-            flag = "--" + f.name.replace("_", "-")
             if value is not None and type(value) not in TYPES[str(f.type).removesuffix(" | None")]:
                 kind = str(f.type).replace("Sizes", "int or list")
-                raise L2GError(f"need {flag} to be of type {kind}, got {value!r}")
+                raise L2GError(f"need {flag(f.name)} to be of type {kind}, got {value!r}")
             if choices and value is not None and value not in choices:
-                raise L2GError(f"need {flag} to be one of {', '.join(choices)}; got {value!r}")
+                raise L2GError(f"need {flag(f.name)} to be one of {', '.join(choices)}; got {value!r}")
             counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed", "inner_steps")
             sizes = value if isinstance(value, tuple) else (value,)
             if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
-                raise L2GError(f"need {flag} to be at least 1, got {value}")
+                raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
         if max(self.seed, self.split_seed) >= 2**63:
             raise L2GError("need --seed and --split-seed below 2**63")
         if "\0" in (self.root or ""):
@@ -237,7 +236,7 @@ class Config:
         for name in ("adapt", "backbone_options"):
             value = getattr(self, name)
             if value is not None and not (value and all(isinstance(text, str) for text in value)):
-                raise L2GError(f"need --{name.replace('_', '-')} to be one or more texts, got {value!r}")
+                raise L2GError(f"need {flag(name)} to be one or more texts, got {value!r}")
         parsed_options(self.backbone_options)
         if self.adapt is not None and self.method not in ("l2g", "maml"):
             raise L2GError(f"--adapt belongs to --method l2g and maml, got --method {self.method}; leave it out")
@@ -252,7 +251,7 @@ class Config:
         filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
         given = [name for name in NOT_SUPERVISED if name not in filled and getattr(self, name)]
         if given or self.head != "linear":
-            flags = ", ".join("--" + name.replace("_", "-") for name in (given if self.head == "linear" else ["head"]))
+            flags = ", ".join(map(flag, given if self.head == "linear" else ["head"]))
             raise L2GError(f"--method supervised does not take {flags}; leave it out")
 
     def _check_learner(self) -> None:
@@ -269,7 +268,7 @@ class Config:
         if self.method == "meta-lstm":
             given += [name for name in ("test_steps", "first_order") if getattr(self, name)]
         if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            flags = ", ".join(map(flag, given))
             raise L2GError(f"--method {self.method} does not take {flags}; leave them out")
         if self.learn_inner_lr or self.recompute:
             raise L2GError(f"--learn-inner-lr and --recompute belong to l2g and maml, got --method {self.method}")
@@ -304,9 +303,7 @@ class Config:
             '--lr 0.1, not 0.2'
         """
         names = [name for name in vars(self) if name not in MACHINE and getattr(self, name) != getattr(other, name)]
-        return "; ".join(
-            f"--{name.replace('_', '-')} {getattr(self, name)}, not {getattr(other, name)}" for name in names
-        )
+        return "; ".join(f"{flag(name)} {getattr(self, name)}, not {getattr(other, name)}" for name in names)
 
     def save(self, path: Path) -> None:
         """Writes JSON, beside its place and renamed into it."""

@@ -11,6 +11,16 @@ Value = bool | int | float | str | None | tuple[Any, ...]
 WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 
+def flag(name: str) -> str:
+    """A field as the command line has it.
+
+    Example:
+        >>> flag("inner_lr")
+        '--inner-lr'
+    """
+    return "--" + name.replace("_", "-")
+
+
 def parsed_options(given: Sequence[str] | None) -> dict[str, Value]:
     """Python values of ``NAME=VALUE`` texts: numbers, true, false, none, several by commas, else the text.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from l2g_meta.errors import L2GError
+from l2g_meta.options import flag
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -40,8 +41,7 @@ class Case:
         for f in fields(self):
             least = 2 if f.name == "ways" else 1  # one class leaves nothing to tell apart
             if f.type == "int" and getattr(self, f.name) < least:
-                flag = "--" + f.name.replace("_", "-")
-                raise L2GError(f"need {flag} of at least {least}, got {getattr(self, f.name)}")
+                raise L2GError(f"need {flag(f.name)} of at least {least}, got {getattr(self, f.name)}")
         if not 0 <= self.inner_lr < math.inf:
             raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
         if self.backbone not in ("conv4", "resnet12") or self.head not in ("prototypical", "relation"):

@@ -11,6 +11,7 @@ from l2g_meta.commands.output import add_output, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import METAVARS, TYPES, positive
 from l2g_meta.errors import L2GError
+from l2g_meta.options import flag
 
 INTERRUPTED = "nothing was written; run it again"
 EXAMPLES = """\
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     case = bench.add_argument_group("what is timed")
     for f in fields(Case):
         kind: Any = positive if f.type == "int" else TYPES[str(f.type)]
-        case.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar=METAVARS[str(f.type)], default=f.default,
+        case.add_argument(flag(f.name), type=kind, metavar=METAVARS[str(f.type)], default=f.default,
                           help=f"{f.metadata['help']} (default: {f.default})")  # fmt: skip
     how = bench.add_argument_group("how")
     how.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2g_meta.checkpoint import read_info, refuse_given
 from l2g_meta.commands.output import add_output, bold, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.runs import add_run, describe
-from l2g_meta.commands.types import natural, positive
+from l2g_meta.commands.runs import add_episodes, add_run, describe
+from l2g_meta.commands.types import positive
 from l2g_meta.config import Config
 from l2g_meta.distributed import World, join
 from l2g_meta.errors import L2GError
-from l2g_meta.norm import POLICIES
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation
@@ -42,17 +40,10 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
     evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
     episodes = evaluate.add_argument_group("episodes")
-    episodes.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
-    episodes.add_argument("--ways", type=partial(natural, least=2), metavar="N", help="classes (default: as trained)")
-    episodes.add_argument("--shots", type=positive, metavar="N", help="supports per class (default: as trained)")
-    episodes.add_argument("--queries", type=positive, metavar="N", help="queries per class (default: as trained)")
-    episodes.add_argument("--episodes", type=positive, metavar="N", default=600, help="per stream (default: 600)")
+    add_episodes(episodes, "per stream")
     episodes.add_argument("--runs", type=positive, metavar="N", default=1, help="streams of episodes for each model "
                           "(default: 1)")  # fmt: skip
-    episodes.add_argument("--episode-seed", type=natural, metavar="N", default=0, help="of the episodes (default: 0)")
-    model = evaluate.add_argument_group("model")
-    model.add_argument("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
-    add_run(model)  # type: ignore[arg-type]
+    add_run(evaluate.add_argument_group("model"))
     add_output(evaluate, json="the result, in per cent,")
 
 

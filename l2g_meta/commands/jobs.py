@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from l2g_meta.commands.types import positive
+from l2g_meta.commands.types import Arguments, positive
 from l2g_meta.errors import L2GError
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
+def add_jobs(parser: Arguments) -> None:
     """Options of Slurm, and how many at a time."""
     parser.add_argument("--slurm", action="append", metavar="NAME=VALUE,…", help="options of sbatch, for example "
                         "partition=gpu,time=240,gpus_per_node=1; time is in minutes")  # fmt: skip

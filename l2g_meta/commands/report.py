@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from l2g_meta.checkpoint import make_folder
 from l2g_meta.commands.output import add_output, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.types import natural, positive
+from l2g_meta.commands.runs import add_episodes
+from l2g_meta.commands.types import positive
 from l2g_meta.errors import L2GError
-from l2g_meta.norm import POLICIES
 
 INTERRUPTED = "no page was written; run it again"
 EXAMPLES = """\
@@ -33,13 +32,7 @@ def add(commands: Commands) -> None:
     flag("run", nargs="+", type=Path, metavar="RUN", help="run directory; those that differ in their seed alone are "
          "shown as one experiment")  # fmt: skip
     flag("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    flag("--split", default="test", choices=("train", "validation", "test"), help="default: test")
-    flag("--episodes", type=positive, metavar="N", default=600, help="of each run (default: 600)")
-    flag("--ways", type=partial(natural, least=2), metavar="N", help="classes per episode (default: as trained)")
-    flag("--shots", type=positive, metavar="N", help="supports per class (default: as trained)")
-    flag("--queries", type=positive, metavar="N", help="queries per class (default: as trained)")
-    flag("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
-    flag("--episode-seed", type=natural, metavar="N", default=0, help="of the episodes (default: 0)")
+    add_episodes(report, "of each run")
     flag("--classes", type=positive, metavar="N", default=10, help="hard classes shown (default: 10)")
     flag("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     flag("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")

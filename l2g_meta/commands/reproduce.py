@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
     jobs = reproduce.add_argument_group("jobs")
     jobs.add_argument("--submit", choices=EXECUTORS, help="hand the cells over as jobs: to Slurm, or to processes "
                       "in the background; the same command without it prints what there is")  # fmt: skip
-    add_jobs(jobs)  # type: ignore[arg-type]
+    add_jobs(jobs)
     add_output(reproduce, json="the files of the results, and which cells are done")
 
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
+from l2g_meta.commands.types import Arguments, natural, positive
 from l2g_meta.config import Config
+from l2g_meta.data.images import SPLITS
+from l2g_meta.norm import POLICIES
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: Arguments) -> None:
     """Which weights of a run, where its data is, and where to compute."""
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="on validation, or after the "
                         "last update (default: best)")  # fmt: skip
     parser.add_argument("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
+
+
+def add_episodes(parser: Arguments, each: str) -> None:
+    """Which episodes a run is tested on; ``each``: what ``--episodes`` counts."""
+    add = parser.add_argument
+    add("--split", default="test", choices=SPLITS, help="default: test")
+    add("--ways", type=partial(natural, least=2), metavar="N", help="classes per episode (default: as trained)")
+    add("--shots", type=positive, metavar="N", help="supports per class (default: as trained)")
+    add("--queries", type=positive, metavar="N", help="queries per class (default: as trained)")
+    add("--episodes", type=positive, metavar="N", default=600, help=f"{each} (default: 600)")
+    add("--episode-seed", type=natural, metavar="N", default=0, help="of the episodes (default: 0)")
+    add("--bn", default="running", choices=POLICIES, help="BatchNorm statistics (default: running)")
 
 
 def describe(config: Config) -> str:

@@ -17,6 +17,7 @@ from l2g_meta.commands.types import METAVARS, TYPES
 from l2g_meta.config import SUPERVISED, Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
+from l2g_meta.options import flag
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation
@@ -70,7 +71,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     for f in fields(Config):
         if f.name in leave_out:
             continue
-        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        options = dict(f.metadata)
         options["default"] = argparse.SUPPRESS
         if f.default is not None and f.default is not False:
             options["help"] += f" (default: {f.default})"
@@ -81,7 +82,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
             options["type"] = TYPES[kind]
             if "choices" not in options:
                 options.setdefault("metavar", PLACES.get(f.name, METAVARS.get(kind)))
-        groups[group_of.get(f.name, "other")].add_argument(flag, **options)
+        groups[group_of.get(f.name, "other")].add_argument(flag(f.name), **options)
     run = groups["run"]
     run.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/DATA-METHOD-HEAD-seedSEED)")
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; without "

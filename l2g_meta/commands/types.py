@@ -6,6 +6,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+Arguments = argparse._ActionsContainer  # a parser, or a group of its arguments
+
 
 def natural(text: str, *, least: int = 0) -> int:
     """A whole number of at least ``least``.

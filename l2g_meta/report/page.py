@@ -14,6 +14,7 @@ from typing import Any
 
 from l2g_meta.checkpoint import write_text
 from l2g_meta.config import MACHINE, Config
+from l2g_meta.options import flag
 from l2g_meta.report.charts import accuracy_chart, loss_chart, validation_chart
 from l2g_meta.report.details import (
     DETAILED,
@@ -210,22 +211,18 @@ def _settings(report: Report) -> str:
         intro = "What differs between the experiments; runs of one experiment differ in their seed alone."
     names = [name for name in values[0] if name != "seed"]
     different = [name for name in names if len({str(v[name]) for v in values}) > 1]
-    rows = [[f"<code>{escaped(_flag(name))}</code>", *(escaped(_value(v[name])) for v in values)] for name in different]
+    rows = [[f"<code>{escaped(flag(name))}</code>", *(escaped(_value(v[name])) for v in values)] for name in different]
     seeds = [", ".join(str(run.seed) for run in e.runs) for _, e, _ in found]
     rows.append(["<code>--seed</code>", *map(escaped, seeds), *([str(Config().seed)] if len(found) == 1 else [])])
     same = [name for name in names if name not in different]
     common = table(
-        ["setting", "value"], [[f"<code>{escaped(_flag(n))}</code>", escaped(_value(values[0][n]))] for n in same]
+        ["setting", "value"], [[f"<code>{escaped(flag(n))}</code>", escaped(_value(values[0][n]))] for n in same]
     )
     what = "at its default" if len(found) == 1 else "the same in all"
     return (
         f"<p>{escaped(intro)}</p>{table(['setting', *heads], rows)}"
         f"<details><summary>{len(same)} settings that are {what}</summary>{common}</details>"
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _value(value: Any) -> str:
