@@ -141,7 +141,8 @@ def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:
     """The training stream of the config: pairs of tasks, or for supervised training batches of labelled images."""
-    augment = Augment() if config.augment else None
+    scale = None if config.resized_crop is None else (config.resized_crop, 1.0)
+    augment = Augment(scale=scale) if config.augment else None
     if config.method == SUPERVISED:
         return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
     parts = 2 if config.fresh_queries else 1  # split_queries halves them

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from l2g_meta.data.augment import Draws
+from l2g_meta.data.augment import PerImage
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.placement import HostDataset
@@ -66,6 +66,10 @@ class StaticUpdate:
                 "need --ways, --shots and --queries as numbers for a fixed program, got several to draw from; leave "
                 "--cuda-graph out"
             )
+        if isinstance(pairs.source.augment, PerImage):
+            raise L2GError(
+                "need an Augment for a fixed program, got a transform of single images; leave --cuda-graph out"
+            )
         self.objective, self.wrapper, self.optimizer = objective, wrapper, optimizer
         self.pairs, self.positions, self.arrange = pairs, positions, arrange
         self.source = pairs.source
@@ -74,7 +78,7 @@ class StaticUpdate:
         self.device = pairs.source.dataset.images.device  # type: ignore[union-attr]
         self.layout = TaskLayout.of(drawn, self.device)
         self.rows = torch.zeros(sum(self.layout.sizes), dtype=torch.long, device=self.device)
-        self.draws = None if draws is None else Draws(*(torch.as_tensor(d).to(self.device) for d in draws))
+        self.draws = None if draws is None else [torch.as_tensor(d).to(self.device) for d in draws]
         self.stats = torch.zeros(4, device=self.device)  # means, and whether all was finite
         self.kept: dict[int, Tensor] = {}  # the state before the last update
         self.generators: dict[str, Tensor] = {}
@@ -108,7 +112,7 @@ class StaticUpdate:
 
     def program(self) -> None:
         """The update on what the buffers hold."""
-        x = self.source.dataset.gather(self.rows, draws=self.draws)
+        x = self.source.gather(self.rows, self.draws)
         tasks = self.layout.tasks(x)
         batch = self.arrange(list(zip(tasks[0::2], tasks[1::2], strict=True)))
         with torch.no_grad():

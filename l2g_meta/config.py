@@ -84,6 +84,9 @@ class Config:
     reduction: str | None = _flag(None, "loss: mean or sum over queries", choices=("mean", "sum"))
 
     augment: bool = _flag(False, "vary training images: random crop, flip and colours")
+    resized_crop: float | None = _flag(None, "with --augment: crops of at least this share of an image, resized, "
+                                       "instead of crops of its own size that reach over its edge",
+                                       metavar="SHARE")  # fmt: skip
 
     ways: Sizes = _flag(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
     shots: Sizes = _flag(1, "supports per class, or several: 1,5,10")
@@ -222,6 +225,9 @@ class Config:
             )
         if not 0 <= self.weight_decay < math.inf:
             raise L2GError(f"need --weight-decay of at least 0 and finite, got {self.weight_decay}")
+        if self.resized_crop is not None and not (self.augment and 0 < self.resized_crop <= 1):
+            got = f"{self.resized_crop} {'with' if self.augment else 'without'} --augment"
+            raise L2GError(f"need --augment and a --resized-crop above 0 and at most 1, got {got}")
         self._check_learner()
         self._check_supervised()
         self._check_names()

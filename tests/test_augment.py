@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from l2g_meta.cli import main
-from l2g_meta.data.augment import Augment, Draws, gather
+from l2g_meta.data.augment import Augment, Draws, PerImage
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import DataError
@@ -17,6 +18,10 @@ from l2g_meta.errors import DataError
 
 def images(n=6, size=12, channels=3):
     return torch.randint(0, 256, (n, size, size, channels), dtype=torch.uint8)
+
+
+def gather(x, rows, draws):
+    return Augment().gather(x, rows, draws)
 
 
 def one(shift=(0, 0), flip=False, factor=(1, 1, 1)):
@@ -39,6 +44,63 @@ def test_crop_and_flip_are_torchvisions(shift, flip):
     expected = tv.horizontal_flip(expected) if flip else expected
     found = gather(x, torch.tensor([0]), one(shift, flip))[0].permute(2, 0, 1)
     torch.testing.assert_close(found, expected / 255)
+
+
+BOXES = [(0, 0, 12, 9), (3, 2, 7, 6), (5, 8, 1, 1), (0, 0, 3, 9), (8, 4, 4, 5)]
+
+
+@pytest.mark.parametrize("box", BOXES, ids=str)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_resized_crop_is_torchvisions(box, flip):
+    x = torch.randint(0, 256, (3, 12, 9, 3), dtype=torch.uint8)
+    expected = tv.resized_crop(x[1].permute(2, 0, 1).float() / 255, *box, [12, 9], antialias=False)
+    expected = tv.horizontal_flip(expected) if flip else expected
+    found = gather(x, torch.tensor([1]), one(box, flip))[0].permute(2, 0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    size, scale, n = (40, 28), (0.08, 1.0), 4000
+    crop = Augment(scale=scale).draw(np.random.default_rng(0), n, size).crop
+    top, left, height, width = crop.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 40).all() and (left + width <= 28).all()
+    image = torch.zeros(3, *size)
+    torch.manual_seed(0)
+    transform = v2.RandomResizedCrop(10, scale=scale)
+    theirs = np.array([[transform.make_params([image])[k] for k in ("top", "left", "height", "width")]
+                       for _ in range(n)])  # fmt: skip
+    for ours, their in zip(crop.T, theirs.T, strict=True):
+        among = np.union1d(ours, their)
+        steps = [np.searchsorted(np.sort(values), among, side="right") / n for values in (ours, their)]
+        assert np.abs(steps[0] - steps[1]).max() < 1.95 * np.sqrt(2 / n)  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_a_box_that_never_fits_is_the_whole_image():
+    assert (Augment(scale=(1, 1)).draw(np.random.default_rng(0), 50, (10, 100)).crop == [0, 0, 10, 100]).all()
+
+
+def test_a_transform_of_torchvision_sees_one_image_after_the_other_and_follows_the_stream():
+    data = ClassDataset(images(60), np.repeat(np.arange(10), 6))
+    transform = v2.Compose([v2.RandomResizedCrop(12, scale=(0.3, 1.0)), v2.RandAugment(), v2.RandomErasing(0.5)])
+    shape = {"ways": 3, "shots": 1, "queries": 2, "seed": 4}
+    plain, pairs = TaskPairs(data, **shape), TaskPairs(data, **shape, augment=transform)
+    state = torch.get_rng_state()
+    first = pairs.batch([3, 8])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)  # another place of the process's own generator
+    for found, again, other in zip(first, [pairs[3], pairs[8]], [plain[3], plain[8]], strict=True):
+        for f, a, p in zip(found, again, other, strict=True):
+            assert torch.equal(f.query_x, a.query_x) and torch.equal(f.support_x, a.support_x)
+            assert not torch.equal(f.query_x, p.query_x) and torch.equal(f.query_y, p.query_y)
+    with pytest.raises(DataError, match=r"keeps the shape \(3, 12, 12\), got \(3, 5, 5\)"):
+        TaskPairs(data, **shape, augment=v2.RandomCrop(5))[0]
+
+
+def test_each_image_has_its_own_draws():
+    x = images(1)
+    vary = PerImage(v2.RandomErasing(1.0))
+    found = vary.gather(x, torch.zeros(2, dtype=torch.long), vary.draw(np.random.default_rng(0), 2, (12, 12)))
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("factor", [(0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.6), (1.4, 0.7, 1.3)])
@@ -65,10 +127,11 @@ def test_one_channel_and_other_rows():
     torch.testing.assert_close(found, torch.stack([x[4].flip(1), x[1]]) / 255)
 
 
-def test_pairs_are_the_same_pairs_varied_reproducibly():
+@pytest.mark.parametrize("how", [Augment(2), Augment(scale=(0.1, 1))], ids=["shifted", "resized"])
+def test_pairs_are_the_same_pairs_varied_reproducibly(how):
     data = ClassDataset(images(60), np.repeat(np.arange(10), 6))
     shape = {"ways": 3, "shots": 1, "queries": 2, "seed": 4}
-    plain, varied, again = TaskPairs(data, **shape), *(TaskPairs(data, **shape, augment=Augment(2)) for _ in range(2))
+    plain, varied, again = TaskPairs(data, **shape), *(TaskPairs(data, **shape, augment=how) for _ in range(2))
     for k in (5, 0):
         for p, v, a in zip(plain[k], varied[k], again.batch([7, k])[1], strict=True):
             assert torch.equal(v.support_x, a.support_x) and torch.equal(v.query_x, a.query_x)
@@ -94,9 +157,18 @@ def test_what_cannot_be_augmented_is_refused():
     for wrong in ({"padding": -1}, {"flip": 1.5}, {"jitter": -0.1}):
         with pytest.raises(DataError, match="need padding of at least 0"):
             Augment(**wrong)
+    for scale in ((0, 1), (0.5, 0.2), (0.5, 1.5)):
+        with pytest.raises(DataError, match="need scale to be two shares"):
+            Augment(scale=scale)
 
 
-def test_flag_of_the_command_line(tmp_path):
+def test_flag_of_the_command_line(tmp_path, capsys):
     flags = "--iterations 1 --pairs 1 --queries 1 --eval-episodes 1 --image-size 28 --device cpu --augment".split()
     assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["augment"] is True
+    more = ["--resized-crop", "0.1"]
+    assert main(["train", *flags, *more, "--out", str(tmp_path / "resized")]) == 0
+    shifted, resized = (tmp_path / name / "last.safetensors" for name in ("run", "resized"))
+    assert shifted.read_bytes() != resized.read_bytes()
+    assert main(["train", *flags[:-1], *more, "--out", str(tmp_path / "x")]) == 2
+    assert "need --augment and a --resized-crop" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Data on the device if it fits, else on the host: the same tasks either way."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,11 @@ UINT8 = ClassDataset(IMAGES, LABELS, name="noise", split="train", mean=(0.4, 0.5
 FLOAT = ClassDataset(torch.randn(60, 5), LABELS)
 SHAPE = {"ways": 3, "shots": 1, "queries": 2}
 CPU = torch.device("cpu")
+
+
+def varied(augment, n, seed=1):
+    """Reads n images through draws of ``augment``."""
+    return partial(augment.gather, draws=augment.draw(np.random.default_rng(seed), n, (16, 16)))
 
 
 @pytest.fixture
@@ -51,17 +58,17 @@ def test_gathered_inputs_are_the_resident_ones(data, rows):
 
 
 def test_varied_inputs_are_the_resident_ones():
-    draws = Augment(2).draw(np.random.default_rng(1), 7)
+    vary = varied(Augment(2), 7)
     rows = [1, 30, 2, 2, 59, 0, 17]
-    found = HostDataset(UINT8, CPU).gather(rows, draws=draws)
-    assert torch.equal(found, UINT8.gather(rows, draws=draws)) and not torch.equal(found, UINT8.gather(rows))
+    found = HostDataset(UINT8, CPU).gather(rows, vary=vary)
+    assert torch.equal(found, UINT8.gather(rows, vary=vary)) and not torch.equal(found, UINT8.gather(rows))
 
 
 def test_inputs_are_made_on_the_device():
     """The meta device computes shapes alone: whatever stayed on the host would not mix with it."""
     host = HostDataset(UINT8, torch.device("meta"))
-    for draws in (None, Augment(2).draw(np.random.default_rng(1), 2)):
-        x = host.gather([1, 30], draws=draws)
+    for vary in (None, varied(Augment(2), 2)):
+        x = host.gather([1, 30], vary=vary)
         assert x.device.type == "meta" and x.shape == (2, 3, 16, 16) and UINT8.images.device == CPU
 
 
@@ -109,7 +116,7 @@ def test_on_a_gpu_the_gathered_inputs_are_the_resident_ones():
     resident, host = UINT8.to(cuda), HostDataset(UINT8, cuda)
     for k in range(20):  # pinned memory is used again and again
         rng = np.random.default_rng(k)
-        rows, draws = rng.integers(0, 60, 30), Augment(2).draw(rng, 30)
-        for options in ({}, {"draws": draws}):
+        rows = rng.integers(0, 60, 30)
+        for options in ({}, {"vary": varied(Augment(2), 30, k)}, {"vary": varied(Augment(scale=(0.1, 1)), 30, k)}):
             assert torch.equal(host.gather(rows, **options), resident.gather(rows, **options))
     assert free_memory(cuda) > 0 and isinstance(placed(UINT8, "cuda"), ClassDataset)

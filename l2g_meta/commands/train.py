@@ -31,7 +31,7 @@ l2g train --resume runs/a                            # go on where it stopped"""
 
 # A field that is in none of these is listed under "other".
 GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "root", "image_size", "download", "split_seed", "augment"),
+    "data": ("data", "root", "image_size", "download", "split_seed", "augment", "resized_crop"),
     "model": (
         "backbone", "backbone_options", "weights", "head", "distance", "dims", "temperature", "learn_temperature",
         "reduction",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from l2g_meta.data.augment import Augment, Draws
+from l2g_meta.data.augment import Variation
 from l2g_meta.data.pairs import checked_seed, generator
 from l2g_meta.data.sources import indexed, task_source
 from l2g_meta.errors import DataError
@@ -53,7 +53,7 @@ class Batches:
         size: int,
         *,
         seed: int = 0,
-        augment: Augment | None = None,
+        augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: torch.device | str | None = None,
     ):
         self.source = indexed(task_source(dataset, device, augment))
@@ -78,11 +78,9 @@ class Batches:
     def batch(self, positions: Sequence[int]) -> list[tuple[Task]]:
         """The batches at these positions; their images in one gather."""
         chosen = [self._chosen(k) for k in positions]
-        options = {}
-        if self.source.augment is not None:  # another stream than the orders'
-            drawn = [self.source.augment.draw(generator([*self.seed, 1], k), self.size) for k in positions]
-            options = {"draws": Draws(*map(np.concatenate, zip(*drawn, strict=True)))}
-        x = self.source.dataset.gather(torch.from_numpy(self.rows[np.concatenate(chosen)]), **options).to(self.device)
+        # Another stream than the orders'.
+        draws = self.source.variations([(generator([*self.seed, 1], k), self.size) for k in positions])
+        x = self.source.gather(torch.from_numpy(self.rows[np.concatenate(chosen)]), draws).to(self.device)
         y = [torch.from_numpy(self.labels[c]).to(x.device) for c in chosen]
         return [
             (LabelledBatch(part[:0], labels[:0], part, labels, self.n_classes),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from l2g_meta.data import augment
-from l2g_meta.data.augment import Draws
 from l2g_meta.data.pages import Pages
 from l2g_meta.errors import DataError
 
@@ -90,16 +88,16 @@ class ClassDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, draws: Draws | None = None) -> Tensor:
+    def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, vary: Vary | None = None) -> Tensor:
         """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W).
 
-        Images are varied by ``draws``, one for each row, if given.
+        Images are read through ``vary``, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
         rows = torch.as_tensor(rows, device=images.device)
         if self.pages is not None:
             self.pages.expect(rows)
-        x = prepared(images, rows, self.normalisation, draws)
+        x = prepared(images, rows, self.normalisation, vary)
         if self.pages is not None:
             self.pages.read(images, len(rows))
         return x
@@ -114,11 +112,14 @@ class ClassDataset:
         return replace(self, images=images.to(device))
 
 
+Vary = Callable[[Tensor, Tensor], Tensor]  # (N, H, W, C) uint8 and rows (n,) -> (n, H, W, C), float in 0 … 1
+
+
 def prepared(
     images: Tensor,  # (N, H, W, C) uint8, or (N, ...) float
     rows: Tensor,  # (n,)
     normalisation: Sequence[Tensor],  # mean and std, (C, 1, 1) each
-    draws: Draws | None = None,
+    vary: Vary | None = None,
 ) -> Tensor:  # (n, C, H, W), or (n, ...)
     """Inputs from images on one device: uint8 is scaled to [0, 1], varied if asked for, and normalised.
 
@@ -130,7 +131,7 @@ def prepared(
     if images.dtype != torch.uint8:
         return images[rows]
     mean, std = normalisation
-    x = images[rows].float() / 255 if draws is None else augment.gather(images, rows, draws)
+    x = images[rows].float() / 255 if vary is None else vary(images, rows)
     return (x.permute(0, 3, 1, 2) - mean) / std
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from l2g_meta.data.augment import Augment, Draws
+from l2g_meta.data.augment import Drawn, Variation
 from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, indexed, task_source
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
@@ -58,7 +58,8 @@ class TaskPairs:
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
         seed: of the stream of pairs.
-        augment: vary the images (crop, flip, colours), supports and queries alike; for uint8 ``ClassDataset``.
+        augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
+            torchvision v2, which gets one image (C, H, W) at a time; for uint8 ``ClassDataset``.
         device: where the tasks are wanted; a ``ClassDataset`` is moved there once, if it fits (see
             ``l2g_meta.data.placement``). By default, where the data is.
 
@@ -84,7 +85,7 @@ class TaskPairs:
         outer_shots: Choice | None = None,
         outer_queries: Choice | None = None,
         seed: int = 0,
-        augment: Augment | None = None,
+        augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: torch.device | str | None = None,
     ):
         self.inner = TaskShape(ways, shots, queries).checked("")
@@ -111,7 +112,7 @@ class TaskPairs:
         tasks = [task.to(self.device) for task in drawn]
         return list(zip(tasks[0::2], tasks[1::2], strict=True))
 
-    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Draws | None]:
+    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Drawn | None]:
         """T_i, T_j, T_i, … of these positions as rows of a class-indexed data set, and how their images are varied."""
         return indexed(self.source).draw_all(self._shapes(positions))
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2g_meta.data.augment import Draws
-from l2g_meta.data.classes import ClassDataset, prepared
+from l2g_meta.data.classes import ClassDataset, Vary, prepared
 
 SHARE = 2 / 3  # of a device's free memory that images may take; the rest is the model's, its graphs' and a validation's
 
@@ -51,7 +50,12 @@ class HostDataset:
         """The data set's split."""
         return self.dataset.split
 
-    def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, draws: Draws | None = None) -> Tensor:
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one gathered input, (C, H, W)."""
+        return self.dataset.image_shape
+
+    def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, vary: Vary | None = None) -> Tensor:
         """Inputs of the given rows as of ``ClassDataset.gather``, on the device: (len(rows), ...)."""
         images: Tensor = self.dataset.images  # type: ignore[assignment]
         rows = torch.as_tensor(rows).cpu()
@@ -63,7 +67,7 @@ class HostDataset:
         if self.dataset.pages is not None:
             self.dataset.pages.read(images, len(rows))
         moved = chosen.to(self.device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
-        return prepared(moved, torch.arange(len(rows), device=self.device), self.normalisation, draws)
+        return prepared(moved, torch.arange(len(rows), device=self.device), self.normalisation, vary)
 
 
 def placed(dataset: ClassDataset, device: torch.device | str | None) -> ClassDataset | HostDataset:

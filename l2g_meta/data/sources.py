@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from l2g_meta.data.augment import Augment, Draws
+from l2g_meta.data.augment import Drawn, Variation, variation
 from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
 from l2g_meta.data.placement import placed
 from l2g_meta.errors import DataError
@@ -56,7 +57,7 @@ class TaskSource(Protocol):
 class IndexedSource:
     """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: Any, augment: Augment | None = None):
+    def __init__(self, dataset: Any, augment: Variation | None = None):
         self.dataset, self.augment = dataset, augment
 
     def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
@@ -80,16 +81,23 @@ class IndexedSource:
             )
         return tuple(tasks)
 
-    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Draws | None]:
+    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Drawn | None]:
         """From each generator one task for each of its (ways, shots, queries), and how their images are varied."""
         drawn: list[TaskRows] = []
-        draws: list[Draws] = []
+        images = []
         for rng, own in shapes:
             rows = self.rows(rng, own)
             drawn += rows
-            if self.augment is not None:  # after the rows, which are the same with and without
-                draws.append(self.augment.draw(rng, sum(len(r.support) + len(r.query) for r in rows)))
-        return drawn, Draws(*map(np.concatenate, zip(*draws, strict=True))) if draws else None
+            images.append((rng, sum(len(r.support) + len(r.query) for r in rows)))
+        return drawn, self.variations(images)  # after the rows, which are the same with and without
+
+    def variations(self, images: Sequence[tuple[np.random.Generator, int]]) -> Drawn | None:
+        """How images are varied, from each generator so many; ``None`` if they are not."""
+        if self.augment is None:
+            return None
+        size = self.dataset.image_shape[1:]
+        drawn = [self.augment.draw(rng, n, size) for rng, n in images]
+        return tuple(map(np.concatenate, zip(*drawn, strict=True)))
 
     def draw(self, rng: np.random.Generator, shapes: Shapes) -> list[Task]:
         """One task for each (ways, shots, queries)."""
@@ -99,11 +107,16 @@ class IndexedSource:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
 
-    def load(self, drawn: Sequence[TaskRows], draws: Draws | None = None) -> list[Task]:
+    def load(self, drawn: Sequence[TaskRows], draws: Drawn | None = None) -> list[Task]:
         """The tasks of these rows, all images in one gather, varied by ``draws``."""
-        options = {} if draws is None else {"draws": draws}
-        x = self.dataset.gather(torch.from_numpy(self.concatenated(drawn)), **options)
+        x = self.gather(torch.from_numpy(self.concatenated(drawn)), draws)
         return TaskLayout.of(drawn, x.device).tasks(x)
+
+    def gather(self, rows: Tensor, draws: Drawn | None = None) -> Tensor:
+        """Inputs of the rows (n,), varied by ``draws``: (n, ...)."""
+        if self.augment is None or draws is None:
+            return self.dataset.gather(rows)
+        return self.dataset.gather(rows, vary=partial(self.augment.gather, draws=draws))
 
     @staticmethod
     def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
@@ -135,7 +148,11 @@ class TaskLayout(NamedTuple):
         return [Task(*part) for part in parts]
 
 
-def task_source(dataset: Any, device: torch.device | str | None = None, augment: Augment | None = None) -> TaskSource:
+def task_source(
+    dataset: Any,
+    device: torch.device | str | None = None,
+    augment: Variation | Callable[[Tensor], Tensor] | None = None,
+) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
     Raises:
@@ -147,7 +164,7 @@ def task_source(dataset: Any, device: torch.device | str | None = None, augment:
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), augment)
+        return IndexedSource(placed(dataset, device), variation(augment))
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
         return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
