@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: lint docs
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=logical --maxprocesses=4 --dist=worksteal --cov --cov-report=term:skip-covered
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

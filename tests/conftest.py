@@ -6,8 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable
 
-# Tests never read or write the user's converted data; one folder serves the whole run.
-os.environ.setdefault("L2G_CACHE", tempfile.mkdtemp(prefix="l2g-tests-"))
+# Tests never read or write the user's converted data; one folder serves all tests of a process.
+os.environ["L2G_CACHE"] = tempfile.mkdtemp(prefix="l2g-tests-")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
