@@ -273,9 +273,10 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
     if name in known:
         return known[name]
     module, colon, attribute = name.partition(":")
+    others = [f"{library}:NAME" for library in LIBRARIES] if kind == "backbone" else []
     if not colon:
         raise FitError(
-            f"need --{kind} to be one of {', '.join(known)} or package.module:Class; got {name!r}"
+            f"need --{kind} to be one of {', '.join([*known, *others])} or package.module:Class; got {name!r}"
             f"{did_you_mean(name, known)}"
         )
     try:

@@ -167,7 +167,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     except KeyError as error:
         raise CheckpointError(f"need a checkpoint in {path}, got a file without {error}; use another") from error
     except FileNotFoundError as error:
-        raise CheckpointError(f"need a checkpoint in {path}, there is no such file") from error
+        raise CheckpointError(f"need a checkpoint in {path}, got no such file; use another, or train again") from error
     except Exception as error:  # damaged JSON, types that PyTorch lacks, …
         raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
 

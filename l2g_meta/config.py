@@ -85,8 +85,7 @@ class Config:
 
     augment: bool = _flag(False, "vary training images: random crop, flip and colours")
     resized_crop: float | None = _flag(None, "with --augment: crops of at least this share of an image, resized, "
-                                       "instead of crops of its own size that reach over its edge",
-                                       metavar="SHARE")  # fmt: skip
+                                       "instead of crops of its own size that reach over its edge")  # fmt: skip
 
     ways: Sizes = _flag(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
     shots: Sizes = _flag(1, "supports per class, or several: 1,5,10")

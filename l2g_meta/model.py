@@ -64,6 +64,9 @@ class MetricModel(nn.Module):
             scores = self.head(support, support_y, query, n_way)
         except torch.OutOfMemoryError:
             raise
+        except TypeError:
+            _check_signature(self.head)
+            raise
         except (RuntimeError, IndexError) as error:
             raise FitError(
                 f"{type(self.head).__name__} fails on the encoder's features of shape {tuple(support.shape[1:])}: "
@@ -181,6 +184,18 @@ def build_head(head: Callable[..., nn.Module], shape: tuple[int, ...], **options
             f"them, given are {options or 'none'}"
         ) from error
     return head(**arguments)
+
+
+def _check_signature(head: Any) -> None:
+    """That a head can be called with what a head is called with."""
+    signature = inspect.signature(getattr(head, "forward", head))
+    try:
+        signature.bind("support", "support_y", "query", "n_way")
+    except TypeError as error:
+        raise FitError(
+            f"need a head with forward(support, support_y, query, n_way) -> scores, {type(head).__name__} has "
+            f"forward{signature}; give it these four"
+        ) from error
 
 
 @contextmanager

@@ -67,7 +67,9 @@ def read_sweep(path: Path) -> list[Run]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise L2GError(f"need a file with an `l2g train` command per line, got {path}: {reason}") from error
+        raise L2GError(
+            f"need a file with an `l2g train` command per line, got {path}: {reason}; name another"
+        ) from error
     runs: dict[Path, Run] = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def initialise(model: nn.Module, config: Config) -> None:
         put_encoder(read_state_dict(path), encoder, str(path))
         return
     tensors, info = load_tensors(path / "best.safetensors")
-    put_encoder(tensors, encoder, str(path))
     theirs = Config.of(info["config"])
+    put_encoder(tensors, encoder, f"{path}, a run with --backbone {theirs.backbone},")
     if (theirs.head, theirs.head_options) == (config.head, config.head_options) and isinstance(
         getattr(model, "head", None), nn.Module
     ):
@@ -98,7 +99,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             return safetensors.torch.load(path.read_bytes())
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "more than names and tensors (a whole model, say), which is code and is not run"
         raise CheckpointError(
             f"need a run, a .safetensors file or one of torch.save for --weights, got {path}: {reason}; save "
             "model.state_dict()"
@@ -113,11 +116,20 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     own = module.state_dict()
+    other = [n for n, t in tensors.items() if n in own and t.shape != own[n].shape]
+    if other:
+        name, got = other[0], tuple(tensors[other[0]].shape)
+        raise CheckpointError(
+            f"need the weights of this {type(module).__name__}, {source} has {name} of shape {got} where it takes "
+            f"{tuple(own[name].shape)}; use the same --backbone and --backbone-options, on images of as "
+            "many channels"
+        )
     counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}  # which older files lack
     try:
         module.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{source} belongs to another {type(module).__name__}: {error}; use the same --backbone and "
+            f"{source} belongs to another {type(module).__name__}: {reason}; use the same --backbone and "
             "--backbone-options"
         ) from error

@@ -256,11 +256,20 @@ def test_options_that_cannot_be(options, message):
         (["a.txt", "b.txt"], "convert it"),
         (["none.png", "none.png"], "restore or remove"),
         ([Image.new("I;16", (9, 9))] * 2, "8-bit images"),
+        ("a.png", r"got the path 'a.png'; pass \[it\]"),
+        (Image.new("RGB", (9, 9)), r"got one image; pass \[it\]"),
+        (np.zeros((84, 84, 3), np.uint8), r"got one image; pass \[it\]"),
+        (iter(["a.png"]), r"pass list\(images\)"),
+        ([], "at least one image"),
+        (np.full((2, 3, 16, 16), np.nan, np.float32), "need images of finite numbers"),
     ],
 )
 def test_images_that_cannot_be_used(images, message, blob_run):
     with pytest.raises(DataError, match=message):
         classifier(blob_run).fit(images, ["a", "b"])
+    grey = np.zeros((2, 9, 9), np.uint8)
+    with pytest.raises(DataError, match=message):
+        classifier(blob_run).fit(grey, ["a", "b"]).predict(images)
 
 
 def test_models_that_cannot_be_used(tmp_path):

@@ -262,6 +262,8 @@ def test_weights_from_files_and_runs(tmp_path):
         torch.testing.assert_close(model.encoder.eval()(x), net.eval()(x))
     with pytest.raises(CheckpointError, match="lacks .* use the same --backbone"):
         put_encoder(read_state_dict(tmp_path / "a.pt"), Conv4(3), "a.pt")
+    with pytest.raises(CheckpointError, match=r"has 0.weight of shape \(1, 2\) where it takes \(1, 3\); use the same"):
+        put_encoder({"0.weight": torch.ones(1, 2)}, nn.Sequential(nn.Linear(3, 1, bias=False)), "x")
     with pytest.raises(CheckpointError, match="Unexpected key"):
         put_encoder({"weight": torch.ones(1, 2), "other": torch.ones(1)}, nn.Linear(2, 1, bias=False), "x")
     torch.save([1], tmp_path / "b.pt")
@@ -280,9 +282,10 @@ def test_a_file_of_torch_save_runs_no_code(tmp_path):
         def __reduce__(self):
             return (print, ("run",))
 
-    torch.save(Bad(), tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match="need a run, a .safetensors file"):
-        read_state_dict(tmp_path / "bad.pt")
+    for name, thing in (("bad.pt", Bad()), ("whole.pt", nn.Linear(1, 1))):
+        torch.save(thing, tmp_path / name)
+        with pytest.raises(CheckpointError, match="more than names and tensors .* is not run; save model.state_dict"):
+            read_state_dict(tmp_path / name)
 
 
 def test_pretrained_weights_that_cannot_be_had_end_in_a_remedy(monkeypatch, tmp_path):

@@ -96,3 +96,11 @@ def test_running_is_inductive_and_batch_is_transductive():
 def test_unknown_policy():
     with pytest.raises(FitError, match="policy of running or batch, got 'frozen'"), batchnorm_policy(Conv4(), "frozen"):
         pass
+
+
+def test_a_head_of_another_signature_is_refused():
+    class Short(nn.Module):
+        def forward(self, support, query): ...
+
+    with pytest.raises(FitError, match=r"need a head with forward\(support, .* Short has forward\(support, query\)"):
+        MetricModel(nn.Flatten(), Short(), image_shape=(1, 4, 4))

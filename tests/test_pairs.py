@@ -110,7 +110,7 @@ def test_episodes_give_single_tasks_and_their_rows():
     task, rows = episodes[4], episodes.rows(4)
     assert task.support_x.flatten().tolist() == rows.support.tolist()
     assert task.query_x.flatten().tolist() == rows.query.tolist()
-    with pytest.raises(DataError, match="a task needs 6 classes, the split has 5; lower ways to 5$"):
+    with pytest.raises(DataError, match="a task needs 6 classes, the split has 5; lower ways to 5, or add classes$"):
         Episodes(numbered(5, 6), ways=6, shots=1, queries=1)
     with pytest.raises(IndexError):
         episodes[-1]

@@ -87,6 +87,17 @@ def test_unreadable_images_are_listed_and_skipped(blob_run, photos, capsys):
     assert "3 could not be read and were skipped" in capsys.readouterr().out
 
 
+def test_nothing_that_can_be_read_and_a_picture_beside_the_classes(blob_run, photos, capsys):
+    shutil.copy(photos / "support" / "class00" / "0.png", photos / "support" / "loose.png")
+    assert predict(blob_run, photos) == 1
+    assert "loose.png: it lies in no folder of a class; move it into one" in capsys.readouterr().err
+    for file in (photos / "query").glob("*/*.png"):
+        file.write_bytes(b"")
+    assert predict(blob_run, photos) == 2
+    out, err = capsys.readouterr()
+    assert "need an image that can be read to classify, got 12 that cannot" in err and not out
+
+
 def test_unknown(blob_run, photos, capsys):
     assert predict(blob_run, photos, "--unknown", "0.3", "--json") == 0
     document = json.loads(capsys.readouterr().out)

@@ -125,6 +125,12 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
         "need runs with the same method to be seeds of one experiment, got l2g and episodic" in capsys.readouterr().err
     )
     assert main(["evaluate", str(outs[0]), *options, "--against", str(other)]) == 0
+    five = tmp_path / "five"
+    assert main(flags(folder, five, "--shots", "2", iterations=2)) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(outs[0]), *options, "--against", str(five)]) == 2
+    out, err = capsys.readouterr()
+    assert "need the same shots to compare" in err and "choose by --shots" in err and not out
     assert main(["evaluate", *map(str, outs), *options, "--against", *map(str, reversed(outs))]) == 0
     result = json.loads(json_file.read_text())
     assert result["ci95_runs"] > 0 or result["run_means"][0] == result["run_means"][1]
@@ -186,7 +192,7 @@ def test_methods_share_one_stream():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ways", "7"], "a disjoint pair needs 14 classes, the split has 12; lower ways to 6 each"),
+        (["--ways", "7"], "a disjoint pair needs 14 classes, the train split has 12; lower ways to 6 each, or add"),
         (["--tasks-per-update", "3"], "need --pairs for --method l2g"),
         (["--fresh-queries"], "belongs to --method maml"),
         (["--pairs", "0"], "--pairs to be at least 1, got 0"),
@@ -429,7 +435,7 @@ def test_the_meta_gradient_is_clipped(folder, tmp_path):
 
 def test_validation_is_on_tasks_like_t_j_and_names_its_ways(folder, tmp_path, capsys):
     assert main(flags(folder, tmp_path / "run", "--outer-ways", "4,20", "--outer-shots", "2")) == 2
-    assert "a disjoint pair needs 23 classes, the split has 12" in capsys.readouterr().err
+    assert "a disjoint pair needs 23 classes, the train split has 12" in capsys.readouterr().err
     assert main(flags(folder, tmp_path / "run", "--outer-ways", "4,9", "--outer-shots", "2", iterations=2)) == 0
     assert "(4/9-way 2-shot, BatchNorm running)" in capsys.readouterr().out
 

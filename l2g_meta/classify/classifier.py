@@ -14,7 +14,7 @@ from l2g_meta.classify import calibration as c
 from l2g_meta.classify import images, scoring
 from l2g_meta.classify.images import Preparation
 from l2g_meta.classify.source import Source, open_source
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import DataError, L2GError
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -78,6 +78,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         classes_: labels, sorted.
         temperature_: the temperature in use.
         calibrated_: whether it was fitted on held-out episodes, or given.
+        calibrated_shots_: examples per class of these episodes, of those there are the nearest; ``None`` without.
         threshold_: the score below which an image is unknown; −inf without ``reject_rate``. It is a quantile of the
             examples' own scores, each left out in turn (``rejection_threshold``), so that of further images of these
             classes at most ``reject_rate`` are rejected if they are like the examples. Where that takes more examples
@@ -161,7 +162,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.classes_ = np.union1d(known, y)
             return self._keep(self._embedded(X), np.searchsorted(self.classes_, y))
         if self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
-            raise L2GError(f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}")
+            raise L2GError(
+                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert "
+                "them, or fit anew"
+            )
         before = self.classes_[self._index]
         self.classes_ = np.union1d(np.union1d(self.classes_, known), y)
         index = np.searchsorted(self.classes_, np.concatenate([before, y]))
@@ -231,7 +235,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _keep(self, z: Tensor, index: np.ndarray) -> FewShotClassifier:
         """Takes all examples, old and new, as features (n, ...) and places in ``classes_`` (n,)."""
         if self.reject_rate is not None and self.unknown_label in self.classes_.tolist():
-            raise L2GError(f"need an unknown_label that is no class, got {self.unknown_label!r}; choose another")
+            raise L2GError(
+                f"need an unknown_label that is no class, got {self.unknown_label!r}; rename the class (its "
+                "folder), or choose another label"
+            )
         self._index = index
         self.seen_, y = np.unique(index, return_inverse=True)
         labels = torch.as_tensor(y, device=z.device)
@@ -240,6 +247,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         shots, known = c.mean_shots(np.bincount(y).tolist()), self.source_.calibration
         fitted = None if known is None else known.at(shots)
         self.calibrated_ = self.temperature is not None or fitted is not None
+        self.calibrated_shots_ = None if self.temperature is not None or fitted is None else fitted.shots
         self.temperature_ = self.temperature or (1.0 if fitted is None else fitted.temperature)
         self.threshold_, self.threshold_from_ = -np.inf, None
         if self.reject_rate is not None:
@@ -263,6 +271,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return torch.cat([self._embed(x) for x in self._inputs(X)])
 
     def _embed(self, x: Tensor) -> Tensor:
+        if not x.isfinite().all():
+            raise DataError("need images of finite numbers, got NaN or infinity; clean them, or pass uint8 pixels")
         with torch.no_grad():
             return scoring.embed(self.source_.model, x)
 
@@ -284,6 +294,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _checked(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Images as they came; what is a table of numbers, as scikit-learn has it checked."""
+        images.check_several(X)
         if images.is_image_list(X) or (isinstance(X, np.ndarray | Tensor) and X.ndim > 2 and len(X)):
             if reset and hasattr(self, "n_features_in_"):
                 del self.n_features_in_

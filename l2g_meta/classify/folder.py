@@ -81,6 +81,12 @@ def support_files(folder: Path) -> dict[str, list[str]]:
     return classes
 
 
+def loose_files(folder: Path) -> list[str]:
+    """Pictures beside the folders of classes, of no class."""
+    with os.scandir(folder) as entries:
+        return sorted(e.path for e in entries if _is_picture(e.name) and not e.name.startswith(".") and e.is_file())
+
+
 def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: Path, skipped: Skipped) -> list[str]:
     """Fits on a folder of one folder per class; returns the files that were used, in the order of the examples.
 
@@ -88,14 +94,17 @@ def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: 
         classifier: to be fitted.
         preparation: how its model takes images.
         folder: with a folder per class.
-        skipped: takes the files that cannot be read.
+        skipped: takes the files that cannot be read, and pictures that lie beside the classes.
 
     Raises:
         DataError: if a class has no readable image.
     """
     files, labels = [], []
     pixels: list[np.ndarray] = []
-    for name, paths in support_files(folder).items():
+    classes = support_files(folder)
+    for file in loose_files(folder):
+        skipped.add(file, "it lies in no folder of a class; move it into one")
+    for name, paths in classes.items():
         for part, read in read_batches(paths, preparation, classifier.batch_size, skipped):
             files += part
             labels += [name] * len(part)

@@ -110,6 +110,27 @@ class Preparation:
         return prepared(x, torch.arange(len(x), device=device), constants)
 
 
+def check_several(images: Any) -> None:
+    """That these are several images, which can be counted, not one.
+
+    Raises:
+        DataError: if they are one image, one path, none, or an iterator.
+    """
+    if isinstance(images, str | bytes | os.PathLike | Image.Image) or _is_one_image(images):
+        what = f"the path {images!r}" if isinstance(images, str | bytes | os.PathLike) else "one image"
+        raise DataError(f"need a list of images or paths, or an array (n, ...), got {what}; pass [it], a list of one")
+    if isinstance(images, Iterator):
+        raise DataError(f"need images that can be counted, got a {type(images).__name__}; pass list(images)")
+    if isinstance(images, list | tuple) and not images:
+        raise DataError("need at least one image, got an empty list; check where the images are looked for")
+
+
+def _is_one_image(images: Any) -> bool:
+    """Whether this is pixels (H, W, C): no grey images (n, H, W) are as narrow."""
+    narrow = isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and images.shape[2] in (1, 3, 4)
+    return narrow and images.dtype in (np.dtype("uint8"), torch.uint8)
+
+
 def is_image_list(images: Any) -> bool:
     """Whether these are images one by one: paths, PIL images, tensors, or arrays (H, W) or (H, W, C)."""
     if isinstance(images, np.ndarray | Tensor) and images.dtype not in (np.dtype(object),):

@@ -65,6 +65,10 @@ def predict(
                 write(row)
             rows += batch
             bar.update(min(batch_size, len(files) - start * batch_size))
+    if not rows:
+        raise L2GError(
+            f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
+        )
     summary = _summary(classifier, rows, skipped)
     if table:
         _say(summary, csv_file)
@@ -97,10 +101,15 @@ def _output(
 
         names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
         line = f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
-        print(line(*COLUMNS))
-        yield lambda row: tqdm.write(
-            line(*map(shown, (row.file, row.label, f"{row.probability:.3f}", row.nearest))), file=sys.stdout
-        )
+        header = [COLUMNS]  # goes with the first row: there may be none
+
+        def write(row: Row) -> None:
+            cells = (row.file, row.label, f"{row.probability:.3f}", row.nearest)
+            for values in (*header, cells):
+                tqdm.write(line(*map(shown, values)), file=sys.stdout)
+            header.clear()
+
+        yield write
 
 
 def shown(text: str) -> str:
@@ -121,6 +130,7 @@ def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skippe
         "examples": classifier.n_examples_,
         "temperature": classifier.temperature_,
         "calibrated": classifier.calibrated_,
+        "calibrated_shots": classifier.calibrated_shots_,
         "reject_rate": classifier.reject_rate,
         "threshold_from": classifier.threshold_from_,
         "classified": len(rows),
@@ -133,7 +143,9 @@ def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skippe
 
 def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
     """The summary in a few lines, after the table, or instead of it where that went to a file."""
-    note = "" if summary["calibrated"] else "; probabilities are not calibrated, `l2g export` does that"
+    note = "; probabilities are not calibrated, `l2g export` does that"
+    if summary["calibrated"]:
+        note = f"; probabilities are calibrated for {summary['calibrated_shots']} per class"
     where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
     print(
         f"{summary['classified']} images classified from {summary['examples']} examples of {len(summary['classes'])} "

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if others:
         both = [trained[0][1], others[0][1]]
         _check_alike(both, ("data", "image_size", "split_seed"), "to compare on the same episodes")
+        _check_same_tasks(args, *both)
     result = _evaluate_runs(args, args.run, trained)
     values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for _, c in trained], **asdict(result)}
     values["accuracies"] = [round(a, 4) for a in result.accuracies]
@@ -103,9 +104,7 @@ def _evaluate_runs(
             evaluate(
                 wrapper.to(device),
                 build_data(replace(config, root=args.root or config.root), args.split),
-                ways=args.ways or config.outer_ways,
-                shots=args.shots or config.outer_shots,
-                queries=args.queries or config.queries,
+                **_sizes(args, config),
                 episodes=args.episodes,
                 runs=args.runs,
                 bn=args.bn,
@@ -122,6 +121,22 @@ def _evaluate_runs(
     if world.main:
         print(_with_bold_mean(together))
     return together
+
+
+def _sizes(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Ways, shots and queries of the episodes, as asked for or as in training."""
+    own = {"ways": config.outer_ways, "shots": config.outer_shots, "queries": config.queries}
+    return {name: getattr(args, name) or size for name, size in own.items()}
+
+
+def _check_same_tasks(args: argparse.Namespace, config: Config, other: Config) -> None:
+    theirs = _sizes(args, other)
+    for name, size in _sizes(args, config).items():
+        if size != theirs[name]:
+            raise L2GError(
+                f"need the same {name} to compare on the same episodes, the runs were trained with {size} and "
+                f"{theirs[name]}; choose by --{name}"
+            )
 
 
 def _with_bold_mean(result: Evaluation) -> str:

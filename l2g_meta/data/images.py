@@ -24,6 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB on the [0, 1] scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 50_000_000  # per image; beyond it a small file may unpack to gigabytes
 MAX_BYTES = 2**28  # per image file; more than MAX_PIXELS take, even uncompressed
+SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG"}  # how files begin
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Source = TypeVar("Source")
 Resize = Callable[[Image.Image, int], Image.Image]
@@ -47,19 +48,29 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
         DataError: if it is not a readable 8-bit image of that format with at most ``MAX_PIXELS`` pixels and
             ``MAX_BYTES`` bytes.
     """
+    remedy = "restore or remove it"
     try:
         size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         if size > MAX_BYTES:
+            remedy = "make it smaller"
             raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=[file_format]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-            if image.mode[0] in "IF":  # Pillow would clip it to white
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            start = file.read(4)
+            file.seek(0)
+            if other := next((f for f, s in SIGNATURES.items() if f != file_format and start.startswith(s)), None):
+                remedy = f"name it *.{other.lower()}"
+                raise ValueError(f"it is a {other}")
+            with Image.open(file, formats=[file_format]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    remedy = "make it smaller"
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                if image.mode[0] in "IF":  # Pillow would clip it to white
+                    remedy = "convert it to 8 bits"
+                    raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+                return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
         raise DataError(
-            f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); restore or remove it"
+            f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); {remedy}"
         ) from error
 
 

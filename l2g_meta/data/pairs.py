@@ -187,10 +187,11 @@ def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
     ways = [shape.largest[0] for shape in shapes]
     kind = "a disjoint pair" if len(shapes) > 1 else "a task"
     if sum(ways) > len(sizes):
+        split = getattr(getattr(source, "dataset", None), "split", "")
+        fit = len(sizes) // len(shapes)
         raise DataError(
-            f"{kind} needs {sum(ways)} classes, the split has {len(sizes)}; "
-            + (f"lower ways to {len(sizes) // len(shapes)}" if len(sizes) >= len(shapes) else "take a larger split")
-            + (" each" if len(sizes) >= len(shapes) > 1 else "")
+            f"{kind} needs {sum(ways)} classes, the {split + ' ' if split else ''}split has {len(sizes)}; "
+            + (f"lower ways to {fit}{' each' if len(shapes) > 1 else ''}, or add classes" if fit > 1 else "add classes")
         )
     examples = max(shape.largest[1] for shape in shapes)
     if sizes.min() < examples:
