@@ -119,6 +119,8 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         first_order=config.first_order,
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
+        mix=config.mix,
+        unit_step=config.unit_step,
         recompute=config.recompute,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )

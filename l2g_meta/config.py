@@ -27,7 +27,7 @@ METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
     "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
-    "fresh_queries", "pairs", "cuda_graph",
+    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
@@ -101,6 +101,8 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
+    mix: float = _flag(0.0, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time")
+    unit_step: bool = _flag(False, "l2g, maml: divide the inner gradient by its norm: θ' lies at the distance α")
     adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
                                 "example encoder.blocks.3 'head.*' (default: all)",
                                 nargs="+", metavar="NAME")  # fmt: skip
@@ -222,6 +224,10 @@ class Config:
                 f"--clip-norm, by default that of --method {self.method}, does not work with --cuda-graph; leave "
                 "--cuda-graph out"
             )
+        if not 0 <= self.mix < 1:
+            raise L2GError(f"need --mix of at least 0 and below 1, got {self.mix}")
+        if self.method not in ("l2g", "maml") and (self.mix or self.unit_step):
+            raise L2GError(f"--mix and --unit-step belong to --method l2g and maml, got --method {self.method}")
         if not 0 <= self.weight_decay < math.inf:
             raise L2GError(f"need --weight-decay of at least 0 and finite, got {self.weight_decay}")
         if self.resized_crop is not None and not (self.augment and 0 < self.resized_crop <= 1):

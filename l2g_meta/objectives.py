@@ -25,10 +25,11 @@ from l2g_meta.wrapper import L2GWrapper
 
 
 class Outcome(NamedTuple):
-    """What one pair gives: the loss to descend, and for bilevel methods the learner at θ'."""
+    """What one pair gives: the loss to descend, and for bilevel methods the learner at θ' and the loss there."""
 
     loss: Tensor  # ()
     learner: L2GWrapper | None = None
+    outer: Tensor | None = None  # (), L(θ'; T_j)
 
 
 Objective = Callable[..., Outcome]
@@ -37,7 +38,8 @@ Objective = Callable[..., Outcome]
 def l2g(wrapper: L2GWrapper, task_i: Task, task_j: Task) -> Outcome:
     r"""L2G (eq. 3 and 4): :math:`L(\theta - \alpha \nabla L(\theta; T_i); T_j)`, T_i and T_j without a common class."""
     learner = wrapper.adapted(task_i)  # θ' = θ − α ∇L(θ; T_i)
-    return Outcome(learner.loss(task_j), learner)  # L(θ'; T_j)
+    outer = learner.loss(task_j)  # L(θ'; T_j)
+    return Outcome(learner.mixed(outer), learner, outer)
 
 
 def maml(wrapper: L2GWrapper, task: Task, fresh: Task | None = None) -> Outcome:
@@ -100,12 +102,13 @@ def accumulate(
     """
     of, totals = of or len(batch), [] if batch else [next(wrapper.parameters()).new_zeros(3)]
     for tasks in batch:
-        loss, learner = objective(wrapper, *tasks)
+        loss, learner, outer = objective(wrapper, *tasks)
         products = _watch_alignment(learner)
         (loss / of).backward()
         unknown = torch.full_like(loss, torch.nan)
         inner = unknown if learner is None or learner.inner_loss is None else learner.inner_loss
-        alignment = sum(products) * of / loss if products else unknown
+        there = loss if outer is None else (1 - wrapper.mix) * outer  # what has a gradient at θ'
+        alignment = sum(products) * of / there if products else unknown
         totals.append(torch.stack([loss, inner, alignment]).detach())
     return torch.stack(totals).sum(0) / of
 

@@ -16,6 +16,7 @@ from l2g_meta.errors import FitError
 from l2g_meta.recompute import recomputed_gradient
 from l2g_meta.task import Task
 
+TINY = 1e-24  # beside the squared norm of a gradient, which may be 0
 LossFn = Callable[[Tensor, Tensor], Tensor]
 LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
 
@@ -46,6 +47,10 @@ class L2GWrapper(nn.Module):
         learn_inner_lr: ``False``; ``"scalar"``: one learned α; ``"tensor"``: one per parameter tensor;
             ``"element"``: one per element (Meta-SGD, Li et al. 2017).
         inner_steps: inner steps on T_i taken by ``forward``.
+        mix: share m of T_i's own loss in what ``forward`` returns, (1 − m) L(θ'; T_j) + m L(θ; T_i), in [0, 1); 0 is
+            Algorithm 1. Its gradient is the g_i of the inner step, so that it costs nothing.
+        unit_step: divide the inner gradient by its norm over all adapted parameters, so that θ' lies at the distance α
+            from θ; differentiated, too.
         recompute: keep no graph of an inner step: its loss is computed a second time in the backward pass. The same
             gradient with less memory, and about one plain episode more of time. For ``forward`` and ``adapted``. Only
             the model's parameters and step sizes get a gradient through the inner step, no other tensor (inputs, a
@@ -76,6 +81,8 @@ class L2GWrapper(nn.Module):
         first_order: bool = False,
         learn_inner_lr: LearnInnerLR = False,
         inner_steps: int = 1,
+        mix: float = 0.0,
+        unit_step: bool = False,
         recompute: bool = False,
         autocast: torch.dtype | None = None,
         loss_fn: LossFn | None = None,
@@ -83,23 +90,27 @@ class L2GWrapper(nn.Module):
         super().__init__()
         if not isinstance(inner_steps, int) or inner_steps < 0:
             raise FitError(f"need inner_steps to be an integer of at least 0, got {inner_steps!r}")
+        if not 0 <= mix < 1:
+            raise FitError(f"need mix to be at least 0 and below 1, got {mix!r}")
         self.module = model
         self.adapt_only = adapt
         if not isinstance(inner_lr, StepSizes):
             inner_lr = StepSizes(model, inner_lr, learn_inner_lr, adapt)
         self.inner_lr = inner_lr
         self.first_order, self.inner_steps, self.recompute = first_order, inner_steps, recompute
-        self.autocast = autocast
+        self.mix, self.unit_step, self.autocast = mix, unit_step, autocast
         self._loss_fn, self._checked = loss_fn, False
         self.source: nn.Module | None = None
         self.adapted_steps = 0
         self.updates: dict[str, Tensor] = {}
         self.inner_loss: Tensor | None = None
+        self._first: Tensor | None = None  # L(θ; T_i), with the inner gradient as its gradient
 
     def forward(self, task_i: Task, task_j: Task) -> Tensor:  # ()
-        """Outer loss L(θ'; T_j) after ``inner_steps`` steps on ``task_i``, with its graph."""
+        """Outer loss L(θ'; T_j) after ``inner_steps`` steps on ``task_i``, with its graph; mixed, if asked for."""
         self._check_first(task_i, task_j)
-        return self.adapted(task_i).loss(task_j)
+        learner = self.adapted(task_i)
+        return learner.mixed(learner.loss(task_j))
 
     def adapted(self, task_i: Task) -> L2GWrapper:
         """A learner that has taken the inner steps on ``task_i``."""
@@ -107,7 +118,7 @@ class L2GWrapper(nn.Module):
         for _ in range(self.inner_steps):
             if self.recompute and not self.first_order and torch.is_grad_enabled():
                 learner._take_step(
-                    *recomputed_gradient(learner.module, lambda: learner.loss(task_i), of=learner._adapted_names())
+                    *recomputed_gradient(learner.module, lambda: learner.loss(task_i), of=learner._wanted_names())
                 )
             else:
                 learner.adapt(learner.loss(task_i))
@@ -126,6 +137,8 @@ class L2GWrapper(nn.Module):
             adapt=self.adapt_only,
             first_order=self.first_order,
             inner_steps=self.inner_steps,
+            mix=self.mix,
+            unit_step=self.unit_step,
             recompute=self.recompute,
             autocast=self.autocast,
             loss_fn=self._loss_fn,
@@ -153,7 +166,7 @@ class L2GWrapper(nn.Module):
         if self.source is None:
             raise FitError("need a learner to adapt, got the wrapper of the model itself; call clone() first")
         parameters = dict(self.module.named_parameters())
-        trainable = {name: parameters[name] for name in self._adapted_names()}
+        trainable = {name: parameters[name] for name in self._wanted_names()}
         if not loss.requires_grad:
             raise FitError(
                 "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
@@ -168,11 +181,25 @@ class L2GWrapper(nn.Module):
     def _adapted_names(self) -> list[str]:
         return adapted_names(self.module, self.adapt_only)
 
+    def mixed(self, outer: Tensor) -> Tensor:  # ()
+        """(1 − ``mix``) outer + ``mix`` L(θ; T_i), for an adapted learner; ``outer`` itself where ``mix`` is 0."""
+        return outer if not self.mix or self._first is None else (1 - self.mix) * outer + self.mix * self._first
+
+    def _wanted_names(self) -> list[str]:
+        """Parameters whose inner gradient is wanted: T_i's own loss in a mix trains those, too, that no step adapts."""
+        return list(trainable_parameters(self.module)) if self.mix else self._adapted_names()
+
     def _take_step(self, loss: Tensor, g: dict[str, Tensor]) -> L2GWrapper:
+        if self.mix and not self.adapted_steps:
+            self._first = _linearised(loss, g, trainable_parameters(self.module))
+        g = {name: g[name] for name in self._adapted_names() if name in g}
         if not g:
             raise FitError("need a loss computed with this learner, got one that depends on none of its parameters")
         if not self.adapted_steps:
             own_buffers(self.source, self.module)  # type: ignore[arg-type]
+        if self.unit_step:
+            norm = sum(gradient.square().sum() for gradient in g.values()).add(TINY).sqrt()  # type: ignore[union-attr]
+            g = {name: gradient / norm for name, gradient in g.items()}
         self.updates = {name: -self.inner_lr(name) * g[name] for name in g}
         _, update_module = backend()
         update_module(self.module, [self.updates.get(name) for name, _ in self.module.named_parameters()])
@@ -221,6 +248,12 @@ class L2GWrapper(nn.Module):
             for task in tasks:
                 task.check()
             self._checked = True
+
+
+def _linearised(loss: Tensor, g: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:  # ()
+    """The loss's value, with the gradient g that is known already in place of its graph."""
+    slope = sum((g[name].detach() * parameters[name]).sum() for name in g)
+    return loss.detach() + (slope - slope.detach())  # type: ignore[union-attr]
 
 
 class StepSizes(nn.Module):

@@ -86,9 +86,15 @@ def test_same_bits_as_learn2learns_own_maml(head, first_order, tasks):
     assert torch.equal(ours, theirs)
 
 
-def test_finite_differences_of_step_sizes_and_model(tasks):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mix": 0.3}, {"unit_step": True}, {"mix": 0.3, "unit_step": True, "inner_steps": 2},
+     {"mix": 0.3, "adapt": ["encoder.blocks.3"]}, {"mix": 0.3, "unit_step": True, "recompute": True}],
+    ids=str,
+)  # fmt: skip
+def test_finite_differences_of_step_sizes_and_model(options, tasks, either_backend):
     model = network()
-    wrapper = L2GWrapper(model, 0.05, learn_inner_lr="element")
+    wrapper = L2GWrapper(model, 0.05, learn_inner_lr="element", **options)
     loss = wrapper(*tasks)
     loss.backward()
     h = 1e-6
@@ -101,6 +107,24 @@ def test_finite_differences_of_step_sizes_and_model(tasks):
             p.data -= sign * h * v
         numeric = (values[0] - values[1]) / (2 * h)
         torch.testing.assert_close((p.grad * v).sum().item(), numeric, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_mix_is_the_sum_of_both_gradients_and_a_unit_step_has_the_length_alpha(recompute, tasks, either_backend):
+    model = network()
+    own = gradient(model, L2GWrapper(model, 0.1).loss(tasks[0]))
+    outer = gradient(model, L2GWrapper(model, 0.1)(*tasks))
+    mixed = L2GWrapper(model, 0.1, mix=0.25, recompute=recompute)
+    torch.testing.assert_close(gradient(model, mixed(*tasks)), 0.75 * outer + 0.25 * own, rtol=1e-10, atol=1e-12)
+    value = 0.75 * L2GWrapper(model, 0.1)(*tasks) + 0.25 * L2GWrapper(model, 0.1).loss(tasks[0])
+    torch.testing.assert_close(mixed(*tasks), value)
+    stats, plain = (meta_gradient(l2g, L2GWrapper(model, 0.1, mix=m), [tasks]) for m in (0.25, 0.0))
+    assert stats.loss == pytest.approx(value.item()) and stats.alignment == pytest.approx(plain.alignment)
+    learner = L2GWrapper(model, 0.1, unit_step=True, recompute=recompute).adapted(tasks[0])
+    length = torch.cat([u.flatten() for u in learner.updates.values()]).norm()
+    assert length.item() == pytest.approx(0.1)
+    with pytest.raises(FitError, match="mix to be at least 0 and below 1, got 1"):
+        L2GWrapper(model, 0.1, mix=1.0)
 
 
 def test_alpha_zero_and_first_order(tasks, either_backend):

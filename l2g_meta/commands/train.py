@@ -40,7 +40,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
     ),
     "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "fresh_queries",
+        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix", "unit_step",
+        "adapt", "fresh_queries",
     ),
     "optimisation": (
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
