@@ -20,8 +20,9 @@ from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.data.relation import Disjoint, Far, Relation, Sharing
 from l2g_meta.encoders import LIBRARIES
-from l2g_meta.errors import CheckpointError, FitError, did_you_mean
+from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
 from l2g_meta.heads import HEADS
 from l2g_meta.maml import SoftmaxMAML
 from l2g_meta.meta_lstm import MetaLSTM
@@ -62,9 +63,29 @@ def set_precision(precision: str) -> None:
 def build_data(config: Config, split: str) -> ClassDataset:
     """One split of the config's data set."""
     options = {"split_seed": config.split_seed} if config.data == "folder" else {}
-    return data.load(
+    dataset = data.load(
         config.data, split, root=config.root, image_size=config.image_size, download=config.download, **options
     )
+    if split == "train" and config.train_classes is not None:
+        return dataset.some(config.train_classes, seed=config.split_seed)
+    return dataset
+
+
+def build_relation(config: Config, dataset: Any) -> Relation:
+    """How the classes of T_i and T_j relate.
+
+    Raises:
+        L2GError: for tasks of different super-categories, if the data set has none.
+    """
+    if config.shared_classes:
+        return Sharing(config.shared_classes)
+    if not config.far_pairs:
+        return Disjoint()
+    find = getattr(data.dataset_module(config.data), "super_categories", None)
+    if find is None:
+        raise L2GError(f"need --data glyphs or tiered-imagenet for --far-pairs, got {config.data}, without categories")
+    categories = find("train", root=config.root)
+    return Far([categories[name] for name in dataset.class_names])
 
 
 def build_model(config: Config, image_shape: tuple[int, ...], n_classes: int | None = None) -> nn.Module:
@@ -156,6 +177,7 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
         outer_queries=parts * (config.outer_queries or config.queries),
+        relation=build_relation(config, dataset),
         seed=config.seed,
         augment=augment,
         device=device,
@@ -193,7 +215,7 @@ def tasks_of_calls(
     """The tasks of some calls of the objective; their images in one gather."""
     positions = sorted({position for call in calls for position, _ in call})
     found: dict[int, tuple[Task, ...]] = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
-    return [_halved(config, tuple(found[position][member] for position, member in call)) for call in calls]
+    return [_prepared(config, tuple(found[position][member] for position, member in call)) for call in calls]
 
 
 def positions_of_update(config: Config, k: int) -> range:
@@ -206,7 +228,7 @@ def positions_of_update(config: Config, k: int) -> range:
 
 def arrange(config: Config, batch: Sequence[tuple[Task, Task]]) -> list[tuple[Task, ...]]:
     """The tasks of each call of the objective, from an update's pairs."""
-    return [_halved(config, call) for call in _select(config, batch)]
+    return [_prepared(config, call) for call in _select(config, batch)]
 
 
 def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list[tuple[T, ...]]:
@@ -222,8 +244,14 @@ def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list
     return [(task,) for task in tasks]
 
 
-def _halved(config: Config, call: tuple[Task, ...]) -> tuple[Task, ...]:
-    return split_queries(call[0]) if config.fresh_queries else call
+def _prepared(config: Config, call: tuple[Task, ...]) -> tuple[Task, ...]:
+    """The tasks of a call of the objective, the inner one with what its loss is of."""
+    if config.fresh_queries:
+        call = split_queries(call[0])
+    if config.inner_on == "supports":
+        task_i, task_j = call if len(call) > 1 else (call[0], call[0])
+        return task_i._replace(query_x=task_i.support_x, query_y=task_i.support_y), task_j
+    return call
 
 
 def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:

@@ -27,7 +27,7 @@ METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
     "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
-    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step",
+    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step", "shared_classes", "far_pairs",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
@@ -94,6 +94,12 @@ class Config:
     outer_shots: Sizes = _flag(None, "supports per class of T_j, one or several")
     outer_queries: int | None = _flag(None, "queries per class of T_j")
 
+    shared_classes: int | None = _flag(
+        None, "classes that T_j has in common with T_i, with other images (default: none)"
+    )
+    far_pairs: bool = _flag(False, "T_i and T_j from different super-categories (glyphs: scripts; tiered-imagenet)")
+    train_classes: int | None = _flag(None, "train on that many of the classes, drawn by --split-seed (default: all)")
+
     inner_lr: float = _flag(None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01")
     inner_steps: int = _flag(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
                              "(default: 5; meta-lstm 1-shot: 12)")  # fmt: skip
@@ -101,6 +107,8 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
+    inner_on: str = _flag("queries", "l2g, maml: what the inner loss is of; Algorithm 1: queries",
+                          choices=("queries", "supports"))  # fmt: skip
     mix: float = _flag(0.0, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time")
     unit_step: bool = _flag(False, "l2g, maml: divide the inner gradient by its norm: θ' lies at the distance α")
     adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
@@ -226,8 +234,9 @@ class Config:
             )
         if not 0 <= self.mix < 1:
             raise L2GError(f"need --mix of at least 0 and below 1, got {self.mix}")
-        if self.method not in ("l2g", "maml") and (self.mix or self.unit_step):
-            raise L2GError(f"--mix and --unit-step belong to --method l2g and maml, got --method {self.method}")
+        bilevel = self.mix or self.unit_step or self.inner_on == "supports"
+        if self.method not in ("l2g", "maml") and bilevel:
+            raise L2GError(f"--mix, --unit-step and --inner-on belong to l2g and maml, got --method {self.method}")
         if not 0 <= self.weight_decay < math.inf:
             raise L2GError(f"need --weight-decay of at least 0 and finite, got {self.weight_decay}")
         if self.resized_crop is not None and not (self.augment and 0 < self.resized_crop <= 1):
@@ -240,6 +249,8 @@ class Config:
             raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
         if self.cuda_graph and (self.tasks_per_update or 0) % 2:
             raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {self.tasks_per_update}")
+        if self.far_pairs and self.shared_classes:
+            raise L2GError("need --far-pairs or --shared-classes, got both; leave one out")
         if self.fresh_queries and self.method != "maml":
             raise L2GError(f"--fresh-queries belongs to --method maml, got --method {self.method}")
 

@@ -31,17 +31,18 @@ l2g train --resume runs/a                            # go on where it stopped"""
 
 # A field that is in none of these is listed under "other".
 GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "root", "image_size", "download", "split_seed", "augment", "resized_crop"),
+    "data": ("data", "root", "image_size", "download", "split_seed", "train_classes", "augment", "resized_crop"),
     "model": (
         "backbone", "backbone_options", "weights", "head", "distance", "dims", "temperature", "learn_temperature",
         "reduction",
     ),
     "tasks: T_i takes the inner step, T_j is what it is judged by": (
         "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
+        "shared_classes", "far_pairs",
     ),
     "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix", "unit_step",
-        "adapt", "fresh_queries",
+        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "inner_on", "mix",
+        "unit_step", "adapt", "fresh_queries",
     ),
     "optimisation": (
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",

@@ -102,6 +102,24 @@ class ClassDataset:
             self.pages.read(images, len(rows))
         return x
 
+    def some(self, n: int, *, seed: int = 0) -> ClassDataset:
+        """The data of n of the classes, drawn by a seed; those of fewer classes are among those of more.
+
+        Raises:
+            DataError: if there are fewer.
+
+        Example:
+            >>> ClassDataset(torch.randn(6, 1), [0, 0, 1, 1, 2, 2]).some(2).labels.tolist()
+            [0, 0, 1, 1]
+        """
+        if not 1 <= n <= self.n_classes:
+            raise DataError(f"need 1 … {self.n_classes} classes, as many as there are, got {n}")
+        chosen = np.sort(np.random.default_rng(seed).permutation(self.n_classes)[:n])
+        rows = np.concatenate([self.index[c] for c in chosen])
+        labels = np.repeat(np.arange(n), [len(self.index[c]) for c in chosen])
+        names = tuple(self.class_names[c] for c in chosen)
+        return replace(self, images=self.images[rows], labels=labels, class_names=names, pages=None)
+
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""
         images: Tensor = self.images  # type: ignore[assignment]
@@ -216,14 +234,3 @@ def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
         )
     order = np.argsort(labels, kind="stable")
     return tuple(np.split(order, np.cumsum(counts)[:-1]))
-
-
-def draw_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
-    """Classes for tasks of the given ways, (ways,) each: drawn as one set of distinct classes, then split.
-
-    Example:
-        >>> first, second = draw_classes(np.random.default_rng(0), 10, [5, 5])
-        >>> len({*first.tolist(), *second.tolist()})
-        10
-    """
-    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])

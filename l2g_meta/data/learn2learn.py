@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from l2g_meta.clone import require_learn2learn
-from l2g_meta.data.classes import draw_classes
+from l2g_meta.data.relation import Disjoint
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -47,7 +47,7 @@ class MetaDatasetSource:
         """One task for each (ways, shots, queries), without a common class."""
         data = require_learn2learn().data
         tasks = []
-        chosen = draw_classes(rng, len(self.labels), [ways for ways, _, _ in shapes])
+        chosen = Disjoint().draw(rng, len(self.labels), [ways for ways, _, _ in shapes])
         for picks, (n, shots, queries) in zip(chosen, shapes, strict=True):
             subset = self._subset([self.labels[pick] for pick in picks])
             taskset = data.Taskset(

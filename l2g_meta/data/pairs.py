@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Drawn, Variation
+from l2g_meta.data.relation import Disjoint, Relation, Sharing
 from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, indexed, task_source
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
@@ -57,6 +58,8 @@ class TaskPairs:
         outer_ways: classes of T_j; as T_i's by default. So for the next two.
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
+        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it. ``Sharing(n)`` and
+            ``Far(categories)`` are for experiments.
         seed: of the stream of pairs.
         augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
             torchvision v2, which gets one image (C, H, W) at a time; for uint8 ``ClassDataset``.
@@ -84,6 +87,7 @@ class TaskPairs:
         outer_ways: Choice | None = None,
         outer_shots: Choice | None = None,
         outer_queries: Choice | None = None,
+        relation: Relation | None = None,
         seed: int = 0,
         augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: torch.device | str | None = None,
@@ -94,9 +98,9 @@ class TaskPairs:
             shots if outer_shots is None else outer_shots,
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
-        self.source = task_source(dataset, device, augment)
+        self.source = task_source(dataset, device, augment, relation)
         self.seed, self.device = checked_seed(seed), device
-        check_enough(self.source, self.inner, self.outer)
+        check_enough(self.source, self.inner, self.outer, relation=relation or Disjoint())
 
     def __getitem__(self, k: int) -> tuple[Task, Task]:
         """The pair at position k ≥ 0 of the stream."""
@@ -175,7 +179,7 @@ class Episodes:
         return rows
 
 
-def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
+def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Disjoint()) -> None:  # noqa: B008
     """That the largest tasks of these shapes fit together.
 
     Raises:
@@ -186,14 +190,15 @@ def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
         return
     ways = [shape.largest[0] for shape in shapes]
     kind = "a disjoint pair" if len(shapes) > 1 else "a task"
-    if sum(ways) > len(sizes):
+    if (needed := relation.needed(ways)) > len(sizes):
         split = getattr(getattr(source, "dataset", None), "split", "")
         fit = len(sizes) // len(shapes)
         raise DataError(
-            f"{kind} needs {sum(ways)} classes, the {split + ' ' if split else ''}split has {len(sizes)}; "
+            f"{kind} needs {needed} classes, the {split + ' ' if split else ''}split has {len(sizes)}; "
             + (f"lower ways to {fit}{' each' if len(shapes) > 1 else ''}, or add classes" if fit > 1 else "add classes")
         )
-    examples = max(shape.largest[1] for shape in shapes)
+    each = [shape.largest[1] for shape in shapes]
+    examples = sum(each) if isinstance(relation, Sharing) else max(each)
     if sizes.min() < examples:
         small = int((sizes < examples).sum())
         raise DataError(

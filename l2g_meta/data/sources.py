@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from l2g_meta.data.augment import Drawn, Variation, variation
-from l2g_meta.data.classes import ClassDataset, MapDataset, draw_classes
+from l2g_meta.data.classes import ClassDataset, MapDataset
 from l2g_meta.data.placement import placed
+from l2g_meta.data.relation import Disjoint, Relation, Sharing
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -57,19 +58,22 @@ class TaskSource(Protocol):
 class IndexedSource:
     """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: Any, augment: Variation | None = None):
-        self.dataset, self.augment = dataset, augment
+    def __init__(self, dataset: Any, augment: Variation | None = None, relation: Relation | None = None):
+        self.dataset, self.augment, self.relation = dataset, augment, relation or Disjoint()
 
     def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
-        """Classes of each task, drawn as one set of distinct ones, then split."""
-        return draw_classes(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
+        """Classes of each task."""
+        return self.relation.draw(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
 
     def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
-        """Rows of tasks without a common class, one for each (ways, shots, queries)."""
-        index = self.dataset.index
+        """Rows of tasks without a common image, one for each (ways, shots, queries)."""
+        left = list(self.dataset.index)
         tasks = []
         for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
-            drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
+            drawn = np.stack([rng.choice(left[c], shots + queries, replace=False) for c in chosen])
+            if isinstance(self.relation, Sharing):
+                for c, taken in zip(chosen, drawn, strict=True):
+                    left[c] = np.setdiff1d(left[c], taken)
             tasks.append(
                 TaskRows(
                     drawn[:, :shots].reshape(-1),
@@ -152,11 +156,13 @@ def task_source(
     dataset: Any,
     device: torch.device | str | None = None,
     augment: Variation | Callable[[Tensor], Tensor] | None = None,
+    relation: Relation | None = None,
 ) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
     Raises:
-        DataError: if images are to be augmented that are not a ``ClassDataset``'s.
+        DataError: if images are to be augmented that are not a ``ClassDataset``'s, or learn2learn's tasks are to share
+            classes.
     """
     if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
         raise DataError(
@@ -164,14 +170,16 @@ def task_source(
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), variation(augment))
+        return IndexedSource(placed(dataset, device), variation(augment), relation)
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
-        return IndexedSource(dataset)
+        return IndexedSource(dataset, relation=relation)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
         from l2g_meta.data.learn2learn import learn2learn_source
 
+        if relation not in (None, Disjoint()):
+            raise DataError(f"need a class-indexed data set for {relation}, got learn2learn's; pass its images instead")
         return learn2learn_source(dataset)
-    return IndexedSource(MapDataset(dataset))
+    return IndexedSource(MapDataset(dataset), relation=relation)
 
 
 def indexed(source: TaskSource) -> IndexedSource:
