@@ -30,7 +30,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, A
     data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(info))
     header = {"format": str(FORMAT), "info": text, "sha256": _digest(data, text)}
-    write_bytes(path, safetensors.torch.save(data, metadata=header))
+    write_bytes(path, _in_order(safetensors.torch.save(data, metadata=header)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, which it has in any order: the same values give the same bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def write_text(path: Path, text: str) -> None:

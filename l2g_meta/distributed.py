@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -59,7 +60,8 @@ class World:
     def sum(self, t: Tensor) -> Tensor:
         """The sum of all ranks' tensors, the same bits on each; in place."""
         if self.size > 1:
-            dist.all_reduce(t)
+            with self._together():
+                dist.all_reduce(t)
         return t
 
     def first_here(self, function: Callable[[], T]) -> T:
@@ -86,7 +88,8 @@ class World:
                 found[0] = function()
             except L2GError as e:
                 error, found[1] = e, str(e)
-        dist.broadcast_object_list(found, src=0)
+        with self._together():
+            dist.broadcast_object_list(found, src=0)
         if error is not None:
             raise error
         if found[1] is not None:
@@ -96,7 +99,20 @@ class World:
     def wait(self) -> None:
         """Returns when all ranks are here."""
         if self.size > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What all ranks do at once; where one is dead or hangs, the others end in one line."""
+        try:
+            yield
+        except RuntimeError as error:  # of gloo, nccl and PyTorch's store
+            reason = str(error).splitlines()[0]
+            raise L2GError(
+                f"rank {self.rank} has lost another of {self.size} processes, which died or said nothing for "
+                f"--rank-timeout seconds ({reason}); the run goes on from its last state with --resume"
+            ) from error
 
 
 def join(device: torch.device, *, timeout: float = 600.0) -> tuple[World, torch.device]:

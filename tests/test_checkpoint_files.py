@@ -137,3 +137,14 @@ def test_a_pickled_checkpoint_is_refused(run: Path) -> None:
     torch.save({"weight": torch.ones(2)}, run / "resume-1.safetensors")
     with pytest.raises(CheckpointError, match="need a checkpoint in"):
         resume(run)
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(3) for name in "abc"}
+    written = set()
+    for k in range(20):
+        save_tensors(tmp_path / str(k), tensors, INFO | {"text": "α", "tensors": ["ü"]})
+        written.add((tmp_path / str(k)).read_bytes())
+    assert len(written) == 1
+    found, info = load_tensors(tmp_path / "0")
+    assert info["text"] == "α" and all(torch.equal(found[name], t) for name, t in tensors.items())

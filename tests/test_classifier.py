@@ -254,7 +254,7 @@ def test_options_that_cannot_be(options, message):
         (np.zeros((2, 3, 9, 9)), "need uint8 images"),
         (np.zeros((2, 16, 16, 3), np.int64), "astype"),
         (["a.txt", "b.txt"], "convert it"),
-        (["none.png", "none.png"], "restore or remove"),
+        (["none.png", "none.png"], "not there; check its path"),
         ([Image.new("I;16", (9, 9))] * 2, "8-bit images"),
         ("a.png", r"got the path 'a.png'; pass \[it\]"),
         (Image.new("RGB", (9, 9)), r"got one image; pass \[it\]"),

@@ -245,6 +245,9 @@ def test_a_dead_rank_ends_the_others(tmp_path):
         capture_output=True, text=True, timeout=150, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0 and time.monotonic() - began < 140, done.stderr[-2000:]
+    assert (
+        "has lost another of 2 processes" in done.stderr and "goes on from its last state with --resume" in done.stderr
+    )
     assert load_tensors(tmp_path / "run" / "last.safetensors")[1]["iteration"] == 0  # whole
 
 

@@ -182,7 +182,7 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
         return x.to(device, dtype)
     raise DataError(
         f"need uint8 images (n, H, W, C) or (n, C, H, W), or floats of the network's input, {shape} or {flat} each, "
-        f"got {x.dtype} {tuple(x.shape)}; convert pixels with .astype('uint8'), or pass paths"
+        f"got {x.dtype} {tuple(x.shape)}; scale pixels to 0 … 255 and convert them with .astype('uint8'), or pass paths"
     )
 
 

@@ -68,6 +68,8 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
                     remedy = "convert it to 8 bits"
                     raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
                 return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"need an image, got {label or source!r}, which is not there; check its path") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
         raise DataError(
             f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); {remedy}"
