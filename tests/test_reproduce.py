@@ -20,11 +20,13 @@ from l2g_meta.functional import confidence_interval
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.plots import Scatter, draw_scatters
+from l2g_meta.reproduce import paper
+from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.cells import run_cell, work
 from l2g_meta.reproduce.equal_time import equal_time
-from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
 from l2g_meta.reproduce.report import curve, difference, markdown, tables, write_tables
+from l2g_meta.reproduce.study import STUDIES
 from l2g_meta.training import learning_rate
 from l2g_meta.updates import EagerUpdate
 
@@ -33,8 +35,8 @@ def smoke(out, *rows, seeds=1, experiment="table1"):
     return plan(experiment, "smoke", out, rows=rows or None, seeds=seeds, device="cpu")
 
 
-def everything(scale="full"):
-    return [cell for name in EXPERIMENTS for cell in plan(name, scale, Path("none"), root="data").cells]
+def everything(scale="full", experiments=paper.EXPERIMENTS):
+    return [cell for name in experiments for cell in plan(name, scale, Path("none"), root="data").cells]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,18 @@ def test_the_published_numbers_have_a_row_and_a_column():
     assert EXPERIMENTS["table1"].paper["l2g-proto"][0] == 50.20 and EXPERIMENTS["table2"].paper["proto"][3] == 57.83
     assert "maml-relation" in EXPERIMENTS["table2"].rows and "maml-relation" not in EXPERIMENTS["table2"].paper
     assert EXPERIMENTS["table3"].paper["l2g-proto-fixed"] == (60.64, 58.08, 53.00)
+
+
+def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
+    cells = set()
+    for cell in everything("screen", STUDIES):
+        config = cell.config()
+        assert config.image_size == 28 and config.pairs == ROWS[cell.row].options.get("pairs", 2) and cell.seed == 0
+        assert config.iterations == 200 and cell.row in STUDIES[cell.plan.experiment].rows
+        cells.add(cell.folder)
+    assert len(cells) <= 40 and len({c.seed for c in everything("confirm", STUDIES)}) == 3
+    few = plan("few-classes", "screen", Path("none"), root="data").cells[0].config()
+    assert few.train_classes == 16 and few.method == "episodic"
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
@@ -379,7 +393,7 @@ def _runs(pid):
 
 
 def test_every_experiment_runs(tmp_path, capsys):
-    for experiment in EXPERIMENTS:
+    for experiment in (*paper.EXPERIMENTS, "few-classes"):
         command = ["reproduce", experiment, "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
         assert main(command) == 0, capsys.readouterr().err
         values = json.loads((tmp_path / f"{experiment}-smoke.json").read_text())
@@ -387,7 +401,10 @@ def test_every_experiment_runs(tmp_path, capsys):
         for part in values["tables"]:
             assert all(0 <= row[bn]["accuracy_mean"] <= 100 for row in part["rows"] for bn in ("running", "batch"))
     assert "picture: " in capsys.readouterr().out
-    for figure in ("figure2", "figure3"):
+    few = values["tables"][0]["rows"][1]
+    assert few["row"] == "l2g-16-classes" and -1 < few["alignment"] < 1 and -1 <= few["cosine"] <= 1
+    assert "| alignment | cosine |" in (tmp_path / "few-classes-smoke.md").read_text()
+    for figure in ("figure2", "figure3", "few-classes"):
         assert (tmp_path / f"{figure}-smoke.png").read_bytes()[:4] == b"\x89PNG"
     drawn = json.loads((tmp_path / "figure3-smoke-points.json").read_text())
     scatters = [Scatter(**scatter) for row in drawn["rows"] for scatter in row]

@@ -10,8 +10,10 @@ from l2g_meta.commands.jobs import add_jobs, slurm_options
 from l2g_meta.commands.output import STDOUT, add_output, complain, emit, errors_only, to_stderr
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import positive
-from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.paper import EXPERIMENTS as PAPER
 from l2g_meta.reproduce.plan import SCALES
+from l2g_meta.reproduce.study import STUDIES
 
 INTERRUPTED = "the same command continues to the same bits"
 EXAMPLES = """\
@@ -26,14 +28,15 @@ def add(commands: Commands) -> None:
     reproduce = new_command(
         commands,
         "reproduce",
-        "Trains and tests what a table or figure of the paper shows. Run again, it continues; several machines may "
-        "share one --out.",
+        "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; "
+        "several machines may share one --out.",
         EXAMPLES,
     )
     scales = "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items())
     reproduce.epilog = f"scales: {scales}\n\n{reproduce.epilog}"
-    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"table or "
-                           f"figure of the paper: {', '.join(EXPERIMENTS)}")  # fmt: skip
+    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
+                           f"or figure of the paper: {', '.join(PAPER)}; or a study of ours: "
+                           f"{', '.join(STUDIES)}")  # fmt: skip
     reproduce.add_argument("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
                            "(default: small)")  # fmt: skip
     reproduce.add_argument("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
-    if args.experiment.startswith("figure") and all(cell.done for cell in what.cells):
+    if not args.experiment.startswith("table") and all(cell.done for cell in what.cells):
         picture = draw(what)
         print(f"picture: {picture}")
     for message in failed:

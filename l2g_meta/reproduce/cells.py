@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
 import signal
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from l2g_meta.alignment import alignment
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.run import describe_machine
@@ -24,16 +27,19 @@ from l2g_meta.build import build_data, build_device, load_run
 from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
+from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.norm import POLICIES
+from l2g_meta.objectives import OBJECTIVES
+from l2g_meta.reproduce.catalogue import COLUMNS, ROWS
 from l2g_meta.reproduce.equal_time import equal_time
-from l2g_meta.reproduce.paper import COLUMNS, ROWS
 from l2g_meta.reproduce.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
 from l2g_meta.training import train
 
+ALIGNED_SEED = 2_000_003  # of the pairs of test tasks whose gradients are compared
 WAIT = 5.0  # seconds between looks at cells that others hold
 
 
@@ -163,6 +169,7 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
             "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
         }
     log = read_log(cell.folder)
+    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
     result = {
         "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
         "classes": {split: len(dataset.index) for split, dataset in data.items()},
@@ -172,7 +179,12 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
         "seconds": sum(float(line["seconds"]) for line in log),
         "machine": machine,
         "equal_time": cell.decided,
+        "alignment": None if math.isnan(mean := statistics.fmean(inner)) else mean,
     }
+    if scale.aligned and config.method in OBJECTIVES:
+        pairs = TaskPairs(data["test"], ways=column.ways[0], shots=column.shots[0], queries=scale.test_queries,
+                          seed=ALIGNED_SEED, device=device)  # fmt: skip
+        result["held_out"] = alignment(wrapper, pairs, scale.aligned)._asdict()
     write_json(cell.folder / RESULT, result)
     return result
 

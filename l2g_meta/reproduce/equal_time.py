@@ -23,7 +23,7 @@ from l2g_meta.build import (
 from l2g_meta.config import Config
 from l2g_meta.data.placement import placed
 from l2g_meta.distributed import World
-from l2g_meta.reproduce.paper import ROWS
+from l2g_meta.reproduce.catalogue import ROWS
 from l2g_meta.reproduce.plan import SCALES, Cell
 from l2g_meta.training import build_update
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from l2g_meta.config import Config
 from l2g_meta.errors import L2GError, did_you_mean
-from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS, Column, Row
+from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.reproduce.paper import Column, Row
 
 # Our choice, the paper gives no total; for MAML and the LSTM as their authors trained them.
 EPISODES = {"prototypical": 100_000, "relation": 500_000, "maml": 240_000, "meta-lstm": 60_000}
 NEVER = 10**9
 HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "maml": NEVER, "meta-lstm": NEVER}  # episodes; as published
-PAIRS = 5  # the paper's
 RESULT = "test.json"  # in a cell's folder when it is done
 EQUAL_TIME = "equal-time.json"  # what ``equal_time`` found when it began
 
@@ -37,6 +37,8 @@ class Scale:
         validation_episodes: of each.
         test_episodes: of each trained model.
         timed: updates of each of two rows that are timed for equal wall time.
+        pairs: of an update; the paper has 5.
+        aligned: pairs of test tasks whose gradients are compared, see ``l2g_meta.alignment``.
         columns: how many of an experiment's.
         data: instead of the experiment's.
     """
@@ -52,6 +54,8 @@ class Scale:
     validation_episodes: int
     test_episodes: int
     timed: int
+    pairs: int = 5
+    aligned: int = 0
     columns: int | None = None
     data: str | None = None
 
@@ -67,9 +71,17 @@ SCALES = {
         "of one task per update have fewer episodes than L2G, not as many; 10 training queries instead of 15",
         2, 300, 150, 28, 10, 15, 6, 200, 600, 7, columns=1,
     ),
+    "screen": Scale(
+        "a screen of one seed, to choose what to look at closely: 28 px, 200 updates of 2 pairs, 10 training queries",
+        1, 200, None, 28, 10, 15, 4, 200, 600, 7, pairs=2, aligned=50,
+    ),
+    "confirm": Scale(
+        "three seeds, 1000 updates of 2 pairs, 28 px, 10 training queries",
+        3, 1000, None, 28, 10, 15, 10, 200, 600, 7, pairs=2, aligned=100,
+    ),
     "smoke": Scale(
         "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
-        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, columns=1, data="glyphs",
+        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, aligned=1, columns=1, data="glyphs",
     ),
 }  # fmt: skip
 
@@ -195,25 +207,26 @@ class Cell:
         row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
         ways, shots = _size(column.ways), _size(column.shots)
         updates = self._updates()
-        return Config(
-            data=self.data,
-            root=self.plan.root,
-            image_size=scale.image_size,
-            **{"ways": ways, "shots": shots, **row.inner},
-            outer_ways=ways,
-            outer_shots=shots,
-            queries=scale.queries,
-            pairs=PAIRS,
-            tasks_per_update=_tasks_per_update(row, column),
-            iterations=updates,
-            eval_every=max(1, updates // scale.validations),
-            eval_episodes=scale.validation_episodes,
-            lr_halve_every=HALVE_EVERY[row.family],
-            bn=row.published,
-            seed=self.seed,
-            device=self.plan.device,
-            **row.options,
-        ).resolved()
+        values = {
+            "data": self.data,
+            "root": self.plan.root,
+            "image_size": scale.image_size,
+            "ways": ways,
+            "shots": shots,
+            "outer_ways": ways,
+            "outer_shots": shots,
+            "queries": scale.queries,
+            "pairs": scale.pairs,
+            "tasks_per_update": _tasks_per_update(row, column),
+            "iterations": updates,
+            "eval_every": max(1, updates // scale.validations),
+            "eval_episodes": scale.validation_episodes,
+            "lr_halve_every": HALVE_EVERY[row.family],
+            "bn": row.published,
+            "seed": self.seed,
+            "device": self.plan.device,
+        }
+        return Config(**values | row.inner | row.options).resolved()
 
     def _updates(self) -> int:
         """As many as its scale has; with another row's time those decided when it began, until then the other's."""
@@ -225,7 +238,7 @@ class Cell:
                 return Config.load(self.folder / "config.json").iterations
             return replace(self, row=row.time_of)._updates()
         if scale.updates is None:
-            return EPISODES[row.family] // (_tasks_per_update(row, column) or PAIRS)
+            return EPISODES[row.family] // (_tasks_per_update(row, column) or scale.pairs)
         dear = row.dear or len(column.ways) * len(column.shots) > 1
         return scale.dear if dear and scale.dear else scale.updates
 

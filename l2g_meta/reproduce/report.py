@@ -14,9 +14,10 @@ import numpy as np
 from l2g_meta.functional import confidence_interval
 from l2g_meta.logs import read_log
 from l2g_meta.norm import POLICIES, Policy
+from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS, rows_beside
 from l2g_meta.reproduce.cells import write_json
-from l2g_meta.reproduce.paper import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.reproduce.plan import SCALES, Cell, Plan
+from l2g_meta.reproduce.study import STUDIES
 
 
 def write_tables(plan: Plan) -> Path:
@@ -25,7 +26,9 @@ def write_tables(plan: Plan) -> Path:
     Also of rows and columns that an earlier command for this folder brought to an end.
     """
     spec = EXPERIMENTS[plan.experiment]
-    everything = replace(plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *ROWS))), columns=spec.columns)
+    everything = replace(
+        plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *rows_beside(plan.experiment)))), columns=spec.columns
+    )
     found = [cell for cell in everything.cells if cell.done]
     rows, columns = ({getattr(cell, name) for cell in found} for name in ("row", "column"))
     plan = replace(
@@ -113,6 +116,11 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
     }
     if spec.time_of is not None:
         summary["equal_time"] = [result.get("equal_time") for result in found]  # None: found by an earlier version
+    for name, values in (
+        ("alignment", [result.get("alignment") for result in found]),
+        ("cosine", [(result.get("held_out") or {}).get("cosine") for result in found]),
+    ):
+        summary[name] = None if None in values else float(np.mean(np.array(values, dtype=float)))
     for bn in POLICIES:
         episodes = _episodes(found, bn)  # (seeds, episodes)
         means = episodes.mean(1)
@@ -159,13 +167,20 @@ def _number(value: float) -> float | None:
 
 def markdown(values: dict[str, Any]) -> str:
     """The tables, as Markdown."""
+    study = values["experiment"] in STUDIES
+    what = "the difference to the paper is that of the published kind, in bold."
+    if study:
+        what = (
+            "alignment: Σ α g_i·g_j / L(θ'; T_j) in the second half of training; cosine: of g_i and g_j of pairs of "
+            "test classes, at the end."
+        )
     lines = [
         f"# {values['title']}",
         "",
         f"{values['budget'][0].upper()}{values['budget'][1:]}. {values['test_episodes']} test episodes, the same for "
         f"all rows, × {values['seeds']} trained seeds; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
         "BatchNorm at test: *running* statistics of training, or those of the episode's *batch*, which is "
-        "transductive; the difference to the paper is that of the published kind, in bold.",
+        f"transductive; {what}",
         "",
         *(f"Run on {machine}." for machine in values["machines"]),
     ]
@@ -179,9 +194,11 @@ def markdown(values: dict[str, Any]) -> str:
             fewer = f", validation on {validation} ways" if validation < ways else ""
             lines += [f"{train} classes to train, {validation} to validate, {test} to test on{fewer}.", ""]
         lines += [
-            "| | running | batch | ± over seeds | paper | ours − paper | updates | tasks | s / seed |",
+            "| | running | batch | ± over seeds | "
+            + ("alignment | cosine" if study else "paper | ours − paper")
+            + " | updates | tasks | s / seed |",
             "|---|---|---|---|---|---|---|---|---|",
-            *(_line(row) for row in part["rows"]),
+            *(_line(row, study) for row in part["rows"]),
         ]
         timed = [line for row in part["rows"] if (line := _equal_time(row))]
         if timed:
@@ -213,7 +230,7 @@ def markdown(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], study: bool) -> str:
     paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
     if not row["seeds"]:
         return f"| {row['title']} | – | – | | {paper} | | | | |"
@@ -222,6 +239,8 @@ def _line(row: dict[str, Any]) -> str:
     cells[row["published_bn"]] = f"**{cells[row['published_bn']]}**"
     over_seeds = "" if published["ci95_runs"] is None else f"{published['ci95_runs']:.2f}"
     ahead = "" if row["paper"] is None else f"{published['accuracy_mean'] - row['paper']:+.2f}"
+    if study:
+        paper, ahead = ("" if row[name] is None else f"{row[name]:.3f}" for name in ("alignment", "cosine"))
     updates, tasks, seconds = (f"{np.mean(row[name]):,.0f}" for name in ("updates", "tasks", "seconds"))
     return (
         f"| {row['title']} | {cells['running']} | {cells['batch']} | {over_seeds} | {paper} | {ahead} | {updates} | "

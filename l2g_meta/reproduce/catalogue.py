@@ -1,0 +1,19 @@
+"""All that `l2g reproduce` knows: the paper's tables and figures, and our studies."""
+
+from __future__ import annotations
+
+from l2g_meta.reproduce import paper, study
+
+COLUMNS = paper.COLUMNS
+ROWS = paper.ROWS | study.ROWS
+EXPERIMENTS = paper.EXPERIMENTS | study.STUDIES
+
+
+def rows_beside(experiment: str) -> tuple[str, ...]:
+    """Rows that an experiment's table may show beside its own: the paper's; a study has its own alone.
+
+    Example:
+        >>> "proto" in rows_beside("table2"), rows_beside("baselines")
+        (True, ())
+    """
+    return tuple(paper.ROWS) if experiment in paper.EXPERIMENTS else ()
