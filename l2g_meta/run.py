@@ -129,6 +129,7 @@ class Run:
                 "another run, or go on with the new values by --force (train(..., force=True))"
             )
         state.restore(tensors, wrapper, optimizer, path)
+        wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
         if info["iteration"] > self.config.iterations:
             raise CheckpointError(
                 f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
@@ -271,4 +272,4 @@ class Run:
             return {**info, "best": -1.0, "best_iteration": None}
 
     def _stopped(self, iteration: int) -> str:
-        return f"stopped after update {iteration} of {self.config.iterations}, saved"
+        return f"stopped after update {iteration} of {self.config.iterations}, saved in {self.out}"

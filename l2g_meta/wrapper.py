@@ -295,6 +295,11 @@ class StepSizes(nn.Module):
             # float64, to be the given number in float64 models; without dimensions it promotes nothing.
             self.register_buffer("value", torch.tensor(value, dtype=torch.float64))
 
+    def start(self, value: float) -> None:
+        """Sets a step size that is not learned; what is learned stays as it is."""
+        if self.learn is False:
+            self.value.fill_(value)
+
     def forward(self, name: str) -> Tensor:
         """Step size of the parameter ``name``: () or of the parameter's shape."""
         if self.learn in (False, "scalar"):

@@ -427,7 +427,7 @@ class TestSignals:
                 finally:
                     process.kill()
             assert process.returncode == 128 + number
-            assert "saved; l2g train --resume RUN continues a run to the same bits" in error
+            assert f"saved in {out}; l2g train --resume RUN continues a run to the same bits" in error
             assert load_tensors(out / "last.safetensors")[1]["iteration"] >= there + updates
 
     @pytest.mark.parametrize("rung", [2, 4])  # 4: before the validation
@@ -497,6 +497,8 @@ class TestFolders:
         assert "--lr 0.5, not 0.001; --iterations 3, not 2" in error and "--force" in error
         assert main(["train", "--out", out, "--resume", *small, "--pairs", "1", "--queries", "2"]) == 0  # the same
         assert main(["train", "--resume", out, "--lr", "0.5", "--iterations", "3", "--force"]) == 0
+        assert main(["train", "--resume", out, "--inner-lr", "0.25", "--iterations", "4", "--force"]) == 0
+        assert load_tensors(tmp_path / "run" / "last.safetensors")[0]["inner_lr.value"] == 0.25
         assert main(["train", "--resume", out]) == 0
         for wrong in (["--force"], ["--resume", out, "--out", out], ["--replay", out, "--lr", "1"], ["--replay", out]):
             assert main(["train", *wrong]) == 2
