@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # now, so that a reader that has gone is noticed
         return code
     except (L2GError, ImportError) as error:
-        complain(str(error))
+        foreign = isinstance(error, ImportError) and "pip install" not in str(error)
+        complain(f"{error}; l2g doctor says what is missing, and what adds it" if foreign else str(error))
         return 2
     except BrokenPipeError:  # `l2g ... | head` has seen enough
         return 128 + getattr(signal, "SIGPIPE", 13)

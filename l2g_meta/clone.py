@@ -18,9 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError
-
-INSTALL = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
+from l2g_meta.errors import INSTALL_LEARN2LEARN, FitError
 
 
 @functools.cache
@@ -41,7 +39,7 @@ def require_learn2learn() -> ModuleType:
             import learn2learn
             import learn2learn.vision.datasets  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"this needs learn2learn ({error}); install it with: {INSTALL}") from error
+        raise ImportError(f"this needs learn2learn ({error}); install it with: {INSTALL_LEARN2LEARN}") from error
     return learn2learn
 
 

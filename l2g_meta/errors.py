@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+INSTALL_LEARN2LEARN = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
+
 
 class L2GError(ValueError):
     """Base of the library's own errors: wrong input, with need, got and remedy in the message."""

@@ -171,7 +171,7 @@ def test_options_that_cannot_be(tmp_path, capsys):
     with pytest.raises(L2GError, match="the option --slurm time is Slurm's"):
         submit([run], "local", tmp_path, options={"time": 5})
     assert main([*REPRODUCE, "proto", "--out", str(tmp_path), "--slurm", "time=5"]) == 2
-    assert "add --submit slurm, or leave it out" in capsys.readouterr().err
+    assert "choose slurm instead, or leave it out" in capsys.readouterr().err
 
 
 def test_submitit_or_slurm_is_missing(tmp_path, monkeypatch, capsys):

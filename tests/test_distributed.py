@@ -60,7 +60,7 @@ class Net(nn.Module):
         return self.head(s, task.support_y, q, task.n_way)
 
 
-def ranks(size, function, *arguments):
+def ranks(size, function, *arguments, timeout=30):
     """What ``function(world, *arguments)`` returns on each rank, as processes joined by gloo."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -69,7 +69,8 @@ def ranks(size, function, *arguments):
     context.set_forkserver_preload(["l2g_meta.training", "learn2learn"])
     queue = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(rank, size, port, queue, function, arguments)) for rank in range(size)
+        context.Process(target=_rank, args=(rank, size, port, queue, function, arguments, timeout))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -79,12 +80,12 @@ def ranks(size, function, *arguments):
     return [found[rank] for rank in range(size)]
 
 
-def _rank(rank, size, port, queue, function, arguments):
+def _rank(rank, size, port, queue, function, arguments, timeout):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if size == 1:
         del os.environ["RANK"]
-    world, _ = join(torch.device("cpu"), timeout=30)
+    world, _ = join(torch.device("cpu"), timeout=timeout)
     try:
         queue.put((rank, function(world, *arguments)))
     except (Exception, Stopped) as error:
@@ -230,6 +231,19 @@ def test_a_signal_to_one_rank_saves_once_and_stops_all(tmp_path):
     )  # noticed by the update after
     assert load_tensors(tmp_path / "run" / "last.safetensors")[1]["iteration"] == 4
     assert len(read_log(tmp_path / "run")) == 4
+
+
+def hangs(world):
+    if world.rank == 1:
+        time.sleep(15)
+        return "too late"
+    return world.sum(torch.ones(1)).item()
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout():
+    first, second = ranks(2, hangs, timeout=3)
+    assert first.startswith("L2GError: rank 0 has lost another of 2 processes, which died or said nothing for")
+    assert second == "too late"
 
 
 def test_a_dead_rank_ends_the_others(tmp_path):

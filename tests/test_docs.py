@@ -108,7 +108,13 @@ def test_documented_names_have_a_docstring():
 
 
 def test_there_are_tutorials():
-    assert {page.stem for page in TUTORIALS} >= {"classify_photos", "own_protonet", "own_head", "from_maml"}
+    assert {page.stem for page in TUTORIALS} >= {
+        "classify_photos",
+        "own_protonet",
+        "own_head",
+        "from_maml",
+        "read_report",
+    }
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)

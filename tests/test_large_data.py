@@ -43,8 +43,12 @@ before = resident("VmRSS")
 data = open_dataset(folder, name="generated", split="train")
 pairs = TaskPairs(data, ways=5, shots=1, queries=15, seed=1)
 first = pairs[0]
+read = []
+gather = data.pages.read
+data.pages.read = lambda images, n: (read.append(n), gather(images, n))
 for k in range(1, 200):
     pairs[k]
+data.pages.read = gather
 x = data.gather(marked)
 again = pairs[0]
 same = all((a == b).all().item() for t, u in zip(first, again) for a, b in zip(t[:4], u[:4]))
@@ -54,6 +58,7 @@ print(json.dumps({
     "x": ((x * 0.5 + 0.5) * 255).round().int().flatten(1)[:, [0, -1]].tolist(),
     "classes": [int(data.labels[row]) for row in marked],
     "same": same,
+    "read": sorted(set(read)),
 }))
 """
 )
@@ -84,6 +89,7 @@ def test_tasks_from_an_array_of_the_size_of_tiered_imagenet(tmp_path: Path) -> N
     assert found["peak"] < 2 * GB
     assert found["x"] == [[10 * value, 10 * value + 1] for value in range(1, 6)]
     assert found["classes"] == labels[marked].tolist() and found["same"]
+    assert found["read"] == [2 * 5 * 16]  # of a pair its own images alone: it costs what it costs on mini-ImageNet
 
 
 CONVERT = (

@@ -1,7 +1,9 @@
 """How the command line behaves: help, typos, quiet, JSON, colours, odd terminals, completion, doctor."""
 
+import functools
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -327,3 +329,16 @@ def test_extras_are_those_of_the_project():
             assert part.name in names, part
     needed = {re.split("[<>=]", need)[0] for need in project["dependencies"]}
     assert {part.name for part in parts.REQUIRED} == needed | {"l2g-meta"}
+
+
+def test_doctor_without_torch_says_what_brings_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=env, cwd=tmp_path)
+    done = run([sys.executable, "-m", "l2g_meta", "doctor"])
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    assert "does not work: ImportError: broken on purpose; pip install --force-reinstall torch" in done.stdout
+    done = run([sys.executable, "-m", "l2g_meta", "train"])
+    assert done.returncode == 2 and done.stderr == (
+        "l2g: broken on purpose; l2g doctor says what is missing, and what adds it\n"
+    )

@@ -35,12 +35,13 @@ def predict(run, photos, *more, query=None):
 def test_a_table(blob_run, photos, capsys):
     assert predict(blob_run, photos) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["file", "class", "probability", "nearest"] and len(lines) == 1 + 12 + 2
+    assert lines[0].split() == ["file", "class", "probability", "nearest"] and len(lines) == 1 + 12 + 3
     file, label, probability, nearest = lines[1].split()
     assert file == str(photos / "query" / "class00" / "2.png") and label.startswith("class")
     assert 1 / 3 <= float(probability) <= 1 and os.path.dirname(nearest).startswith(str(photos / "support"))
-    assert "12 images classified from 6 examples of 3 classes; probabilities are not calibrated" in lines[-2]
-    assert lines[-1].endswith("% right of the 12 in folders named as a class")
+    assert "12 images classified from 6 examples of 3 classes; probabilities are not calibrated" in lines[-3]
+    assert lines[-2].endswith(" ms per image, reading it included")
+    assert "% right of the 12 in folders named as a class (95 %: " in lines[-1]
 
 
 def test_one_json_document_and_nothing_else(blob_run, photos, capsys):
@@ -126,7 +127,10 @@ def test_folders_that_cannot_be_used(change, message, blob_run, photos, capsys):
 
 
 def test_what_cannot_be_written_or_is_no_model(blob_run, photos, capsys):
-    assert predict(blob_run, photos, "--csv", photos / "none" / "rows.csv") == 2
+    assert predict(blob_run, photos, "--csv", photos / "new" / "rows.csv") == 0
+    assert (photos / "new" / "rows.csv").exists()
+    capsys.readouterr()
+    assert predict(blob_run, photos, "--csv", photos / "new" / "rows.csv" / "rows.csv") == 2
     assert "need a file to write for --csv" in capsys.readouterr().err
     assert predict(photos, photos) == 2
     assert "need a folder made by `l2g train`" in capsys.readouterr().err

@@ -209,6 +209,9 @@ def test_a_run_that_goes_on(copied):
     (copied / "log.csv").write_text("".join(lines[:3]) + "4,rubbish,,,\n5,nan,\n" + "x" * 300)
     report, text = page_of(copied)
     assert report.runs[0].folder.updates == 5 and "unfinished: 5 of 8 updates" in Parsed(text).text
+    (copied / "log.csv").write_text("")
+    text = Parsed(page_of(copied)[1]).text
+    assert "learning curve cut off: log.csv ends at update 0, the best checkpoint is of" in text
     (copied / "log.csv").write_bytes(b"iteration,loss\n\xff\xfe\x00\n")
     assert "no learning curve: need a run" in Parsed(page_of(copied)[1]).text
 

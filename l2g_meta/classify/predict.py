@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,7 @@ def predict(
     files = query_files(query)
     skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
     supports = fit_folder(classifier, source.preparation, support, skipped)
+    began = time.perf_counter()
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
     hidden = None if progress else True  # None: hidden where there is no terminal
     with _output(csv_file, table, files, classifier) as write, tqdm(total=len(files), disable=hidden) as bar:
@@ -69,7 +72,7 @@ def predict(
         raise L2GError(
             f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
         )
-    summary = _summary(classifier, rows, skipped)
+    summary = _summary(classifier, rows, skipped) | {"seconds": time.perf_counter() - began}
     if table:
         _say(summary, csv_file)
     if emit is not None:
@@ -85,6 +88,7 @@ def _output(
     """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
     if csv_file is not None:
         try:
+            csv_file.parent.mkdir(parents=True, exist_ok=True)
             file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
         except OSError as error:
             raise L2GError(
@@ -112,6 +116,23 @@ def _output(
         yield write
 
 
+def _counted(n: int, one: str, more: str | None = None) -> str:
+    return f"{n} {one if n == 1 else more or one + 's'}"
+
+
+def proportion_interval(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a share, in per cent: Wilson (1927), which holds for few images and shares near 0 or 1.
+
+    Example:
+        >>> [round(end, 1) for end in proportion_interval(8, 10)]
+        [49.0, 94.3]
+    """
+    z = 1.959964
+    share = right / n
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return tuple(100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))  # type: ignore[return-value]
+
+
 def shown(text: str) -> str:
     r"""A file's name without what would steer a terminal or cannot be printed.
 
@@ -137,6 +158,7 @@ def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skippe
         "unknown": sum(row.label == classifier.unknown_label for row in rows),
         "right": None if right is None else right[0],
         "labelled": None if right is None else right[1],
+        "right_ci95": None if right is None else proportion_interval(*right),
         "unreadable": [{"file": file, "reason": reason} for file, reason in skipped.files],
     }
 
@@ -148,13 +170,18 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
         note = f"; probabilities are calibrated for {summary['calibrated_shots']} per class"
     where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
     print(
-        f"{summary['classified']} images classified from {summary['examples']} examples of {len(summary['classes'])} "
-        f"classes{where}{note}"
+        f"{_counted(summary['classified'], 'image')} classified from {_counted(summary['examples'], 'example')} of "
+        f"{_counted(len(summary['classes']), 'class', 'classes')}{where}{note}"
     )
+    print(f"{1000 * summary['seconds'] / summary['classified']:.1f} ms per image, reading it included")
     if summary["reject_rate"] is not None:
         print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
     if summary["labelled"]:
         share = 100 * summary["right"] / summary["labelled"]
-        print(f"{share:.1f} % right of the {summary['labelled']} in folders named as a class")
+        low, high = summary["right_ci95"]
+        print(
+            f"{share:.1f} % right of the {summary['labelled']} in folders named as a class (95 %: {low:.1f} to "
+            f"{high:.1f}, for other images and these examples)"
+        )
     if summary["unreadable"]:
         print(f"{len(summary['unreadable'])} could not be read and were skipped; listed on the error output")

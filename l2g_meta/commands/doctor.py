@@ -45,8 +45,11 @@ def _say(found: dict[str, Any]) -> None:
         _line(part["name"], part["version"] or f"does not work: {part['error']}; {part['remedy']}", part["error"])
     _line("Python", found["python"])
     _line("system", found["system"])
-    print(bold("Devices"))
     devices = found["devices"]
+    if devices is None:
+        print(red("something required does not work; with it in place l2g doctor looks at the rest"))
+        return
+    print(bold("Devices"))
     cpu = devices["cpu"]
     memory = "" if cpu["memory_gb"] is None else f", {cpu['memory_gb']:.1f} GB of memory"
     _line("CPU", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads{memory}")

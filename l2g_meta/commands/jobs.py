@@ -25,5 +25,5 @@ def slurm_options(args: argparse.Namespace) -> dict[str, Any]:
     from l2g_meta.cluster import parsed
 
     if args.slurm and args.submit != "slurm":
-        raise L2GError("--slurm belongs to jobs for Slurm; add --submit slurm, or leave it out")
+        raise L2GError("--slurm belongs to jobs for Slurm; choose slurm instead, or leave it out")
     return parsed(args.slurm or [])

@@ -124,6 +124,7 @@ def plain_warnings() -> None:
         return f"{red('l2g:')} warning: {message}\n" if own else usual(message, category, filename, *more)
 
     warnings.formatwarning = line  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are then refused, or read all the same
 
 
 def print_anything() -> None:

@@ -114,10 +114,13 @@ class ClassDataset:
         """
         if not 1 <= n <= self.n_classes:
             raise DataError(f"need 1 … {self.n_classes} classes, as many as there are, got {n}")
-        chosen = np.sort(np.random.default_rng(seed).permutation(self.n_classes)[:n])
-        rows = np.concatenate([self.index[c] for c in chosen])
-        labels = np.repeat(np.arange(n), [len(self.index[c]) for c in chosen])
-        names = tuple(self.class_names[c] for c in chosen)
+        return self.of_classes(np.sort(np.random.default_rng(seed).permutation(self.n_classes)[:n]).tolist())
+
+    def of_classes(self, classes: Sequence[int]) -> ClassDataset:
+        """A copy of the data of these classes, which become classes 0, 1, … in this order."""
+        rows = np.concatenate([self.index[c] for c in classes])
+        labels = np.repeat(np.arange(len(classes)), [len(self.index[c]) for c in classes])
+        names = tuple(self.class_names[c] for c in classes)
         return replace(self, images=self.images[rows], labels=labels, class_names=names, pages=None)
 
     def to(self, device: torch.device | str | None) -> ClassDataset:

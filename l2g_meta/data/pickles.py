@@ -64,6 +64,8 @@ def load_pickle(path: Path | str, *, max_bytes: int = 16 * 2**30) -> Any:
         raise DataError(f"need a pickle, got {path}, which is not a file; check the path")
     if (size := path.stat().st_size) > max_bytes:
         raise DataError(f"need a pickle of at most {max_bytes} bytes, got {path} with {size}; raise max_bytes")
+    if not size:
+        raise DataError(f"need a pickle, got {path}, which is empty; get it again")
     if is_html(path):
         raise DataError(f"need a pickle, got {path}: this is an HTML page, a failed download; delete it, try again")
     with open(path, "rb") as file:

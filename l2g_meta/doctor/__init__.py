@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from l2g_meta.doctor.machine import devices, folders
 from l2g_meta.doctor.parts import OPTIONAL, REQUIRED, look
-from l2g_meta.doctor.selftest import self_test
+
+BASIS = ("l2g-meta", "torch", "numpy", "safetensors")  # what looking at the rest takes
 
 
 def examine() -> dict[str, Any]:
@@ -16,10 +16,14 @@ def examine() -> dict[str, Any]:
     Whatever is broken is told and not raised.
     """
     required = [look(part, required=True) for part in REQUIRED]
-    found: dict[str, Any] = {
-        "required": required,
-        "python": platform.python_version(),
-        "system": platform.platform(),
+    found: dict[str, Any] = {"required": required, "python": platform.python_version(), "system": platform.platform()}
+    if any(part["error"] for part in required if part["name"] in BASIS):
+        return found | {"devices": None, "folders": [], "optional": [], "self_test": [], "works": False}
+
+    from l2g_meta.doctor.machine import devices, folders
+    from l2g_meta.doctor.selftest import self_test
+
+    found |= {
         "devices": devices(),
         "folders": folders(),
         "optional": [look(part) for part in OPTIONAL],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from l2g_meta.clone import INSTALL
+from l2g_meta.errors import INSTALL_LEARN2LEARN
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ REQUIRED = (
     Part("tqdm", "progress", remedy=_AGAIN.format("tqdm")),
 )
 OPTIONAL = (
-    Part("learn2learn", "its task sets, and its clone in place of ours", remedy=INSTALL),
+    Part("learn2learn", "its task sets, and its clone in place of ours", remedy=INSTALL_LEARN2LEARN),
     Part("scikit-learn", "FewShotClassifier, l2g predict, l2g export, t-SNE", "sklearn", extra="classify"),
     Part("onnx", "l2g export", extra="export"),
     Part("onnxruntime", "l2g export", extra="export"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +17,7 @@ from l2g_meta.report.charts import reliability_chart, scatter
 from l2g_meta.report.confusion import Confusion, confusion, hardest
 from l2g_meta.report.embeddings import POINTS, choose_rows, flat
 from l2g_meta.report.gather import Experiment, Report, Run
-from l2g_meta.report.measure import Measured
+from l2g_meta.report.measure import Measured, among
 from l2g_meta.report.reliability import reliability
 from l2g_meta.report.svg import colour, escaped
 from l2g_meta.report.thumbnails import Sheet
@@ -35,7 +37,7 @@ class Images:
         members: experiments with the number of their colour.
         sheet: collects the thumbnails.
         hard: classes, the hardest first.
-        confusions: of each member, over its trained seeds.
+        confusions: of each member, over its trained seeds, in episodes of the hard classes alone.
     """
 
     number: int
@@ -70,17 +72,24 @@ def images_of(report: Report) -> list[Images]:
         if not members:
             break
         images = Images(number, members, Sheet(group[0].measured[0].data))
-        for _, experiment in members:
-            counts = [confusion(m.answers, images.data.n_classes) for m in experiment.measured]
-            images.confusions.append(sum(counts[1:], counts[0]))
-        images.hard = hardest(images.confusions, report.asked.classes)
+        tested = [experiment.measured for _, experiment in members]
+        images.hard = hardest(
+            [_added(confusion(m.answers, images.data.n_classes) for m in of) for of in tested], report.asked.classes
+        )
+        images.confusions = [
+            _added(confusion(among(m, images.hard, report.asked), len(images.hard)) for m in of) for of in tested
+        ]
         found.append(images)
     return found
 
 
+def _added(counts: Iterable[Confusion]) -> Confusion:
+    return functools.reduce(operator.add, counts)
+
+
 def confusion_figures(images: Images) -> list[str]:
     """A matrix for each experiment."""
-    names = images.data.class_names
+    names = [images.data.class_names[c] for c in images.hard]
     return [
         _matrix(i, e, images, counts, names) for (i, e), counts in zip(images.members, images.confusions, strict=True)
     ]
@@ -88,17 +97,15 @@ def confusion_figures(images: Images) -> list[str]:
 
 def _matrix(i: int, experiment: Experiment, images: Images, counts: Confusion, names: Sequence[str]) -> str:
     numbers = range(1, len(images.hard) + 1)
-    head = "".join(
-        f'<th scope="col" title="{escaped(names[c])}">{n}</th>' for n, c in zip(numbers, images.hard, strict=True)
-    )
-    rates = counts.rates[np.ix_(images.hard, images.hard)]
+    head = "".join(f'<th scope="col" title="{escaped(name)}">{n}</th>' for n, name in zip(numbers, names, strict=True))
+    rates = counts.rates
     own = np.eye(len(rates), dtype=bool)
     most = [float(np.nanmax(rates[part], initial=1e-9)) for part in (~own, own)]  # the darkest cell of each kind
     rows = []
-    for n, a in zip(numbers, images.hard, strict=True):
-        cells = "".join(_cell(counts, a, b, names, most[a == b]) for b in images.hard)
+    for a, (n, c) in enumerate(zip(numbers, images.hard, strict=True)):
+        cells = "".join(_cell(counts, a, b, names, most[a == b]) for b in range(len(names)))
         title = (
-            f'<th scope="row">{images.example(a)} {n} <span class="name" title="{escaped(names[a])}">'
+            f'<th scope="row">{images.example(c)} {n} <span class="name" title="{escaped(names[a])}">'
             f"{escaped(names[a])}</span></th>"
         )
         rows.append(f"<tr>{title}{cells}</tr>")
@@ -108,7 +115,7 @@ def _matrix(i: int, experiment: Experiment, images: Images, counts: Confusion, n
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     e = experiment.evaluation
-    caption = f"Rows: true class; columns: predicted class, in per cent. {of_episodes(e)}."
+    caption = f"Rows: true class; columns: predicted class, in per cent. {of_episodes(e)}, of these classes alone."
     return figure(f"{badge(i, experiment.letter)} {escaped(experiment.title)}", table, caption)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l2g_meta.build import build_data, build_device, load_run
 from l2g_meta.config import Config
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pairs import Choice, Episodes
+from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
 from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.norm import Policy
@@ -77,6 +77,7 @@ class Measured:
     answers: Sequence[Answers]
     model: nn.Module
     data: ClassDataset
+    shape: dict[str, Any]  # ways, shots and queries of the episodes
 
     def ranked(self) -> list[int]:
         """Episodes from the worst to the best; among equals the earlier first."""
@@ -111,6 +112,21 @@ def measure(run: RunFolder, asked: Asked, splits: Splits) -> Measured:
         "shots": asked.shots or config.outer_shots,
         "queries": asked.queries or config.queries,
     }
+    evaluation, answers = _ask(wrapper, data, shape, asked, device)
+    return Measured(evaluation, answers, wrapper.module, data, shape)
+
+
+def among(measured: Measured, classes: Sequence[int], asked: Asked) -> list[Answers]:
+    """Answers of a model that was tested in as many episodes of these classes alone, which are 0, 1, … there."""
+    ways = min(max(values(measured.shape["ways"])), len(classes))
+    device = next((p.device for p in measured.model.parameters()), torch.device("cpu"))
+    shape = measured.shape | {"ways": ways}
+    return _ask(measured.model, measured.data.of_classes(classes), shape, asked, device)[1]
+
+
+def _ask(
+    model: nn.Module, data: ClassDataset, shape: dict[str, Any], asked: Asked, device: torch.device
+) -> tuple[Evaluation, list[Answers]]:
     said: list[tuple[np.ndarray, np.ndarray]] = []
 
     def observe(scores: Tensor, y: Tensor) -> None:
@@ -118,9 +134,8 @@ def measure(run: RunFolder, asked: Asked, splits: Splits) -> Measured:
         said.append((predicted.cpu().numpy(), confidence.cpu().numpy()))
 
     evaluation = evaluate(
-        wrapper, data, **shape, episodes=asked.episodes, bn=asked.bn, episode_seed=asked.episode_seed,
+        model, data, **shape, episodes=asked.episodes, bn=asked.bn, episode_seed=asked.episode_seed,
         device=device, observe=observe,
     )  # fmt: skip
     stream = Episodes(data, **shape, seed=(asked.episode_seed, 0), device=torch.device("cpu"))
-    answers = [Answers(stream.rows(k), *both) for k, both in enumerate(said)]
-    return Measured(evaluation, answers, wrapper.module, data)
+    return evaluation, [Answers(stream.rows(k), *both) for k, both in enumerate(said)]

@@ -213,11 +213,13 @@ def _settings(report: Report) -> str:
     different = [name for name in names if len({str(v[name]) for v in values}) > 1]
     rows = [[f"<code>{escaped(flag(name))}</code>", *(escaped(_value(v[name])) for v in values)] for name in different]
     seeds = [", ".join(str(run.seed) for run in e.runs) for _, e, _ in found]
-    rows.append(["<code>--seed</code>", *map(escaped, seeds), *([str(Config().seed)] if len(found) == 1 else [])])
-    same = [name for name in names if name not in different]
-    common = table(
-        ["setting", "value"], [[f"<code>{escaped(flag(n))}</code>", escaped(_value(values[0][n]))] for n in same]
-    )
+    seeds += [str(Config().seed)] if len(found) == 1 else []
+    same = [[f"<code>{escaped(flag(n))}</code>", escaped(_value(values[0][n]))] for n in names if n not in different]
+    if len(set(seeds)) > 1:
+        rows.append(["<code>--seed</code>", *map(escaped, seeds)])
+    else:
+        same.append(["<code>--seed</code>", escaped(seeds[0])])
+    common = table(["setting", "value"], same)
     what = "at its default" if len(found) == 1 else "the same in all"
     return (
         f"<p>{escaped(intro)}</p>{table(['setting', *heads], rows)}"
@@ -256,10 +258,10 @@ def _confusions(images: Sequence[Images], report: Report) -> str:
     parts = []
     for of in images:
         note = (
-            f"The {len(of.hard)} of {of.data.n_classes} classes that are recognised least often, the hardest first. An "
-            "episode has only a few classes: a cell is the share of the row's queries, in episodes with both classes, "
-            "that were taken for the column's. On the diagonal: recognised. –: never met. Few "
-            "meetings make rough shares; stop over a cell for its counts."
+            f"The {len(of.hard)} of {of.data.n_classes} classes that are recognised least often, the hardest first, in "
+            "further episodes of these classes alone. An episode has only a few of them: a cell is the share of the "
+            "row's queries, in episodes with both classes, that were taken for the column's. On the diagonal: "
+            "recognised. –: never met. Stop over a cell for its counts."
         )
         parts.append(f'<p>{escaped(note)}</p><div class="grid">{"".join(confusion_figures(of))}</div>')
     return "".join(parts) + (_limited(report) if parts else "")

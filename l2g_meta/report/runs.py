@@ -87,6 +87,11 @@ def read_run(path: Path) -> RunFolder:
     except CheckpointError as error:
         best = {}
         problems.append(f"not tested: {error}")
+    last, needed = (log[:, 0].max() if len(log) else 0), number(best.get("best_iteration"))
+    if last < needed and not any(problem.startswith("no learning curve") for problem in problems):
+        problems.append(
+            f"learning curve cut off: log.csv ends at update {last:.0f}, the best checkpoint is of {needed:.0f}"
+        )
     return RunFolder(path, config, log, best, tuple(problems))
 
 

@@ -1,0 +1,47 @@
+"""Two runs that differ in one thing, and one page about both.
+
+    python examples/read_report.py [--smoke]
+
+From the command line the page is ``l2g report RUN RUN -o report.html``.
+"""
+
+import argparse
+from pathlib import Path
+
+from l2g_meta.config import Config
+from l2g_meta.report.gather import gather
+from l2g_meta.report.measure import Asked
+from l2g_meta.report.page import write_report
+from l2g_meta.training import train
+
+
+def main() -> None:
+    """Trains both, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="a few updates, to see that everything runs")
+    smoke = parser.parse_args().smoke
+    out = Path("runs/report-smoke" if smoke else "runs/report")
+
+    runs = []
+    for method in ("episodic", "l2g"):  # the one thing
+        config = Config(
+            method=method,
+            pairs=2,
+            iterations=4 if smoke else 300,
+            eval_every=2 if smoke else 50,
+            eval_episodes=10 if smoke else 200,
+            device="cpu",
+        )
+        runs.append(out / method)
+        train(config, runs[-1], resume=runs[-1].exists())
+
+    report = gather(runs, Asked(episodes=10 if smoke else 600))
+    for experiment in report.experiments:
+        print(f"{experiment.letter}: {experiment.title}: {experiment.evaluation}")
+    page = out / "report.html"
+    write_report(report, page)
+    print(f"open {page} in a browser")
+
+
+if __name__ == "__main__":
+    main()
