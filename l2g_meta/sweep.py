@@ -13,6 +13,7 @@ from l2g_meta.cluster import Job, Options, job_of, submit
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
 from l2g_meta.errors import L2GError
+from l2g_meta.presets import preset
 from l2g_meta.state import numbers
 
 COMMANDS = (["l2g", "train"], ["train"], ["python", "-m", "l2g_meta", "train"])  # how a line may begin
@@ -49,7 +50,8 @@ class Run:
 
 def run_of(args: argparse.Namespace) -> Run:
     """The new run that the arguments of ``l2g train`` describe."""
-    config = Config(**{f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}).resolved()
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    config = Config(**preset(getattr(args, "preset", None)) | given).resolved()
     head = config.head.rpartition(":")[2]
     return Run(config, args.out or Path("runs") / f"{config.data}-{config.method}-{head}-seed{config.seed}")
 

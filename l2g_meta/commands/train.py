@@ -18,6 +18,7 @@ from l2g_meta.config import SUPERVISED, Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
+from l2g_meta.presets import PRESETS
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation
@@ -61,6 +62,7 @@ def add(commands: Commands) -> None:
         usage="%(prog)s [FLAGS]",
     )  # fmt: skip
     add_config(train)
+    train.add_argument("--preset", metavar="NAME", help=f"settings by name, which flags change: {', '.join(PRESETS)}")
     train.add_argument("--replay", type=Path, metavar="RUN", help="run a run's failed update again and show where")
     add_output(train, json="the run's folder, its best validation accuracy and at which update")
 
@@ -155,6 +157,8 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     from l2g_meta.sweep import run_of
 
     named = isinstance(args.resume, str)
+    if args.preset is not None and named:
+        raise L2GError("need --preset for a new run, got --resume RUN, which has its settings; leave --preset out")
     if named and args.out is not None:
         raise L2GError("need --resume RUN, or --out RUN --resume; got two folders")
     if args.force and not args.resume:

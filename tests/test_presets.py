@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from l2g_meta.cli import main
+from l2g_meta.commands.parser import build_parser
+from l2g_meta.config import Config
+from l2g_meta.presets import PRESETS, preset
+from l2g_meta.reproduce.plan import plan
+from l2g_meta.sweep import run_of
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config_that_can_be_run(name):
+    Config(**preset(name), root="data").resolved()
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("mini-28px-episodic", "proto-tasks"), ("mini-28px-l2g", "l2g-proto"), ("mini-28px-l2g-mix", "l2g-mix-0.5")],
+)
+def test_presets_are_the_runs_of_the_study(name, row):
+    cell = next(c for c in plan("parts", "confirm", Path("none"), root="data").cells if (c.row, c.seed) == (row, 0))
+    config = Config(**preset(name), root="data").resolved()
+    assert cell.config().differences(config) == ""
+
+
+def test_flags_win(tmp_path, capsys):
+    train = ["train", "--preset", "mini-28px-l2g-mix", "--root", str(tmp_path)]
+    config = run_of(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"])).config
+    assert (config.mix, config.seed, config.pairs, config.image_size) == (0.25, 3, 2, 28)
+    assert main(["train", "--preset", "mini-28px-l2g-mx"]) == 2
+    assert "did you mean mini-28px-l2g-mix?" in capsys.readouterr().err
+    assert main(["train", "--preset", "mini-28px-l2g", "--resume", str(tmp_path)]) == 2
+    assert "leave --preset out" in capsys.readouterr().err
