@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
-from l2g_meta.config import LEARNERS, SUPERVISED, Config
+from l2g_meta.config import Config
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.classes import ClassDataset
@@ -29,11 +29,9 @@ from l2g_meta.meta_lstm import MetaLSTM
 from l2g_meta.model import MetricModel, SoftmaxClassifier, build_head, feature_shape
 from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.options import parsed_options
+from l2g_meta.settings import LEARNERS, SUPERVISED
 from l2g_meta.supervised import LinearHead
-from l2g_meta.task import Task, split_queries
 from l2g_meta.wrapper import L2GWrapper
-
-T = TypeVar("T")
 
 
 def build_device(name: str) -> torch.device:
@@ -182,76 +180,6 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
         augment=augment,
         device=device,
     )
-
-
-def tasks_of_update(config: Config, pairs: TaskPairs | Batches, k: int) -> list[tuple[Task, ...]]:
-    """The tasks of update k, one tuple for each call of the objective, from one stream for all methods.
-
-    L2G takes B pairs; ``maml`` the T_i of the same B pairs; the others both tasks of the same B pairs. With
-    ``tasks_per_update`` N, all but L2G take N consecutive tasks of T_i, T_j, T_i, T_j, ….
-    """
-    return tasks_of_calls(config, pairs, calls_of_update(config, k))
-
-
-Place = tuple[int, int]  # of a task: the position of its pair in the stream, and 0 for T_i or 1 for T_j
-
-
-def calls_of_update(config: Config, k: int) -> list[tuple[Place, ...]]:
-    """Where the tasks of each call of the objective in update k are in the stream.
-
-    Example:
-        >>> calls_of_update(Config(method="episodic", tasks_per_update=3).resolved(), 1)
-        [((1, 1),), ((2, 0),), ((2, 1),)]
-    """
-    if config.method == SUPERVISED:
-        return [((position, 0),) for position in positions_of_update(config, k)]
-    skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
-    return _select(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
-
-
-def tasks_of_calls(
-    config: Config, pairs: TaskPairs | Batches, calls: Sequence[tuple[Place, ...]]
-) -> list[tuple[Task, ...]]:
-    """The tasks of some calls of the objective; their images in one gather."""
-    positions = sorted({position for call in calls for position, _ in call})
-    found: dict[int, tuple[Task, ...]] = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
-    return [_prepared(config, tuple(found[position][member] for position, member in call)) for call in calls]
-
-
-def positions_of_update(config: Config, k: int) -> range:
-    """The pairs of the stream that update k takes tasks from; for supervised training its batches."""
-    n = config.tasks_per_update
-    if n is None or config.method == SUPERVISED:
-        return range(k * config.episodes_per_update, (k + 1) * config.episodes_per_update)
-    return range(k * n // 2, (k * n + n + 1) // 2)
-
-
-def arrange(config: Config, batch: Sequence[tuple[Task, Task]]) -> list[tuple[Task, ...]]:
-    """The tasks of each call of the objective, from an update's pairs."""
-    return [_prepared(config, call) for call in _select(config, batch)]
-
-
-def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list[tuple[T, ...]]:
-    """What each call of the objective takes of an update's pairs; ``skip`` tasks belong to the update before."""
-    n = config.tasks_per_update
-    if n is None and config.method == "l2g":
-        return list(batch)
-    tasks = [task for pair in batch for task in pair]
-    if n is not None:
-        tasks = tasks[skip : skip + n]
-    elif config.method == "maml":
-        tasks = tasks[0::2]
-    return [(task,) for task in tasks]
-
-
-def _prepared(config: Config, call: tuple[Task, ...]) -> tuple[Task, ...]:
-    """The tasks of a call of the objective, the inner one with what its loss is of."""
-    if config.fresh_queries:
-        call = split_queries(call[0])
-    if config.inner_on == "supports":
-        task_i, task_j = call if len(call) > 1 else (call[0], call[0])
-        return task_i._replace(query_x=task_i.support_x, query_y=task_i.support_y), task_j
-    return call
 
 
 def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:

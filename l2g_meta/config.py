@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,16 @@ from l2g_meta.checkpoint import write_text
 from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
 from l2g_meta.heads import HEADS
-from l2g_meta.objectives import OBJECTIVES
-from l2g_meta.options import flag, parsed_options
+from l2g_meta.options import flag
+from l2g_meta.settings import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, check
 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
 
 
-LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
-SUPERVISED = "supervised"  # the encoder with a linear classifier of the training classes: `l2g pretrain`
-METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
-NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
-    "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
-    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step", "shared_classes", "far_pairs",
-)  # fmt: skip
-HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
 Names = tuple[str, ...]
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
-TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "Sizes": (int, tuple),
-    "Names": (tuple,),
-}
 
 
 def _flag(default: Any, help: str, **options: Any) -> Any:
@@ -180,7 +162,7 @@ class Config:
         if self.root is not None:
             filled["root"] = str(Path(self.root).expanduser().absolute())
         config = replace(self, **filled)
-        config._check()
+        check(config)
         return config
 
     def _of_method(self) -> dict[str, Any]:
@@ -198,108 +180,6 @@ class Config:
         if self.method == "meta-lstm":
             own |= {"clip_norm": 0.25, "inner_steps": 12 if self.shots == 1 else 5}
         return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
-
-    def _check(self) -> None:
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if value is not None and type(value) not in TYPES[str(f.type).removesuffix(" | None")]:
-                kind = str(f.type).replace("Sizes", "int or list")
-                raise L2GError(f"need {flag(f.name)} to be of type {kind}, got {value!r}")
-            if choices and value is not None and value not in choices:
-                raise L2GError(f"need {flag(f.name)} to be one of {', '.join(choices)}; got {value!r}")
-            counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed", "inner_steps")
-            sizes = value if isinstance(value, tuple) else (value,)
-            if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
-                raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
-        if max(self.seed, self.split_seed) >= 2**63:
-            raise L2GError("need --seed and --split-seed below 2**63")
-        if "\0" in (self.root or ""):
-            raise L2GError("need --root to be a path, got one with a zero byte")
-        if self.seed < 0 or self.split_seed < 0 or self.inner_steps < 0:
-            raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise L2GError(f"need --temperature above 0 and finite, got {self.temperature}")
-        if not 0 < self.rank_timeout < math.inf:
-            raise L2GError(f"need --rank-timeout above 0 and finite, got {self.rank_timeout}")
-        if not 0 < self.lr < math.inf:
-            raise L2GError(f"need --lr above 0 and finite, got {self.lr}")
-        if not 0 <= self.inner_lr < math.inf:
-            raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise L2GError(f"need --clip-norm above 0 and finite, got {self.clip_norm}")
-        if self.clip_norm is not None and self.cuda_graph:
-            raise L2GError(
-                f"--clip-norm, by default that of --method {self.method}, does not work with --cuda-graph; leave "
-                "--cuda-graph out"
-            )
-        if not 0 <= self.mix < 1:
-            raise L2GError(f"need --mix of at least 0 and below 1, got {self.mix}")
-        bilevel = self.mix or self.unit_step or self.inner_on == "supports"
-        if self.method not in ("l2g", "maml") and bilevel:
-            raise L2GError(f"--mix, --unit-step and --inner-on belong to l2g and maml, got --method {self.method}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise L2GError(f"need --weight-decay of at least 0 and finite, got {self.weight_decay}")
-        if self.resized_crop is not None and not (self.augment and 0 < self.resized_crop <= 1):
-            got = f"{self.resized_crop} {'with' if self.augment else 'without'} --augment"
-            raise L2GError(f"need --augment and a --resized-crop above 0 and at most 1, got {got}")
-        self._check_learner()
-        self._check_supervised()
-        self._check_names()
-        if self.tasks_per_update is not None and self.method == "l2g":
-            raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
-        if self.cuda_graph and (self.tasks_per_update or 0) % 2:
-            raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {self.tasks_per_update}")
-        if self.far_pairs and self.shared_classes:
-            raise L2GError("need --far-pairs or --shared-classes, got both; leave one out")
-        if self.fresh_queries and self.method != "maml":
-            raise L2GError(f"--fresh-queries belongs to --method maml, got --method {self.method}")
-
-    def _check_names(self) -> None:
-        for name in ("adapt", "backbone_options"):
-            value = getattr(self, name)
-            if value is not None and not (value and all(isinstance(text, str) for text in value)):
-                raise L2GError(f"need {flag(name)} to be one or more texts, got {value!r}")
-        parsed_options(self.backbone_options)
-        if self.adapt is not None and self.method not in ("l2g", "maml"):
-            raise L2GError(f"--adapt belongs to --method l2g and maml, got --method {self.method}; leave it out")
-        if self.weight_decay and self.learn_inner_lr:
-            raise L2GError("--weight-decay would shrink learned step sizes too; leave it or --learn-inner-lr out")
-
-    def _check_supervised(self) -> None:
-        if self.method != SUPERVISED:
-            if self.batch is not None or self.head == "linear":
-                raise L2GError(f"--batch and --head linear belong to --method supervised, got --method {self.method}")
-            return
-        filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
-        given = [name for name in NOT_SUPERVISED if name not in filled and getattr(self, name)]
-        if given or self.head != "linear":
-            flags = ", ".join(map(flag, given if self.head == "linear" else ["head"]))
-            raise L2GError(f"--method supervised does not take {flags}; leave it out")
-
-    def _check_learner(self) -> None:
-        if self.method not in LEARNERS:
-            if self.head == "softmax" or self.test_steps is not None:
-                raise L2GError(
-                    f"--test-steps and --head softmax belong to --method {' or '.join(LEARNERS)}, got --method "
-                    f"{self.method}, which classifies unseen classes without adapting"
-                )
-            return
-        if self.head != "softmax":
-            raise L2GError(f"--method {self.method} has no metric head, got --head {self.head}; leave it out")
-        given = [name for name in HEAD_FLAGS if getattr(self, name)]
-        if self.method == "meta-lstm":
-            given += [name for name in ("test_steps", "first_order") if getattr(self, name)]
-        if given:
-            flags = ", ".join(map(flag, given))
-            raise L2GError(f"--method {self.method} does not take {flags}; leave them out")
-        if self.learn_inner_lr or self.recompute:
-            raise L2GError(f"--learn-inner-lr and --recompute belong to l2g and maml, got --method {self.method}")
-        for name in ("ways", "outer_ways"):
-            if getattr(self, name) != self.ways or not isinstance(self.ways, int):
-                raise L2GError(
-                    f"--method {self.method} has one output per class and needs one number of ways, got --ways "
-                    f"{self.ways} and --outer-ways {self.outer_ways}"
-                )
 
     @property
     def episodes_per_update(self) -> int:

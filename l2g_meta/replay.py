@@ -19,15 +19,14 @@ from l2g_meta.build import (
     build_optimizer,
     build_pairs,
     build_wrapper,
-    calls_of_update,
     n_classes_of,
     set_precision,
-    tasks_of_calls,
 )
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError
 from l2g_meta.objectives import accumulate
 from l2g_meta.state import load, restore
+from l2g_meta.update_tasks import calls_of_update, tasks_of_calls
 
 
 def replay(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from l2g_meta import state
-from l2g_meta.build import positions_of_update
 from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
@@ -24,6 +23,7 @@ from l2g_meta.lock import claim
 from l2g_meta.logs import RunLog
 from l2g_meta.objectives import UpdateStats
 from l2g_meta.signals import Signals, Stopped, requeue
+from l2g_meta.update_tasks import positions_of_update
 from l2g_meta.updates import all_finite
 from l2g_meta.wrapper import L2GWrapper
 

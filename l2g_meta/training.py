@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.build import (
-    arrange,
     build_data,
     build_device,
     build_model,
@@ -21,12 +20,11 @@ from l2g_meta.build import (
     build_optimizer,
     build_pairs,
     build_wrapper,
-    positions_of_update,
     set_precision,
 )
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.clone import backend
-from l2g_meta.config import SUPERVISED, Config
+from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import Episodes, TaskPairs, values
 from l2g_meta.data.sources import task_source
@@ -36,6 +34,8 @@ from l2g_meta.evaluation import Evaluation, evaluate
 from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
 from l2g_meta.run import Run
+from l2g_meta.settings import SUPERVISED
+from l2g_meta.update_tasks import arrange, positions_of_update
 from l2g_meta.updates import EagerUpdate, seed_update
 from l2g_meta.weights import initialise
 from l2g_meta.wrapper import L2GWrapper

@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.build import build_model, build_pairs, load_run, tasks_of_update
+from l2g_meta.build import build_model, build_pairs, load_run
 from l2g_meta.checkpoint import load_tensors, save_tensors
 from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.data import ClassDataset, TaskPairs
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.training import train
+from l2g_meta.update_tasks import tasks_of_update
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from l2g_meta.classify.card import model_card
 from l2g_meta.classify.episodes import calibrate
 from l2g_meta.classify.images import Preparation
 from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
-from l2g_meta.config import LEARNERS, MACHINE, Config
+from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import L2GError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
+from l2g_meta.settings import LEARNERS
 
 TOLERANCE = 1e-4  # largest difference of an exported encoder's embeddings, relative to their largest magnitude
 CARD, PROGRAM, ONNX = "README.md", "encoder.pt2", "encoder.onnx"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from l2g_meta.commands.output import add_output
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.train import add_config, run
-from l2g_meta.config import NOT_SUPERVISED, SUPERVISED
+from l2g_meta.settings import NOT_SUPERVISED, SUPERVISED
 
 __all__ = ["INTERRUPTED", "add", "run"]
 

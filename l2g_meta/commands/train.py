@@ -14,11 +14,12 @@ from l2g_meta.commands.output import add_output, bold, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.runs import describe
 from l2g_meta.commands.types import METAVARS, TYPES
-from l2g_meta.config import SUPERVISED, Config
+from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
 from l2g_meta.presets import PRESETS
+from l2g_meta.settings import SUPERVISED
 
 if TYPE_CHECKING:
     from l2g_meta.evaluation import Evaluation

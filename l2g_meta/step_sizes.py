@@ -1,0 +1,90 @@
+"""Step sizes α of the inner step: one number, or learned (Meta-SGD, Li et al. 2017)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.clone import adapted_names, trainable_parameters
+from l2g_meta.errors import FitError
+
+LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
+
+
+class StepSizes(nn.Module):
+    r"""Inner step sizes α: one number, or learned per model, per tensor or per element (Meta-SGD).
+
+    Keys of the state dict are ``value`` for one number, else those of the model's parameters.
+
+    Args:
+        model: the module whose trainable parameters get a step size.
+        value: (initial) step size, a finite number.
+        learn: see ``L2GWrapper``.
+        adapt: see ``L2GWrapper``.
+
+    Example:
+        >>> alpha = StepSizes(nn.Linear(2, 1), 0.1, "tensor")
+        >>> sorted(alpha.state_dict()), alpha("bias").item() == torch.tensor(0.1).item()
+        (['bias', 'weight'], True)
+    """
+
+    def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False, adapt: Sequence[str] | None = None):
+        super().__init__()
+        if learn not in (False, "scalar", "tensor", "element"):
+            raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
+        if value is None or isinstance(value, str) or not 0 <= float(value) < math.inf:
+            raise FitError(f"need inner_lr to be a number of at least 0, finite; got {value!r}")
+        trainable = trainable_parameters(model)
+        if not trainable:
+            raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
+        trainable = {name: trainable[name] for name in adapted_names(model, adapt)}
+        self.learn = learn
+        if learn in ("tensor", "element"):
+            for name, p in trainable.items():
+                alpha = torch.full(p.shape if learn == "element" else (), value, dtype=p.dtype, device=p.device)
+                self._node(name, create=True)._parameters[name.rpartition(".")[2]] = nn.Parameter(alpha)
+        elif learn == "scalar":
+            like = next(iter(trainable.values()))
+            self.value = nn.Parameter(torch.tensor(value, dtype=like.dtype, device=like.device))
+        else:
+            # float64, to be the given number in float64 models; without dimensions it promotes nothing.
+            self.register_buffer("value", torch.tensor(value, dtype=torch.float64))
+
+    def start(self, value: float) -> None:
+        """Sets a step size that is not learned; what is learned stays as it is."""
+        if self.learn is False:
+            self.value.fill_(value)
+
+    def forward(self, name: str) -> Tensor:
+        """Step size of the parameter ``name``: () or of the parameter's shape."""
+        if self.learn in (False, "scalar"):
+            return self.value
+        node = self._node(name)
+        key = name.rpartition(".")[2]
+        if node is None or key not in node._parameters:
+            raise FitError(
+                f"need a step size for {name!r}, which was frozen or missing when the wrapper was made; make the "
+                "wrapper after choosing which parameters train"
+            )
+        return node._parameters[key]
+
+    def _node(self, name: str, *, create: bool = False) -> Any:
+        # A tree of plain modules, so that keys equal the model's; names may hold dots, which attributes may not.
+        node: nn.Module | None = self
+        for part in name.split(".")[:-1]:
+            if create:
+                node._modules.setdefault(part, nn.Module())  # type: ignore[union-attr]
+            node = None if node is None else node._modules.get(part)
+        return node
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepSizes:
+        # A fixed step size stays in float64 on the CPU, where it acts as a number, whatever the model is cast to.
+        return self if self.learn is False else super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Arguments, for printing."""
+        return f"learn={self.learn!r}"
