@@ -6,6 +6,7 @@ data set says, not as the library's weights were trained. Both libraries are imp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -131,6 +132,7 @@ def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any])
             f"need --backbone timm:NAME or torchvision:NAME for --weights default, got {backbone}, which has none; "
             "name a file or a run"
         )
+    logging.disable(logging.WARNING)  # of retries; the error says what became of them
     try:
         if library == "timm":
             return timm_encoder(name, in_channels, options, pretrained=True).state_dict()
@@ -145,6 +147,8 @@ def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any])
             f"need {library}'s pretrained weights of {name}, in its cache or from the net, got: {reason}; run this "
             "once with a network, copy the cache, or give a file of the state dict by --weights FILE"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def require_timm() -> ModuleType:

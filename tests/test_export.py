@@ -116,6 +116,7 @@ def test_the_command_writes_all_files_and_a_card(blob_run, tmp_path, capsys):
 
     x = torch.randn(4, 3, 16, 16)
     session = onnxruntime.InferenceSession(out / "encoder.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "n"
     encoder = load_run(blob_run, device="cpu")[0].module.encoder
     with torch.no_grad():
         torch.testing.assert_close(

@@ -124,7 +124,7 @@ def _through_onnx(program: Any, images: list[Tensor], path: Path) -> list[Tensor
     try:
         torch.onnx.export(
             program, (), path, dynamo=True, external_data=False, input_names=["images"], output_names=["features"],
-            verbose=False,
+            dynamic_shapes=({0: "n"},), verbose=False,
         )  # fmt: skip
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exporter's own errors are many
