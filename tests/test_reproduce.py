@@ -313,7 +313,10 @@ def test_missing_data_is_found_before_anything_runs(tmp_path, capsys):
     assert not (tmp_path / "cells").exists()
 
 
-def test_unknown_rows_columns_and_a_missing_root():
+def test_unknown_rows_columns_devices_and_a_missing_root(tmp_path):
+    out = tmp_path / "no-device"
+    command = ["reproduce", "table1", "--scale", "smoke", "--device", "abacus", "--out", str(out)]
+    assert main(command) == 2 and not out.exists()
     with pytest.raises(L2GError, match="need --rows of matching, .*; got protein"):
         plan("table1", "smoke", Path("none"), rows=["protein"])
     with pytest.raises(L2GError, match="need --columns of any-shot, any-way, any-both; got 5w1s"):

@@ -10,10 +10,10 @@ EXPERIMENTS = paper.EXPERIMENTS | study.STUDIES
 
 
 def rows_beside(experiment: str) -> tuple[str, ...]:
-    """Rows that an experiment's table may show beside its own: the paper's; a study has its own alone.
+    """Rows that an experiment's table may show beside its own: the paper's in a table; others have their own alone.
 
     Example:
-        >>> "proto" in rows_beside("table2"), rows_beside("baselines")
-        (True, ())
+        >>> "proto" in rows_beside("table2"), rows_beside("figure2"), rows_beside("baselines")
+        (True, (), ())
     """
-    return tuple(paper.ROWS) if experiment in paper.EXPERIMENTS else ()
+    return tuple(paper.ROWS) if experiment.startswith("table") else ()

@@ -80,11 +80,12 @@ def run_cells(
 
 
 def check(plan: Plan) -> None:
-    """That the plan's folder can be written and its data read, before hours of work.
+    """That there is the plan's device, its folder can be written and its data read, before hours of work.
 
     Raises:
         L2GError: if not.
     """
+    build_device(plan.device)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         with open(plan.out / ".writable", "w"):  # now, not after the first cell's hours

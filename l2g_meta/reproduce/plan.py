@@ -68,7 +68,8 @@ SCALES = {
     ),
     "small": Scale(
         "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, so that rows "
-        "of one task per update have fewer episodes than L2G, not as many; 10 training queries instead of 15",
+        "of one task per update have fewer episodes than L2G, not as many, and those of equal time as many updates as "
+        "that pays for; 10 training queries instead of 15",
         2, 300, 150, 28, 10, 15, 6, 200, 600, 7, columns=1,
     ),
     "screen": Scale(
