@@ -40,6 +40,7 @@ PARTS = {
     "l2g-supports": _l2g("inner loss on supports", (*BASE, "l2g-proto"), inner_on="supports"),
     "l2g-mix-0.25": _l2g("mix 0.25", (*BASE, "l2g-proto"), mix=0.25),
     "l2g-mix-0.5": _l2g("mix 0.5", (*BASE, "l2g-proto"), mix=0.5),
+    "l2g-mix-0.5-0.1": _l2g("mix 0.5, α = 0.1", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.1),
     "l2g-2-steps": _l2g("2 inner steps", (*BASE, "l2g-proto"), inner_steps=2),
     "l2g-5-pairs": _l2g("5 pairs", ("proto-5-pairs",), pairs=5),
     "proto-5-pairs": _proto("tasks of 5 pairs", pairs=5),
@@ -63,7 +64,6 @@ CLASSES = {
 }
 FAR = {
     "l2g-far": _l2g("pairs of different super-categories", (*BASE, "l2g-proto"), far_pairs=True),
-    "l2g-mix-far": _l2g("mix 0.5, different super-categories", (*BASE, "l2g-mix-0.5"), mix=0.5, far_pairs=True),
 }
 ROWS = STEPS | PARTS | BASES | CLASSES | FAR
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
