@@ -122,7 +122,8 @@ class Run:
                 f"{self.out} was given its {had} from Python, now {has}; continue it with "
                 "l2g_meta.training.train(..., resume=True) and the same parts"
             )
-        difference = self.config.differences(Config.of(info["config"]).resolved())
+        stored = Config.of(info["config"]).resolved()
+        difference = self.config.differences(stored)
         if difference and not force:
             raise CheckpointError(
                 f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
@@ -130,6 +131,8 @@ class Run:
             )
         state.restore(tensors, wrapper, optimizer, path)
         wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
+        if self.config.learn_inner_lr and self.config.inner_lr != stored.inner_lr:
+            warnings.warn("learned step sizes go on from what they are; --inner-lr is where they began", stacklevel=2)
         if info["iteration"] > self.config.iterations:
             raise CheckpointError(
                 f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "

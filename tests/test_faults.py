@@ -504,6 +504,9 @@ class TestFolders:
         assert main(["train", "--resume", out, "--lr", "0.5", "--iterations", "3", "--force"]) == 0
         assert main(["train", "--resume", out, "--inner-lr", "0.25", "--iterations", "4", "--force"]) == 0
         assert load_tensors(tmp_path / "run" / "last.safetensors")[0]["inner_lr.value"] == 0.25
+        with pytest.warns(UserWarning, match="learned step sizes go on from what they are"):
+            go(tmp_path / "learned", config=Config(**{**vars(CONFIG), "iterations": 2}))
+            go(tmp_path / "learned", resume=True, config=Config(**{**vars(CONFIG), "iterations": 4, "inner_lr": 0.1}))
         assert main(["train", "--resume", out]) == 0
         for wrong in (["--force"], ["--resume", out, "--out", out], ["--replay", out, "--lr", "1"], ["--replay", out]):
             assert main(["train", *wrong]) == 2
