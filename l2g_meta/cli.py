@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `l2g ... | head` has seen enough
         return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:
+        if "shared object" in str(error):  # PyTorch's, when a library that it links to is missing
+            complain(f"{error}; l2g doctor says what does not work, and what mends it")
+            return 2
         what = "cannot read or write" if error.filename is None else f"cannot use {error.filename}"
         complain(f"{what}: {error.strerror or error}")
         return 2
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
         remedy = "run it again" if args is None else getattr(command(args.command), "INTERRUPTED", "run it again")
-        complain(f"{what}; {remedy}")
+        complain(f"{what}; {remedy.replace('RUN', shlex.quote(getattr(error, 'run', 'RUN')))}")
         return getattr(error, "code", 130)
     finally:
         _settle_stdout()

@@ -108,10 +108,9 @@ class World:
         try:
             yield
         except RuntimeError as error:  # of gloo, nccl and PyTorch's store
-            reason = str(error).splitlines()[0]
             raise L2GError(
                 f"rank {self.rank} has lost another of {self.size} processes, which died or said nothing for "
-                f"--rank-timeout seconds ({reason}); the run goes on from its last state with --resume"
+                "--rank-timeout seconds; the run goes on from its last state with --resume"
             ) from error
 
 
@@ -138,7 +137,15 @@ def join(device: torch.device, *, timeout: float = 600.0) -> tuple[World, torch.
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except RuntimeError as error:
+            here = World.here()
+            raise L2GError(
+                f"rank {here.rank} waited for the other of {here.size} processes, which did not come within "
+                f"--rank-timeout {timeout:g} seconds ({str(error).splitlines()[0]}); start them all, with one address "
+                "and port"
+            ) from error
     return World(dist.get_rank(), dist.get_world_size()), device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import warnings
@@ -70,7 +71,7 @@ class RunLog:
         with self._full_disk():
             self.writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN: no such thing here
             self.file.flush()
-        self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / row['seconds']:.1f}"}
+        self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / (row['seconds'] or math.inf):.1f}"}
         if "val_accuracy" in row:
             self.shown["val"] = f"{row['val_accuracy']:.1f}%"
         self.bar.set_postfix(self.shown, refresh=False)

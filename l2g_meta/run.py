@@ -22,6 +22,7 @@ from l2g_meta.evaluation import Evaluation
 from l2g_meta.lock import claim
 from l2g_meta.logs import RunLog
 from l2g_meta.objectives import UpdateStats
+from l2g_meta.options import flag
 from l2g_meta.signals import Signals, Stopped, requeue
 from l2g_meta.update_tasks import positions_of_update
 from l2g_meta.updates import all_finite
@@ -50,7 +51,7 @@ class Run:
 
     def __init__(self, out: Path, config: Config, world: World):
         self.out, self.config, self.world = out, config, world
-        self.signals = Signals()
+        self.signals = Signals(str(out))
         self.stack = ExitStack()
         self.rows: RunLog | None = None
 
@@ -131,8 +132,12 @@ class Run:
             )
         state.restore(tensors, wrapper, optimizer, path)
         wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
-        if self.config.learn_inner_lr and self.config.inner_lr != stored.inner_lr:
-            warnings.warn("learned step sizes go on from what they are; --inner-lr is where they began", stacklevel=2)
+        config = self.config
+        learned = {"inner_lr": config.learn_inner_lr, "temperature": config.learn_temperature, "weights": True}
+        kept = [n for n, is_kept in learned.items() if is_kept and getattr(config, n) != getattr(stored, n)]
+        if kept:
+            flags = ", ".join(map(flag, kept))
+            warnings.warn(f"{flags}: where training began; what has been learned since goes on", stacklevel=2)
         if info["iteration"] > self.config.iterations:
             raise CheckpointError(
                 f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
@@ -192,7 +197,7 @@ class Run:
             Stopped: always.
         """
         self.world.wait()  # for the main process, which saved
-        raise Stopped(self._stopped(iteration), asked)
+        raise Stopped(self._stopped(iteration), asked, str(self.out))
 
     def not_finite(
         self,
@@ -275,4 +280,4 @@ class Run:
             return {**info, "best": -1.0, "best_iteration": None}
 
     def _stopped(self, iteration: int) -> str:
-        return f"stopped after update {iteration} of {self.config.iterations}, saved in {self.out}"
+        return f"stopped after update {iteration} of {self.config.iterations}, saved"

@@ -28,16 +28,16 @@ SIGNALS = tuple(
 class Stopped(KeyboardInterrupt):
     """A run was stopped by a signal, its state saved. ``code`` is what the command exits with."""
 
-    def __init__(self, message: str, number: int):
+    def __init__(self, message: str, number: int, run: str = "RUN"):
         super().__init__(message)
-        self.code = 128 + number
+        self.code, self.run = 128 + number, run
 
 
 class Signals:
     """While entered, takes note of signals instead of ending the process; ``asked`` is the one that came, or 0.
 
     Signals that the process ignores stay ignored, and outside the main thread, where Python allows no handlers,
-    nothing changes.
+    nothing changes. ``run`` is the run's folder, for messages.
 
     Example:
         >>> with Signals() as signals:
@@ -46,8 +46,8 @@ class Signals:
         True
     """
 
-    def __init__(self) -> None:
-        self.asked = 0
+    def __init__(self, run: str = "RUN") -> None:
+        self.asked, self.run = 0, run
         self.at_once: str | None = None
 
     def __enter__(self) -> Signals:
@@ -68,13 +68,13 @@ class Signals:
             raise KeyboardInterrupt  # asked twice: files are whole at any moment
         self.asked = self.asked or number
         if self.at_once is not None:
-            raise Stopped(self.at_once, self.asked)
+            raise Stopped(self.at_once, self.asked, self.run)
 
     @contextmanager
     def saved(self, message: str, *, alone: bool = True) -> Iterator[None]:
         """While everything is saved and other processes do not wait, a signal ends the run at once."""
         if self.asked and alone:
-            raise Stopped(message, self.asked)
+            raise Stopped(message, self.asked, self.run)
         self.at_once = message if alone else None
         try:
             yield

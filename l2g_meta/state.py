@@ -125,7 +125,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sound = all(type(n) is int and 0 <= n < 2**63 for n in counts) and -1 <= info["best"] <= 100
         row = info["pending"]
         if row is not None:
-            sound = sound and {"loss", "tasks", "seconds"} < row.keys() <= set(COLUMNS) and row["seconds"] > 0
+            sound = sound and {"loss", "tasks", "seconds"} < row.keys() <= set(COLUMNS) and row["seconds"] >= 0
             sound = (
                 sound
                 and row["iteration"] == info["iteration"]

@@ -135,7 +135,7 @@ def train(
             if not finite:
                 run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
-            row |= {"tasks": config.tasks_of_an_update, "seconds": time.perf_counter() - began}
+            row |= {"tasks": config.tasks_of_an_update, "seconds": max(0.0, time.perf_counter() - began)}
 
             due = (k + 1) % config.eval_every == 0 or k + 1 == config.iterations
             info = {**info, "iteration": k + 1, "skipped": info["skipped"] + row["skipped"]}

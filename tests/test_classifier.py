@@ -259,7 +259,10 @@ def test_options_that_cannot_be(options, message):
         ("a.png", r"got the path 'a.png'; pass \[it\]"),
         (Image.new("RGB", (9, 9)), r"got one image; pass \[it\]"),
         (np.zeros((84, 84, 3), np.uint8), r"got one image; pass \[it\]"),
-        (iter(["a.png"]), r"pass list\(images\)"),
+        (iter(["a.png"]), "pass a list"),
+        ({"a.png"}, "pass a list"),
+        (None, "pass a list"),
+        (np.array([Image.new("L", (9, 9))] * 2, dtype=object), "pass a list of images, not an array"),
         ([], "at least one image"),
         (np.full((2, 3, 16, 16), np.nan, np.float32), "need images of finite numbers"),
     ],
@@ -277,8 +280,9 @@ def test_models_that_cannot_be_used(tmp_path):
         FewShotClassifier.load(tmp_path)
     with pytest.raises(L2GError, match="torch.nn.Module as model, got 3"):
         classifier(3).fit([[0.0]], [0])
-    with pytest.raises(DataError, match="preparation=Preparation"):
-        classifier(image_model()).fit([Image.new("L", (16, 16))], [0])
+    for pictures in ([Image.new("L", (16, 16))], np.zeros((1, 16, 16, 1), np.uint8)):
+        with pytest.raises(DataError, match="preparation=Preparation"):
+            classifier(image_model()).fit(pictures, [0])
 
 
 def test_scikit_learn_is_needed_only_here():

@@ -226,9 +226,7 @@ def test_all_ranks_take_the_same_branch(tmp_path):
 
 def test_a_signal_to_one_rank_saves_once_and_stops_all(tmp_path):
     found = ranks(2, odd, "signal", tmp_path / "run", False)
-    assert (
-        found == [f"Stopped: stopped after update 4 of 6, saved in {tmp_path / 'run'}"] * 2
-    )  # noticed by the update after
+    assert found == ["Stopped: stopped after update 4 of 6, saved"] * 2  # noticed by the update after
     assert load_tensors(tmp_path / "run" / "last.safetensors")[1]["iteration"] == 4
     assert len(read_log(tmp_path / "run")) == 4
 

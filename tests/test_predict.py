@@ -85,7 +85,7 @@ def test_unreadable_images_are_listed_and_skipped(blob_run, photos, capsys):
     assert listed == ["0.png", "photo.heic", "3.png"]
     assert [line.split(":")[1].split("/")[-1] for line in err.splitlines() if line.startswith("l2g: skipped")] == listed
     assert predict(blob_run, photos) == 1
-    assert "3 could not be read and were skipped" in capsys.readouterr().out
+    assert "3 skipped; listed on the error output" in capsys.readouterr().out
 
 
 def test_nothing_that_can_be_read_and_a_picture_beside_the_classes(blob_run, photos, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +63,10 @@ def query_files(queries: Sequence[Path]) -> list[str]:
         else:
             raise DataError(f"need a file or folder to classify, there is no {query}; check --query")
     if not files:
-        raise DataError(f"need images *.{{jpg,jpeg,png}} to classify, got none in {', '.join(map(str, queries))}")
-    return files
+        raise DataError(
+            f"need images *.{{jpg,jpeg,png}} to classify, got none in {', '.join(map(str, queries))}; check --query"
+        )
+    return list(dict.fromkeys(files))
 
 
 def support_files(folder: Path) -> dict[str, list[str]]:
@@ -74,10 +76,10 @@ def support_files(folder: Path) -> dict[str, list[str]]:
         DataError: if there is no class, or a class has no picture.
     """
     if not folder.is_dir():
-        raise DataError(f"need a folder of one folder per class as --support, {folder} is none")
+        raise DataError(f"need a folder of one folder per class as --support, {folder} is none; check it")
     classes, lacks = files_by_class(folder, PICTURES)
     if lacks:
-        raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {lacks} in {folder}")
+        raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {lacks} in {folder}; add some")
     return classes
 
 
@@ -161,14 +163,18 @@ def read_batches(
             yield [file for file, _ in good], pixels
 
 
-def right_of(rows: Sequence[Row], classes: Sequence[str]) -> tuple[int, int] | None:
+def right_of(rows: Sequence[Row], classes: Sequence[str], supports: Collection[str] = ()) -> tuple[int, int] | None:
     """How many rows are right, of those whose file lies in a folder that is named as a class; ``None`` of none.
+
+    Files that are examples themselves do not count.
 
     Example:
         >>> right_of([Row("q/cat/1.png", "cat", 0.9, ""), Row("q/dog/2.png", "cat", 0.6, "")], ["cat", "dog"])
         (1, 2)
     """
-    named = [(row.label, os.path.basename(os.path.dirname(row.file))) for row in rows]
+    known = set(map(os.path.realpath, supports))
+    others = [row for row in rows if not known or os.path.realpath(row.file) not in known]
+    named = [(row.label, os.path.basename(os.path.dirname(row.file))) for row in others]
     told = [label == name for label, name in named if name in classes]
     return (sum(told), len(told)) if told else None
 

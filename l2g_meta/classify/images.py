@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +117,12 @@ def check_several(images: Any) -> None:
         DataError: if they are one image, one path, none, or an iterator.
     """
     if isinstance(images, str | bytes | os.PathLike | Image.Image) or _is_one_image(images):
-        what = f"the path {images!r}" if isinstance(images, str | bytes | os.PathLike) else "one image"
+        what = f"the path {os.fspath(images)!r}" if isinstance(images, str | os.PathLike) else "one image"
         raise DataError(f"need a list of images or paths, or an array (n, ...), got {what}; pass [it], a list of one")
-    if isinstance(images, Iterator):
-        raise DataError(f"need images that can be counted, got a {type(images).__name__}; pass list(images)")
+    if images is None or isinstance(images, Iterator | Set | Mapping):
+        raise DataError(
+            f"need images that can be counted and have an order, got a {type(images).__name__}; pass a list"
+        )
     if isinstance(images, list | tuple) and not images:
         raise DataError("need at least one image, got an empty list; check where the images are looked for")
 
@@ -171,6 +173,11 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
         return _from_list(images, preparation, device).to(dtype)
     x = _as_tensor(images)
     if preparation is None:
+        if x.dtype == torch.uint8:
+            raise DataError(
+                "need the module's own floats where only the module is known, got uint8; pass "
+                "preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
+            )
         return x.to(device, dtype)
     shape = preparation.image_shape
     flat = int(np.prod(shape))
@@ -222,6 +229,8 @@ def _as_tensor(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
     array = np.asarray(values)
+    if array.dtype == object:
+        raise DataError("need arrays of numbers, got one of objects; pass a list of images, not an array of them")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

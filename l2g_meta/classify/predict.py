@@ -52,6 +52,8 @@ def predict(
     """
     from tqdm import tqdm
 
+    if csv_file is not None and str(csv_file) == "-":
+        raise L2GError("need a file for --csv, got -; name one, or take --json, which writes to the standard output")
     source = open_source(model, device)
     if source.preparation is None:
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
@@ -72,7 +74,7 @@ def predict(
         raise L2GError(
             f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
         )
-    summary = _summary(classifier, rows, skipped) | {"seconds": time.perf_counter() - began}
+    summary = _summary(classifier, rows, skipped, supports) | {"seconds": time.perf_counter() - began}
     if table:
         _say(summary, csv_file)
     if emit is not None:
@@ -143,9 +145,11 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _summary(classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped) -> dict[str, Any]:
+def _summary(
+    classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped, supports: Sequence[str]
+) -> dict[str, Any]:
     classes = list(map(str, classifier.classes_))
-    right = right_of(rows, classes)
+    right = right_of(rows, classes, supports)
     return {
         "classes": classes,
         "examples": classifier.n_examples_,
@@ -184,4 +188,4 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
             f"{high:.1f}, for other images and these examples)"
         )
     if summary["unreadable"]:
-        print(f"{len(summary['unreadable'])} could not be read and were skipped; listed on the error output")
+        print(f"{len(summary['unreadable'])} skipped; listed on the error output, with the reason")

@@ -92,6 +92,12 @@ def read_run(path: Path) -> RunFolder:
         problems.append(
             f"learning curve cut off: log.csv ends at update {last:.0f}, the best checkpoint is of {needed:.0f}"
         )
+    if config is not None and not config.skip_nonfinite and (lost := int(np.isnan(log[:, 1]).sum())):
+        problems.append(f"learning curve has gaps: {lost} rows of log.csv have no loss that is a number")
+    if missing := int(last) - len(set(log[:, 0])):
+        problems.append(f"learning curve has gaps: {missing} of {last:.0f} updates are not in log.csv")
+    if best and len(log) and not np.isfinite(log[:, 2]).any():
+        problems.append("no validation in log.csv, though there is a best checkpoint: the file was changed")
     return RunFolder(path, config, log, best, tuple(problems))
 
 
