@@ -119,7 +119,7 @@ def check_several(images: Any) -> None:
     if isinstance(images, str | bytes | os.PathLike | Image.Image) or _is_one_image(images):
         what = f"the path {os.fspath(images)!r}" if isinstance(images, str | os.PathLike) else "one image"
         raise DataError(f"need a list of images or paths, or an array (n, ...), got {what}; pass [it], a list of one")
-    if images is None or isinstance(images, Iterator | Set | Mapping):
+    if images is None or isinstance(images, Iterator | Set):
         raise DataError(
             f"need images that can be counted and have an order, got a {type(images).__name__}; pass a list"
         )
