@@ -56,7 +56,7 @@ def test_a_sound_run_is_read(run: Path) -> None:
         ({"best_iteration": -2}, "need the state of a run"),
         ({"pending": [1]}, "need the state of a run"),
         ({"pending": {"iteration": 1, "loss": "a", "tasks": 1, "seconds": 1.0}}, "need the state of a run"),
-        ({"pending": {"iteration": 1, "loss": 1.0, "tasks": 1, "seconds": 0}}, "need the state of a run"),
+        ({"pending": {"iteration": 1, "loss": 1.0, "tasks": 1, "seconds": -1}}, "need the state of a run"),
         ({"pending": {"iteration": 1, "loss": 1.0, "tasks": 1, "seconds": 1, "odd": 1}}, "need the state of a run"),
         ({"best": float("nan")}, "need the state of a run"),
         ({"iteration": 10**30}, "need the state of a run"),
