@@ -19,7 +19,6 @@ from l2g_meta.settings import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, check
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
 
-
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
 Names = tuple[str, ...]
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what

@@ -18,6 +18,7 @@ from l2g_meta.data.classes import prepared
 from l2g_meta.data.images import FORMATS, IMAGENET_MEAN, IMAGENET_STD, read_image, stretch
 from l2g_meta.errors import DataError, L2GError
 
+PREPARED = "pass preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
 MAX_SIDE = 2048  # of the network's input; a file that asks for more is damaged or hostile
 
 
@@ -174,10 +175,7 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
     x = _as_tensor(images)
     if preparation is None:
         if x.dtype == torch.uint8:
-            raise DataError(
-                "need the module's own floats where only the module is known, got uint8; pass "
-                "preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
-            )
+            raise DataError(f"need the module's own floats where only the module is known, got uint8; {PREPARED}")
         return x.to(device, dtype)
     shape = preparation.image_shape
     flat = int(np.prod(shape))
@@ -199,8 +197,7 @@ def _from_list(images: Sequence[Any], preparation: Preparation | None, device: t
         for image in images:
             if not isinstance(image, np.ndarray | Tensor):
                 raise DataError(
-                    f"need arrays or tensors where only the module is known, got {type(image).__name__}; "
-                    "pass preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
+                    f"need arrays or tensors where only the module is known, got {type(image).__name__}; {PREPARED}"
                 )
         return torch.stack([_as_tensor(image) for image in images]).to(device)
     found = [_pixels(image, preparation) for image in images]

@@ -76,8 +76,9 @@ def images_of(report: Report) -> list[Images]:
         images.hard = hardest(
             [_added(confusion(m.answers, images.data.n_classes) for m in of) for of in tested], report.asked.classes
         )
+        hard = images.data.of_classes(images.hard)  # once, a copy of their images
         images.confusions = [
-            _added(confusion(among(m, images.hard, report.asked), len(images.hard)) for m in of) for of in tested
+            _added(confusion(among(m, hard, report.asked), hard.n_classes) for m in of) for of in tested
         ]
         found.append(images)
     return found

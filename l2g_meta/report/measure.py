@@ -116,12 +116,12 @@ def measure(run: RunFolder, asked: Asked, splits: Splits) -> Measured:
     return Measured(evaluation, answers, wrapper.module, data, shape)
 
 
-def among(measured: Measured, classes: Sequence[int], asked: Asked) -> list[Answers]:
-    """Answers of a model that was tested in as many episodes of these classes alone, which are 0, 1, … there."""
-    ways = min(max(values(measured.shape["ways"])), len(classes))
+def among(measured: Measured, data: ClassDataset, asked: Asked) -> list[Answers]:
+    """Answers of a model that was tested, in as many episodes of other data: some of the classes alone."""
+    ways = min(max(values(measured.shape["ways"])), data.n_classes)
     device = next((p.device for p in measured.model.parameters()), torch.device("cpu"))
     shape = measured.shape | {"ways": ways}
-    return _ask(measured.model, measured.data.of_classes(classes), shape, asked, device)[1]
+    return _ask(measured.model, data, shape, asked, device)[1]
 
 
 def _ask(

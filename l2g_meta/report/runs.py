@@ -70,7 +70,7 @@ def read_run(path: Path) -> RunFolder:
         found = "a folder without config.json and log.csv" if path.is_dir() else "no folder of that name"
         raise L2GError(f"need a run directory, {path}: {found}; name a folder made by `l2g train`")
     problems: list[str] = []
-    config, log, best = None, np.empty((0, len(NUMBERS))), {}
+    config, log, best, logged = None, np.empty((0, len(NUMBERS))), {}, True
     try:
         config = Config.load(path / "config.json")
     except L2GError as error:
@@ -78,6 +78,7 @@ def read_run(path: Path) -> RunFolder:
     try:
         log = read_numbers(path)
     except L2GError as error:
+        logged = False
         problems.append(f"no learning curve: {error}")
     try:
         best = read_info(path / "best.safetensors")
@@ -87,18 +88,26 @@ def read_run(path: Path) -> RunFolder:
     except CheckpointError as error:
         best = {}
         problems.append(f"not tested: {error}")
+    if logged:
+        problems += _gaps(log, best, losses=config is not None and not config.skip_nonfinite)
+    return RunFolder(path, config, log, best, tuple(problems))
+
+
+def _gaps(log: np.ndarray, best: Mapping[str, Any], *, losses: bool) -> list[str]:
+    """What a log lacks, in words: of ``read_numbers``, beside the best checkpoint's header; ``losses``: each is due."""
+    found = []
     last, needed = (log[:, 0].max() if len(log) else 0), number(best.get("best_iteration"))
-    if last < needed and not any(problem.startswith("no learning curve") for problem in problems):
-        problems.append(
+    if last < needed:
+        found.append(
             f"learning curve cut off: log.csv ends at update {last:.0f}, the best checkpoint is of {needed:.0f}"
         )
-    if config is not None and not config.skip_nonfinite and (lost := int(np.isnan(log[:, 1]).sum())):
-        problems.append(f"learning curve has gaps: {lost} rows of log.csv have no loss that is a number")
+    if losses and (lost := int(np.isnan(log[:, 1]).sum())):
+        found.append(f"learning curve has gaps: {lost} rows of log.csv have no loss that is a number")
     if missing := int(last) - len(set(log[:, 0])):
-        problems.append(f"learning curve has gaps: {missing} of {last:.0f} updates are not in log.csv")
+        found.append(f"learning curve has gaps: {missing} of {last:.0f} updates are not in log.csv")
     if best and len(log) and not np.isfinite(log[:, 2]).any():
-        problems.append("no validation in log.csv, though there is a best checkpoint: the file was changed")
-    return RunFolder(path, config, log, best, tuple(problems))
+        found.append("no validation in log.csv, though there is a best checkpoint: the file was changed")
+    return found
 
 
 def read_numbers(run: Path) -> np.ndarray:
