@@ -81,7 +81,7 @@ class Config:
     far_pairs: bool = _flag(False, "T_i and T_j from different super-categories (glyphs: scripts; tiered-imagenet)")
     train_classes: int | None = _flag(None, "train on that many of the classes, drawn by --split-seed (default: all)")
 
-    inner_lr: float = _flag(None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01")
+    inner_lr: float = _flag(None, "α, step size of the inner step (default: 0.01, as the paper)")
     inner_steps: int = _flag(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
                              "(default: 5; meta-lstm 1-shot: 12)")  # fmt: skip
     test_steps: int | None = _flag(None, "maml-softmax: steps on the supports at test (default: 10)")
@@ -90,7 +90,8 @@ class Config:
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
     inner_on: str = _flag("queries", "l2g, maml: what the inner loss is of; Algorithm 1: queries",
                           choices=("queries", "supports"))  # fmt: skip
-    mix: float = _flag(0.0, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time")
+    mix: float = _flag(None, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time "
+                       "(default: l2g 0.5, maml 0); Algorithm 1 of the paper: 0")  # fmt: skip
     unit_step: bool = _flag(False, "l2g, maml: divide the inner gradient by its norm: θ' lies at the distance α")
     adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
                                 "example encoder.blocks.3 'head.*' (default: all)",
@@ -165,15 +166,16 @@ class Config:
         return config
 
     def _of_method(self) -> dict[str, Any]:
-        """Head, inner steps, optimizer and clipping, where the method has a default of its own."""
-        own: dict[str, Any] = {"head": "prototypical", "inner_lr": 0.003, "inner_steps": 1}
+        """Head, inner steps, mix, optimizer and clipping, where the method has a default of its own."""
+        own: dict[str, Any] = {"head": "prototypical", "inner_lr": 0.01, "inner_steps": 1}
+        own["mix"] = 0.5 if self.method == "l2g" else 0.0
         own |= {"optimizer": "adam", "weight_decay": 0.0, "schedule": "halve"}
         if self.method == SUPERVISED:
             own |= {"head": "linear", "distance": "cosine", "batch": 128, "tasks_per_update": 1}
             own |= {"optimizer": "sgd", "weight_decay": 5e-4, "schedule": "cosine"}
         own["lr"] = 0.05 if (self.optimizer or own["optimizer"]) == "sgd" else 1e-3
         if self.method in LEARNERS:
-            own |= {"head": "softmax", "inner_lr": 0.01, "inner_steps": 5}
+            own |= {"head": "softmax", "inner_steps": 5}
         if self.method == "maml-softmax":
             own["test_steps"] = 10
         if self.method == "meta-lstm":
@@ -230,6 +232,6 @@ class Config:
 
     @classmethod
     def of(cls, values: Any) -> Config:
-        """A config from JSON values: lists become tuples."""
+        """A config from a run's JSON: lists become tuples; a run from before ``mix`` had none."""
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**found)
+        return cls(**{"mix": 0.0} | found)

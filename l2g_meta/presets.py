@@ -19,7 +19,7 @@ SMALL = MINI | {
     "eval_every": 100,
     "eval_episodes": 200,
 }
-L2G: dict[str, Any] = {"method": "l2g", "inner_lr": 0.01}
+L2G: dict[str, Any] = {"method": "l2g", "inner_lr": 0.01, "mix": 0.0}  # Algorithm 1
 MIX = L2G | {"mix": 0.5}
 RESNET = MINI | {"backbone": "resnet12", "backbone_options": ("drop_rate=0.1",), "augment": True, "iterations": 10_000}
 

@@ -29,4 +29,6 @@ def test_quickstart_leaves_pictures_and_shows_the_table_again(tmp_path):
     tables = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout for _ in (1, 2)]
     assert "Episodic" in tables[0] and "20-way" in tables[0] and tables[0] == tables[1]
     out = tmp_path / "runs" / "quickstart-smoke"
-    assert {"convergence.png", "tsne.png", "episodic-4-tasks", "l2g-2-pairs"} <= {p.name for p in out.iterdir()}
+    assert {"convergence.png", "tsne.png", "episodic-4-tasks", "l2g-algorithm-1", "l2g-mix-0.5"} <= {
+        p.name for p in out.iterdir()
+    }

@@ -25,6 +25,13 @@ def test_presets_are_the_runs_of_the_study(name, row):
     assert cell.config().differences(config) == ""
 
 
+def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_none():
+    mixes = [Config(method=method).resolved().mix for method in ("l2g", "maml", "episodic")]
+    assert mixes == [0.5, 0.0, 0.0] and Config(mix=0.0).resolved().mix == 0.0
+    older = {name: value for name, value in vars(Config().resolved()).items() if name != "mix"}
+    assert Config.of(older).resolved().mix == 0.0
+
+
 def test_flags_win(tmp_path, capsys):
     train = ["train", "--preset", "mini-28px-l2g-mix", "--root", str(tmp_path)]
     config = run_of(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"])).config

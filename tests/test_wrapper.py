@@ -10,7 +10,7 @@ from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationH
 from l2g_meta.errors import DataError, FitError
 from l2g_meta.heads import HEADS
 from l2g_meta.model import build_head, feature_shape
-from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.testing import functional_meta_loss, random_task, second_order_is_kept
 
 IMAGE = (2, 16, 16)
@@ -125,6 +125,22 @@ def test_a_mix_is_the_sum_of_both_gradients_and_a_unit_step_has_the_length_alpha
     assert length.item() == pytest.approx(0.1)
     with pytest.raises(FitError, match="mix to be at least 0 and below 1, got 1"):
         L2GWrapper(model, 0.1, mix=1.0)
+
+
+def test_half_a_mix_without_a_step_is_episodic_training_on_both_tasks(tasks, either_backend):
+    model = network()
+    both = gradient(model, episodic(L2GWrapper(model, 0.1), *tasks).loss)
+    mixed = gradient(model, L2GWrapper(model, 0.0, mix=0.5)(*tasks))
+    torch.testing.assert_close(mixed, both, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sum_over_queries_is_a_mean_with_as_many_times_the_step(tasks, either_backend):
+    """So that ``reduction`` adds nothing to a search over α: Adam does not see the scale of the meta-gradient."""
+    n, model = len(tasks[0].query_y), network()
+    mean = gradient(model, L2GWrapper(model, 0.1)(*tasks))
+    model.head.reduction = "sum"
+    summed = gradient(model, L2GWrapper(model, 0.1 / n)(*tasks))
+    torch.testing.assert_close(summed / n, mean, rtol=1e-9, atol=1e-11)
 
 
 def test_alpha_zero_and_first_order(tasks, either_backend):

@@ -63,7 +63,7 @@ COLUMNS = {
 
 ALPHA = 0.01  # the paper's
 EPISODIC: dict[str, Any] = {"method": "episodic"}
-MAML, L2G = {"method": "maml", "inner_lr": ALPHA}, {"method": "l2g", "inner_lr": ALPHA}
+MAML, L2G = ({"method": method, "inner_lr": ALPHA, "mix": 0.0} for method in ("maml", "l2g"))
 PROTO, RELATION = {"head": "prototypical"}, {"head": "relation"}
 FIXED = {"ways": 5, "shots": 5}  # T_i of table 3
 PROTO_BASES, RELATION_BASES = ("proto", "proto-tasks", "proto-time"), ("relation", "relation-tasks", "relation-time")
