@@ -34,4 +34,5 @@ def describe(config: Config) -> str:
     """What a result belongs to, in a few words."""
     settings = ", ".join(f"{name} {value}" for name, value in config.head_options.items())
     head = f"{config.head} ({settings})" if settings else config.head
-    return f"{config.method} {head}, {config.data} at {config.image_size} px"
+    method = f"{config.method}, mix {config.mix:g}," if config.mix else config.method
+    return f"{method} {head}, {config.data} at {config.image_size} px"
