@@ -85,6 +85,7 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 8 --batching", r"Conv4 does not take images of shape \(3, 8, 8\)"),
         ("--ways 1", "need --ways of at least 2, got 1"),
         ("--norms --variants l2g", "need --variants for the table or --scaling, got it with another measurement"),
+        ("--norms --head relation", "--norms and --storage time no model, got --head; leave it out"),
         ("--ways 1 --norms", "need --ways of at least 2, got 1"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),

@@ -306,6 +306,11 @@ def test_the_disk_is_full_in_one_cell(tmp_path, monkeypatch):
     assert [cell.row for cell in what.cells if cell.done] == ["proto"]
 
 
+def test_figure_3_draws_one_model_of_each_row(capsys):
+    assert main(["reproduce", "figure3", "--scale", "smoke", "--runs", "2"]) == 2
+    assert "need one seed for figure3, which draws one model of each row, got --runs 2" in capsys.readouterr().err
+
+
 def test_missing_data_is_found_before_anything_runs(tmp_path, capsys):
     command = ["reproduce", "table1", "--scale", "small", "--data-root", str(tmp_path / "no"), "--out", str(tmp_path)]
     assert main(command) == 2

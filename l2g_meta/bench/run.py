@@ -218,7 +218,8 @@ def describe_machine(case: Case) -> str:
     if case.device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(case.device)}, PyTorch {torch.__version__}"
     level = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu_model()} ({level}), {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{cpu_model()} ({level}), {threads} thread{'s' if threads > 1 else ''}, PyTorch {torch.__version__}"
 
 
 def table(result: dict[str, Any]) -> str:

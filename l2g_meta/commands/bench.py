@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
     if args.variants and (args.batching or args.norms or args.storage or args.ranks):
         raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
+    model = ("backbone", "head", "inner_steps", "inner_lr")
+    given = [flag(f.name) for f in fields(Case) if getattr(args, f.name) != f.default and f.name in model]
+    if given and (args.norms or args.storage):
+        raise L2GError(f"--norms and --storage time no model, got {', '.join(given)}; leave it out")
     result: Any
     if args.batching:
         result = batching(case, repeats=args.repeats)

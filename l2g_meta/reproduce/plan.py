@@ -143,8 +143,10 @@ def plan(
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
     if root is None and budget.data is None:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(spec.data)}; --scale smoke needs none")
-    seeds = 1 if experiment == "figure3" else seeds or budget.seeds  # it draws one
-    return Plan(experiment, scale, out, root, columns, rows, seeds, device)
+    one = experiment == "figure3"
+    if one and (seeds or 1) > 1:
+        raise L2GError(f"need one seed for figure3, which draws one model of each row, got --runs {seeds}; leave it out")
+    return Plan(experiment, scale, out, root, columns, rows, 1 if one else seeds or budget.seeds, device)
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
