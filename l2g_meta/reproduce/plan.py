@@ -145,7 +145,9 @@ def plan(
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(spec.data)}; --scale smoke needs none")
     one = experiment == "figure3"
     if one and (seeds or 1) > 1:
-        raise L2GError(f"need one seed for figure3, which draws one model of each row, got --runs {seeds}; leave it out")
+        raise L2GError(
+            f"need one seed for figure3, which draws one model of each row, got --runs {seeds}; leave it out"
+        )
     return Plan(experiment, scale, out, root, columns, rows, 1 if one else seeds or budget.seeds, device)
 
 
