@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mini-28px-episodic": SMALL | {"method": "episodic"},
     "mini-28px-l2g": SMALL | L2G,
     "mini-28px-l2g-mix": SMALL | MIX,
+    "mini-28px-5shot-episodic": SMALL | {"method": "episodic", "shots": 5},
+    "mini-28px-5shot-l2g-mix": SMALL | MIX | {"shots": 5},
     "mini-conv4-1shot": MINI | MIX | {"shots": 1},
     "mini-conv4-5shot": MINI | MIX | {"shots": 5},
     "mini-conv4-1shot-episodic": MINI | {"method": "episodic", "shots": 1},

@@ -16,11 +16,18 @@ def test_every_preset_is_a_config_that_can_be_run(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "row"),
-    [("mini-28px-episodic", "proto-tasks"), ("mini-28px-l2g", "l2g-proto"), ("mini-28px-l2g-mix", "l2g-mix-0.5")],
+    ("name", "column", "row"),
+    [
+        ("mini-28px-episodic", "5w1s", "proto-tasks"),
+        ("mini-28px-l2g", "5w1s", "l2g-proto"),
+        ("mini-28px-l2g-mix", "5w1s", "l2g-mix-0.5"),
+        ("mini-28px-5shot-episodic", "5w5s", "proto-tasks"),
+        ("mini-28px-5shot-l2g-mix", "5w5s", "l2g-mix-0.5"),
+    ],
 )
-def test_presets_are_the_runs_of_the_study(name, row):
-    cell = next(c for c in plan("parts", "confirm", Path("none"), root="data").cells if (c.row, c.seed) == (row, 0))
+def test_presets_are_the_runs_of_the_study(name, column, row):
+    cells = plan("tasks", "confirm", Path("none"), root="data", columns=[column], rows=[row]).cells
+    cell = next(cell for cell in cells if cell.seed == 0)
     config = Config(**preset(name), root="data").resolved()
     assert cell.config().differences(config) == ""
 
