@@ -48,13 +48,17 @@ def batch_norm(
     Running statistics that are given are updated in place. Empty batches are PyTorch's own.
 
     Raises:
-        ValueError: for one value per channel.
+        ValueError: for one value per channel, inputs of integers, or pooling of what is no map.
         RuntimeError: for scales or statistics of another number of channels; both as PyTorch does.
 
     Example:
         >>> batch_norm(torch.tensor([[0.0], [2.0]]), eps=0.0).tolist()
         [[-1.0], [1.0]]
     """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"need floating-point inputs (n, c, ...), got {x.dtype} of shape {tuple(x.shape)}")
+    if pool and x.ndim != 4:
+        raise ValueError(f"need maps (n, c, height, width) to pool, got shape {tuple(x.shape)}")
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     given = [t for t in (w, b, running_mean, running_var) if t is not None]

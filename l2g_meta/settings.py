@@ -64,8 +64,7 @@ def check(config: Any) -> None:
         raise L2GError(f"need --clip-norm above 0 and finite, got {config.clip_norm}")
     if config.clip_norm is not None and config.cuda_graph:
         raise L2GError(
-            f"--clip-norm, by default that of --method {config.method}, does not work with --cuda-graph; leave "
-            "--cuda-graph out"
+            "--clip-norm, which --method meta-lstm has by default, does not work with --cuda-graph; leave one out"
         )
     if not 0 <= config.mix < 1:
         raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")

@@ -34,7 +34,8 @@ def _rough_rates(monkeypatch):
 
 
 def test_every_exact_variant_computes_the_same_gradient():
-    errors = gradient_errors(SMALL, [name for name in available() if name in VARIANTS and VARIANTS[name].exact])
+    same = [name for name, row in VARIANTS.items() if name in available() and row.exact and not row.mixed]
+    errors = gradient_errors(SMALL, same)
     assert set(errors) >= {"l2g", "l2g, recompute", "l2g, identity", "l2g, stock layers", "torch.func"}
     assert all(0 < error < 1e-4 for error in errors.values()), errors
 
@@ -84,7 +85,9 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 3 --head relation", r"Conv4 does not take images of shape \(3, 3, 3\).*; use larger images"),
         ("--image-size 8 --batching", r"Conv4 does not take images of shape \(3, 8, 8\)"),
         ("--ways 1", "need --ways of at least 2, got 1"),
-        ("--norms --variants l2g", "need --variants for the table or --scaling, got it with another measurement"),
+        ("--norms --variants l2g", "need --variants for the table, --scaling or --batching, got it with another"),
+        ("--norms --pairs 2", "--norms and --storage time no model, got --pairs; leave it out"),
+        ("--batching --variants vmp", "need variants of one after the other; .*; got 'vmp'"),
         ("--norms --head relation", "--norms and --storage time no model, got --head; leave it out"),
         ("--ways 1 --norms", "need --ways of at least 2, got 1"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
@@ -233,6 +236,26 @@ class TestUpdates:
                 bench(case, variants=list(named), repeats=1, memory=False, say=lines.append)
         assert [row["name"] for row in result["rows"]] == ["l2g"]
         assert any(line.startswith("left out: l2g, identity: ") for line in lines)
+
+
+def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypatch):
+    monkeypatch.setattr(run, "available", lambda names, **options: {name: ROWS[name] for name in names})
+    bases = {"l2g": "episodic", "l2g, mix 0.5": "episodic", "l2g, stock layers": "episodic, stock layers"}
+    names = [*dict.fromkeys(bases.values()), *bases, "episodic, bf16", "l2g, bf16"]
+    rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, memory=False, say=str)["rows"]}
+    seconds = {name: row["seconds"] for name, row in rows.items()}
+    fastest = min(seconds["episodic"], seconds["episodic, stock layers"])
+    for name, base in bases.items():
+        assert rows[name]["ratio"] == seconds[name] / seconds[base]
+        assert rows[name]["ratio_to_fastest"] == seconds[name] / fastest
+    own = seconds["l2g, bf16"] / seconds["episodic, bf16"]
+    assert rows["l2g, bf16"]["ratio"] == rows["l2g, bf16"]["ratio_to_fastest"] == own
+    assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
+
+
+def test_augmentation_is_part_of_drawing(monkeypatch):
+    plain, varied = (task_stream(replace(SMALL, augment=augment))[0][0].support_x for augment in (False, True))
+    assert plain.shape == varied.shape and not torch.equal(plain, varied)
 
 
 def test_precision_is_a_rows_own():

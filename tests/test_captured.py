@@ -1,7 +1,9 @@
 """An update as one program on fixed tensors: the same bits as the plain loop; the graph itself needs a GPU."""
 
+import contextlib
 import copy
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 1), d
 SHAPE = {"ways": 3, "shots": 1, "queries": 2, "outer_ways": 4}
 
 
-def parts(config, *, device="cpu", augment=None, **adam):
+def parts(config, *, device="cpu", augment=None, options=None, **adam):
     torch.manual_seed(0)
-    wrapper = L2GWrapper(MetricModel(Conv4(1, 4), PrototypicalHead()), 0.05).to(device)
+    options = options or {"mix": config.mix}
+    wrapper = L2GWrapper(MetricModel(Conv4(1, 4), PrototypicalHead()), 0.05, **options).to(device)
     optimizer = torch.optim.Adam(wrapper.parameters(), **adam)
     return wrapper, optimizer, TaskPairs(DATA, **SHAPE, seed=3, augment=augment, device=device)
 
@@ -40,12 +43,13 @@ def static(config, wrapper, optimizer, pairs):
     "config",
     [
         Config(pairs=2),
+        Config(pairs=2, mix=0.0),
         Config(method="maml", pairs=2),
         Config(method="maml", pairs=2, fresh_queries=True),
         Config(method="episodic", pairs=1),
         Config(method="episodic", tasks_per_update=2),
     ],
-    ids=lambda c: f"{c.method}-{c.tasks_per_update}-{c.fresh_queries}",
+    ids=lambda c: f"{c.method}-{c.tasks_per_update}-{c.fresh_queries}-{c.mix}",
 )
 def test_same_bits_as_the_plain_loop(config, augment):
     config, seen = config.resolved(), []
@@ -64,6 +68,53 @@ def test_same_bits_as_the_plain_loop(config, augment):
     (stats, state), (static_stats, static_state) = seen
     assert torch.equal(stats.nan_to_num(), static_stats.nan_to_num())
     assert all(torch.equal(static_state[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("options", [{"learn_inner_lr": "element"}, {"unit_step": True, "mix": 0.5}], ids=str)
+def test_same_bits_with_learned_and_unit_steps(options):
+    config, states = Config(pairs=2).resolved(), []
+    for fixed in (False, True):
+        wrapper, optimizer, pairs = parts(config, options=options)
+        update = static(config, wrapper, optimizer, pairs)
+        for k in range(3):
+            if fixed:
+                update(k)
+            else:
+                optimizer.zero_grad()
+                meta_gradient(OBJECTIVES["l2g"], wrapper, tasks_of_update(config, pairs, k))
+                optimizer.step()
+        states.append(wrapper.state_dict())
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def test_a_recording_that_fails_falls_back_with_a_warning_and_changes_nothing(monkeypatch):
+    """With PyTorch's CUDA calls replaced by ones that do nothing, and a recording that ends as a real one may."""
+
+    @contextlib.contextmanager
+    def refused(graph):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nfurther lines")
+
+    config = Config(pairs=2).resolved()
+    wrapper, optimizer, pairs = parts(config)
+    update, cpu = static(config, wrapper, optimizer, pairs), torch.device("cpu")
+    rows = update.drawn(0)
+    before = copy.deepcopy(wrapper.state_dict())
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(update, "drawn", lambda k: rows)
+    update.device = mock.MagicMock(type="cuda")
+    need = (
+        r"cannot record the update as a CUDA graph \(operation not permitted when stream is capturing\); running step"
+    )
+    with pytest.warns(UserWarning, match=need):
+        assert not update.capture()
+    update.device = cpu
+    assert all(torch.equal(before[name], value) for name, value in wrapper.state_dict().items())
+    assert update(0).finite
 
 
 def test_what_cannot_be_a_fixed_program_is_refused():
@@ -98,13 +149,24 @@ def test_without_a_gpu_the_flag_warns_and_trains_the_same(tmp_path):
         assert a[:6] == b[:6] and a[7:] == b[7:]  # all but the seconds
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """What the same bits are claimed for."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"mix": 0.5}, {"autocast": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_a_replayed_graph_has_the_bits_of_the_eager_program(method):
+def test_a_replayed_graph_has_the_bits_of_the_eager_program(method, options, deterministic):
     config, states = Config(method=method, pairs=2).resolved(), []
     for captured in (False, True):
         lr = torch.tensor(1e-3, device="cuda")
-        wrapper, optimizer, pairs = parts(config, device="cuda", augment=Augment(2), lr=lr, capturable=True)
+        given = {"device": "cuda", "augment": Augment(2), "options": options or {"mix": 0.0}}
+        wrapper, optimizer, pairs = parts(config, **given, lr=lr, capturable=True)
         update = static(config, wrapper, optimizer, pairs)
         before = copy.deepcopy(wrapper.state_dict())
         assert not captured or update.capture()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2g_meta import Conv4, L2GWrapper, MetricModel, Task
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.blocks import ConvBlock
 from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
 from l2g_meta.heads import HEADS
@@ -45,6 +45,10 @@ OPTIONS = [
     {"learn_inner_lr": "element"},
     {"recompute": True},
     {"recompute": True, "learn_inner_lr": "tensor"},
+    {"mix": 0.5, "learn_inner_lr": "scalar"},
+    {"mix": 0.5, "recompute": True},
+    {"unit_step": True},
+    {"adapt": ["encoder.blocks.3"]},
 ]
 
 
@@ -136,6 +140,26 @@ class TestBatchNorm:
         with batchnorm_policy(fast, "batch"), batchnorm_policy(stock, "batch"):
             torch.testing.assert_close(fast(x.double()), stock(x.double()))
         torch.testing.assert_close(fast.state_dict(), stock.state_dict())
+
+    @pytest.mark.parametrize(
+        "options", [{"affine": False}, {"momentum": None}, {"track_running_stats": False}], ids=str
+    )
+    def test_second_derivatives_without_scales_or_statistics(self, options):
+        fast = BatchNorm2d(2, **options).double()
+        assert torch.autograd.gradgradcheck(fast, (leaf(3, 2, 3, 2),))
+
+    @pytest.mark.parametrize(
+        "x, options, need",
+        [
+            (torch.randint(0, 9, (4, 3, 2, 2)), {}, "floating-point inputs"),
+            (torch.randn(4), {}, "floating-point inputs"),
+            (torch.randn(4, 3, 5), {"pool": True}, "need maps .* to pool"),
+        ],
+        ids=["integers", "one dimension", "no map"],
+    )
+    def test_what_is_no_batch_of_maps_is_refused(self, x, options, need):
+        with pytest.raises(ValueError, match=need):
+            batch_norm(x, **options)
 
     def test_one_value_per_channel_is_refused_as_by_pytorch(self):
         for norm in (nn.BatchNorm2d(3), BatchNorm2d(3), BatchNormReLU2d(3)):
@@ -544,6 +568,28 @@ def test_fast_and_plain_give_the_same_meta_gradient(head, method, options):
     for policy in ("running", "batch"):
         with batchnorm_policy(models[0], policy), batchnorm_policy(models[1], policy):
             torch.testing.assert_close(models[0](tasks[0]), models[1](tasks[0]))
+            gradients = [
+                torch.autograd.grad(OBJECTIVES[method](w, *batch[0]).loss, list(m.parameters()), allow_unused=True)
+                for w, m in zip(wrappers, models, strict=True)
+            ]
+        for f, p in zip(*gradients, strict=True):
+            torch.testing.assert_close(f, p, rtol=1e-8, atol=1e-10)
+
+
+def test_fast_and_plain_agree_under_autocast_as_far_as_bfloat16_goes():
+    torch.manual_seed(0)
+    fast, plain = (MetricModel(Conv4(1, 16, fused=fused), PrototypicalHead()) for fused in (True, False))
+    plain.load_state_dict(fast.state_dict())
+    x, y = torch.randn(2, 20, 1, 32, 32), torch.arange(20) % 5
+    tasks = [Task(x[k, :5], y[:5], x[k, 5:], y[5:], 5) for k in range(2)]
+    exact, *rounded = (
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(L2GWrapper(m, 0.01, autocast=a)(*tasks), [*m.parameters()])]
+        )
+        for m, a in ((plain, None), (fast, torch.bfloat16), (plain, torch.bfloat16))
+    )
+    errors = [((r - exact).norm() / exact.norm()).item() for r in rounded]
+    assert 1e-4 < errors[0] < max(1.5 * errors[1], 0.05) and errors[1] < 0.5
 
 
 def test_a_users_own_network_converted():

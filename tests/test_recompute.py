@@ -17,6 +17,7 @@ OPTIONS = [
     {"learn_inner_lr": "scalar", "inner_steps": 2},
     {"learn_inner_lr": "element"},
     {"first_order": True},
+    {"mix": 0.5, "unit_step": True},
 ]
 
 

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from l2g_meta import kernels
 from l2g_meta.kernels import aten
+from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
 
 pytest.importorskip("triton", reason="Triton is not installed")
 fused = importlib.import_module("l2g_meta.kernels.triton")
@@ -25,7 +27,7 @@ def test_in_the_interpreter():
     """All tests below that need TRITON_INTERPRET=1, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "23 passed" in done.stdout, done.stdout + done.stderr
 
 
 def maps(*shape):
@@ -87,21 +89,44 @@ def test_what_is_not_finite_is_not_hidden(value, pool):
     assert [f.isfinite().tolist() for f in found] == [e.isfinite().tolist() for e in expected]
 
 
+@interpreter
+@pytest.mark.parametrize("relu, pool", [(False, False), (True, False), (True, True)])
+def test_a_layer_through_autograd_to_third_order(relu, pool, monkeypatch):
+    found = []
+    for of in (lambda x: fused if fused.takes(x) else aten, lambda x: aten):
+        monkeypatch.setattr(kernels, "of", of)
+        torch.manual_seed(0)
+        norm = BatchNormReLU2d(3, pool=pool) if relu else BatchNorm2d(3)
+        x, leaves = maps(2, 3, 6, 5).requires_grad_(), list(norm.parameters())
+        for p in leaves:
+            nn.init.uniform_(p, 0.5, 2)
+        y = norm(x)
+        first = torch.autograd.grad(y.pow(3).sum(), [x, *leaves], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *leaves], create_graph=True)
+        third = torch.autograd.grad(sum(g.square().sum() for g in second), [x, *leaves])
+        found.append([y, *first, *second, *third, norm.running_mean, norm.running_var])
+    for f, e in zip(*found, strict=True):
+        assert (f - e).norm() <= 1e-3 * e.norm()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("pool", [False, True])
-def test_kernels_compile_for_a_gpu(pool, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("relu, pool", [(False, False), (True, False), (True, True)])
+def test_kernels_compile_for_a_gpu(relu, pool, double, capability, tmp_path, monkeypatch):
     """To machine code, which needs the compiler that Triton brings, but no GPU."""
     compiler = pytest.importorskip("triton.compiler", reason="no Triton compiler")
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    options = {"RELU": True, "POOL": pool, "DOUBLE": True, "BLOCK": fused.BLOCK, "CHANNELS": 64, "LOOPS": fused.LOOPS}
+    options = {"RELU": relu, "POOL": pool, "DOUBLE": double, "BLOCK": fused.BLOCK, "CHANNELS": 64, "LOOPS": fused.LOOPS}
     for name in ("_statistics_kernel", "_forward_kernel", "_sums_kernel", "_apply_kernel"):
         kernel = getattr(fused, name)
         constants = {k: value for k, value in options.items() if k in kernel.arg_names}
-        if not pool and "where" in kernel.arg_names:
-            constants["where"] = None
+        absent = [] if pool else ["where"]
+        absent += ["y"] if not relu and name != "_forward_kernel" else []
+        absent += [] if double else ["v", "bar_g"]
+        constants |= {argument: None for argument in absent if argument in kernel.arg_names}
         integers = {"where": "*i8"} | dict.fromkeys(("windows", "height", "width", "C", "rows", "programs"), "i32")
         signature = {n: "constexpr" if n in constants else integers.get(n, "*fp32") for n in kernel.arg_names}
         source = compiler.ASTSource(kernel, signature, constants)

@@ -1,9 +1,9 @@
 """What computing the inner tasks of all pairs together could save: they share θ, the tasks of T_j do not.
 
-Three ways to the gradients and Hessian-vector products of the T_i of all pairs: one task after the other; all images
-in one pass, with one set of statistics and summed gradients, which is *less* than L2G needs (statistics and weight
-gradients are per task) and so bounds from above what sharing can gain; and ``torch.func.vmap`` over the tasks, on
-PyTorch's own layers.
+Ways to the gradients and Hessian-vector products of the T_i of all pairs: one task after the other; all images in one
+pass, with one set of statistics and summed gradients, which is *less* than L2G needs (statistics and weight gradients
+are per task) and so bounds from above what sharing can gain; and ``torch.func.vmap`` over the tasks, on PyTorch's own
+layers, beside one task after the other on those.
 """
 
 from __future__ import annotations
@@ -22,22 +22,33 @@ from l2g_meta.bench.case import Case
 from l2g_meta.bench.rows import build, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
+from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task
 
 
-def batching(case: Case, *, repeats: int = 5, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Medians of interleaved repeats, in seconds, of the three ways; ``case.pairs`` tasks."""
+def batching(
+    case: Case, *, variants: Sequence[str] | None = None, repeats: int = 5, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Medians of interleaved repeats, in seconds, of these ways or all; ``case.pairs`` tasks.
+
+    Raises:
+        L2GError: for an unknown name.
+    """
     keep_freed_memory()
+    for name in variants or ():
+        if name not in WAYS:
+            raise L2GError(f"need variants of {'; '.join(WAYS)}; got {name!r}{did_you_mean(name, WAYS)}")
     stream, device = task_stream(case), torch.device(case.device)
     tasks = [stream[k][0] for k in range(case.pairs)]
-    ways = {"one after the other": sequential, "one pass (bound)": together, "vmap": vmapped}
-    steps = {name: partial(way, build(case, fused=name != "vmap"), tasks) for name, way in ways.items()}
+    ways = {name: WAYS[name] for name in variants or WAYS}
+    steps = {name: partial(way, build(case, fused=STOCK not in name), tasks) for name, way in ways.items()}
     times = interleaved(steps, device, repeats=repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     say(f"T_i of {describe(case)}; {describe_machine(case)}")
+    first = next(iter(medians.values()))
     for name, median in medians.items():
-        say(f"{name:24}{median:9.3f} s{median / medians['one after the other']:8.2f}")
+        say(f"{name:36}{median:9.3f} s{median / first:8.2f}")
     return {"case": asdict(case), "machine": {"description": describe_machine(case)}, "seconds": medians}
 
 
@@ -77,6 +88,15 @@ def vmapped(model: Any, tasks: Sequence[Task]) -> None:
 
     with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
         torch.func.vmap(product)(support_x, support_y, query_x, query_y)
+
+
+STOCK = "stock layers"
+WAYS: dict[str, Callable[[Any, Sequence[Task]], None]] = {
+    "one after the other": sequential,
+    "one pass (bound)": together,
+    f"one after the other, {STOCK}": sequential,
+    f"vmap, {STOCK}": vmapped,
+}
 
 
 def _hessian_vector_product(model: Any, loss: Tensor) -> None:

@@ -35,6 +35,7 @@ class Case:
     pairs: int = _flag(1, "pairs of tasks per update")
     inner_steps: int = _flag(1, "inner steps on T_i")
     inner_lr: float = _flag(0.01, "α, step size of the inner step")
+    augment: bool = _flag(False, "vary images as l2g train --augment does, where tasks are drawn")
     device: str = _flag("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:

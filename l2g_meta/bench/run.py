@@ -45,8 +45,9 @@ def bench(
 
     Returns:
         ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update), ``floor`` and ``rows``: for each
-        variant ``seconds``, ``ratio`` (of a step to the episodic step on the same layers; ``ratio_to_fastest`` to the
-        fastest), ``ratio_to_learn2learn`` (of a whole update to learn2learn's with its own data path),
+        variant ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
+        ``ratio_to_fastest`` to the fastest in that precision),
+        ``ratio_to_learn2learn`` (of a whole update to learn2learn's with its own data path),
         ``tasks_per_second``, ``images_per_second``, ``peak_bytes`` beyond model and data, ``of_floor`` (the fraction of
         the floor's speed that is achieved; ``of_bandwidth_floor`` of that of moving bytes alone), and
         ``gradient_error``, relative to float64.
@@ -77,20 +78,21 @@ def bench(
     times = interleaved(steps, device, repeats=repeats)
     del steps
 
-    errors = gradient_errors(case, [name for name in times if name in VARIANTS and VARIANTS[name].exact])
+    same = [name for name in times if name in VARIANTS and VARIANTS[name].exact and not VARIANTS[name].mixed]
+    errors = gradient_errors(case, same)
     median = {name: statistics.median(values) for name, values in times.items()}
-    plain = [median[name] for name in ("episodic", "episodic, stock layers") if name in median]
     rows = []
     for name in times:
         variant = chosen[name]
         whole = isinstance(variant, Update)
-        own = median.get("episodic" if variant.fused else "episodic, stock layers")
-        peers = median.get(LEARN2LEARN)
+        base = "" if isinstance(variant, Update) else variant.base
+        own, peers = median.get(base), median.get(LEARN2LEARN)
+        plain = [median[other] for other in (FLOAT32 if base in FLOAT32 else (base,)) if other in median]
         row = {
             "name": name,
             "seconds": median[name],
-            "ratio": median[name] / own if own and not whole else None,
-            "ratio_to_fastest": median[name] / min(plain) if plain and not whole else None,
+            "ratio": median[name] / own if own else None,
+            "ratio_to_fastest": median[name] / min(plain) if plain else None,
             "ratio_to_learn2learn": median[name] / peers if peers and whole else None,
             "tasks_per_second": 2 * case.pairs / median[name],
             "images_per_second": case.images / median[name],
@@ -118,6 +120,7 @@ def bench(
     return result
 
 
+FLOAT32 = ("episodic", "episodic, stock layers")
 AXES: dict[str, Sequence[int]] = {
     "ways": (5, 10, 20),
     "shots": (1, 5, 10),
@@ -130,13 +133,19 @@ AXES: dict[str, Sequence[int]] = {
 def scaling(
     case: Case,
     *,
-    variants: Sequence[str] = ("episodic", "l2g", "learn2learn"),
+    variants: Sequence[str] | None = None,
     repeats: int = 3,
     say: Callable[[str], None] = print,
     axes: dict[str, Sequence[int]] = AXES,
 ) -> list[dict[str, Any]]:
-    """The bench along each axis by itself, the other values as in ``case``."""
+    """The bench along each axis by itself, the other values as in ``case``.
+
+    Without ``variants``: episodic, L2G, and learn2learn where it is installed.
+    """
     found = []
+    if variants is None:
+        here = available(device=case.device, say=lambda line: None)
+        variants = [name for name in ("episodic", "l2g", "learn2learn") if name in here]
     for axis, values in axes.items():
         for value in values:
             changed = replace(case, **{axis: value})  # type: ignore[arg-type]
@@ -210,6 +219,7 @@ def describe(case: Case) -> str:
     return (
         f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
         f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}"
+        + (", augmented" if case.augment else "")
     )
 
 
@@ -227,6 +237,7 @@ def table(result: dict[str, Any]) -> str:
     columns = {
         "s/step": 9,
         "ratio": 8,
+        "fastest": 9,
         "tasks/s": 9,
         "images/s": 10,
         "peak MB": 9,
@@ -237,10 +248,11 @@ def table(result: dict[str, Any]) -> str:
     names = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
     lines = [" " * names + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for row in result["rows"]:
-        ratio, peak, error = row["ratio"], row["peak_bytes"], row["gradient_error"]
+        ratio, fastest, peak, error = (row[k] for k in ("ratio", "ratio_to_fastest", "peak_bytes", "gradient_error"))
         lines.append(
             f"{row['name']:{names}}{row['seconds']:9.4f}"
             + (f"{ratio:8.2f}" if ratio else f"{'':8}")
+            + (f"{fastest:9.2f}" if fastest else f"{'':9}")
             + f"{row['tasks_per_second']:9.1f}{row['images_per_second']:10.0f}"
             + (f"{peak / 1e6:9.0f}" if peak is not None else f"{'':9}")
             + f"{100 * row['of_floor']:9.0f}%{100 * row['of_bandwidth_floor']:9.0f}%"
@@ -249,7 +261,8 @@ def table(result: dict[str, Any]) -> str:
     machine, data = result["machine"], result["data"]["seconds"]
     share = 100 * data / min(row["seconds"] for row in result["rows"])
     lines.append(
-        f"ratio: to two plain episodes on the same layers; floor of one pair {result['floor']['l2g']['floor_s']:.3f} s "
+        "ratio: to two plain episodes on the same layers, fastest: to the fastest such; "
+        f"floor of one pair {result['floor']['l2g']['floor_s']:.3f} s "
         f"(two episodes {result['floor']['episodic']['floor_s']:.3f} s) at {machine['bandwidth'] / 1e9:.1f} GB/s and "
         f"{machine['flops'] / 1e9:.0f} GFLOP/s; data {1e3 * data:.1f} ms, {share:.1f}% of the fastest step"
     )

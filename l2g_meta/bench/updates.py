@@ -41,13 +41,13 @@ class Update(NamedTuple):
 
 
 def eager(model: Any, case: Case, stream: TaskPairs) -> Callable[[], None]:
-    """L2G as ``l2g train`` runs it."""
+    """Algorithm 1 as ``l2g train --mix 0`` runs it."""
     count, step = itertools.count(), wrapped()(model, case.inner_lr, case.inner_steps)
     return _with_adam(model, step, lambda: stream.batch(_positions(case, next(count))))
 
 
 def captured(model: Any, case: Case, stream: TaskPairs, *, precision: str = "fp32") -> Callable[[], Any]:
-    """L2G as ``l2g train --cuda-graph --precision ...`` runs it: the update is recorded once, then replayed.
+    """Algorithm 1 as ``l2g train --mix 0 --cuda-graph --precision ...`` runs it: recorded once, then replayed.
 
     Raises:
         L2GError: if it cannot be recorded; a warning says why.

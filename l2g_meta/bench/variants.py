@@ -1,13 +1,14 @@
 """Ways to compute a (meta-)gradient, each a function from a model and a step size to ``step(pairs)``.
 
-A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic`` and ``first-order``, all
-compute the same gradient. The peers run on PyTorch's own layers, as their users' networks do.
+A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
+all compute the same gradient. The peers run on PyTorch's own layers, as their users' networks do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class Variant(NamedTuple):
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
+    base: str = "episodic, stock layers"  # two plain episodes on the same layers, in the same precision
+    mixed: bool = False  # T_i's own loss in it, which has another gradient
 
 
 def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
@@ -49,9 +52,9 @@ def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
     return make
 
 
-def in_tf32(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-    """L2G with float32 products in TF32."""
-    return float32_products("tf32")(wrapped()(model, inner_lr, inner_steps))
+def in_tf32(make: Callable[[Any, float, int], Step]) -> Callable[[Any, float, int], Step]:
+    """The same with float32 products in TF32."""
+    return lambda model, inner_lr, inner_steps: float32_products("tf32")(make(model, inner_lr, inner_steps))
 
 
 @contextmanager
@@ -65,14 +68,18 @@ def float32_products(precision: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def episodes(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def episodes(**options: Any) -> Callable[[Any, float, int], Step]:
     """Episodic training on both tasks of each pair, one after the other."""
-    wrapper = L2GWrapper(model, inner_lr)
 
-    def step(pairs: Pairs) -> None:
-        meta_gradient(episodic, wrapper, [(task,) for pair in pairs for task in pair])
+    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+        wrapper = L2GWrapper(model, inner_lr, **options)
 
-    return step
+        def step(pairs: Pairs) -> None:
+            meta_gradient(episodic, wrapper, [(task,) for pair in pairs for task in pair])
+
+        return step
+
+    return make
 
 
 def identity(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -161,16 +168,20 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     return step
 
 
+_fused = partial(Variant, fused=True, base="episodic")
 VARIANTS: dict[str, Variant] = {
-    "episodic": Variant(episodes, fused=True, exact=False),
-    "episodic, stock layers": Variant(episodes, exact=False),
-    "l2g": Variant(wrapped(), fused=True),
-    "l2g, recompute": Variant(wrapped(recompute=True), fused=True),
-    "l2g, identity": Variant(identity, fused=True),
-    "l2g, first order": Variant(wrapped(first_order=True), fused=True, exact=False),
+    "episodic": _fused(episodes(), exact=False),
+    "episodic, stock layers": Variant(episodes(), exact=False),
+    "l2g": _fused(wrapped()),
+    "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
+    "l2g, recompute": _fused(wrapped(recompute=True)),
+    "l2g, identity": _fused(identity),
+    "l2g, first order": _fused(wrapped(first_order=True), exact=False),
     "l2g, stock layers": Variant(wrapped()),
-    "l2g, TF32": Variant(in_tf32, fused=True, cuda=True),
-    "l2g, bf16": Variant(wrapped(autocast=torch.bfloat16), fused=True, cuda=True),
+    "episodic, TF32": _fused(in_tf32(episodes()), exact=False, cuda=True, base="episodic, TF32"),
+    "l2g, TF32": _fused(in_tf32(wrapped()), cuda=True, base="episodic, TF32"),
+    "episodic, bf16": _fused(episodes(autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
+    "l2g, bf16": _fused(wrapped(autocast=torch.bfloat16), cuda=True, base="episodic, bf16"),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),

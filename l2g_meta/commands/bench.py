@@ -30,6 +30,9 @@ def add(commands: Commands) -> None:
     )
     case = bench.add_argument_group("what is timed")
     for f in fields(Case):
+        if f.type == "bool":
+            case.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
+            continue
         kind: Any = positive if f.type == "int" else TYPES[str(f.type)]
         case.add_argument(flag(f.name), type=kind, metavar=METAVARS[str(f.type)], default=f.default,
                           help=f"{f.metadata['help']} (default: {f.default})")  # fmt: skip
@@ -59,15 +62,17 @@ def run(args: argparse.Namespace) -> int:
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    if args.variants and (args.batching or args.norms or args.storage or args.ranks):
-        raise L2GError("need --variants for the table or --scaling, got it with another measurement; leave it out")
-    model = ("backbone", "head", "inner_steps", "inner_lr")
-    given = [flag(f.name) for f in fields(Case) if getattr(args, f.name) != f.default and f.name in model]
+    if args.variants and (args.norms or args.storage or args.ranks):
+        raise L2GError(
+            "need --variants for the table, --scaling or --batching, got it with another measurement; leave it out"
+        )
+    unused = ("backbone", "head", "inner_steps", "inner_lr", "augment", *(("pairs",) if args.norms else ()))
+    given = [flag(f.name) for f in fields(Case) if getattr(args, f.name) != f.default and f.name in unused]
     if given and (args.norms or args.storage):
         raise L2GError(f"--norms and --storage time no model, got {', '.join(given)}; leave it out")
     result: Any
     if args.batching:
-        result = batching(case, repeats=args.repeats)
+        result = batching(case, **options)
     elif args.norms:
         result = norms(case, repeats=args.repeats)
     elif args.ranks:

@@ -39,6 +39,7 @@ PARTS = {
     "l2g-supports": _l2g("inner loss on supports", (*BASE, "l2g-proto"), inner_on="supports"),
     "l2g-mix-0.25": _l2g("mix 0.25", (*BASE, "l2g-proto"), mix=0.25),
     "l2g-mix-0.5": _l2g("mix 0.5", (*BASE, "l2g-proto"), mix=0.5),
+    "l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003),
     "l2g-mix-0.5-0.1": _l2g("mix 0.5, α = 0.1", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.1),
     "l2g-2-steps": _l2g("2 inner steps", (*BASE, "l2g-proto"), inner_steps=2),
     "l2g-5-pairs": _l2g("5 pairs", ("proto-5-pairs",), pairs=5),
