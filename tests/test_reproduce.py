@@ -306,6 +306,12 @@ def test_the_disk_is_full_in_one_cell(tmp_path, monkeypatch):
     assert [cell.row for cell in what.cells if cell.done] == ["proto"]
 
 
+def test_a_study_of_embedded_data_needs_no_folder(tmp_path):
+    assert plan("far-classes", "screen", tmp_path).root is None
+    with pytest.raises(L2GError, match="need --data-root, the folder that holds mini-imagenet;"):
+        plan("parts", "screen", tmp_path)
+
+
 def test_figure_3_draws_one_model_of_each_row(capsys):
     assert main(["reproduce", "figure3", "--scale", "smoke", "--runs", "2"]) == 2
     assert "need one seed for figure3, which draws one model of each row, got --runs 2" in capsys.readouterr().err

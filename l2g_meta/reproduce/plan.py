@@ -17,6 +17,7 @@ from l2g_meta.reproduce.paper import Column, Row
 EPISODES = {"prototypical": 100_000, "relation": 500_000, "maml": 240_000, "meta-lstm": 60_000}
 NEVER = 10**9
 HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "maml": NEVER, "meta-lstm": NEVER}  # episodes; as published
+EMBEDDED = "glyphs"  # needs no folder
 RESULT = "test.json"  # in a cell's folder when it is done
 EQUAL_TIME = "equal-time.json"  # what ``equal_time`` found when it began
 
@@ -141,8 +142,9 @@ def plan(
     spec, budget = EXPERIMENTS[experiment], SCALES[scale]
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
-    if root is None and budget.data is None:
-        raise L2GError(f"need --data-root, the folder that holds {' and '.join(spec.data)}; --scale smoke needs none")
+    on_disk = [name for name in spec.data if name != EMBEDDED]
+    if root is None and budget.data is None and on_disk:
+        raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
     one = experiment == "figure3"
     if one and (seeds or 1) > 1:
         raise L2GError(
