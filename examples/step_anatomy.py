@@ -1,12 +1,12 @@
-"""What does L2G's inner step ask of a model, and is the trained model the better one before or after such a step?
+"""What does L2G's inner step ask of a model, and does a step on one task help another, before and after training by it?
 
-    python examples/step_anatomy.py --run RUN [RUN ...] [--pairs 100]
+    python examples/step_anatomy.py --run RUN [RUN ...] [--alpha 0.1 ...] [--pairs 100]
     python examples/step_anatomy.py --smoke
 
 To first order L(θ − α g_i; T_j) = L(θ; T_j) − α g_i·g_j: L2G rewards gradients of disjoint tasks that agree. Where the
-two tasks of a pair are as good as independent, the mean of g_i·g_j is the square of the mean gradient, |ḡ|²: what is
-rewarded is a mean gradient that has not gone to 0, a θ from which one more step would help. This measures both sides,
-and tests the model at θ and at θ − α ḡ.
+two tasks of a pair are as good as independent, the mean of g_i·g_j is the square of the mean gradient, |ḡ|². Printed
+are both, |g_i|², to which the second order is proportional, and the loss of T_j at θ and by how much a step on T_i
+changes it; means over pairs of training tasks, ± 95 %.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from l2g_meta import L2GWrapper
 from l2g_meta.build import build_data, build_pairs, load_run
 from l2g_meta.config import Config
 from l2g_meta.data import TaskPairs
-from l2g_meta.evaluation import evaluate, paired_difference
 from l2g_meta.training import train
+
+FIRST = 10**6  # of the pairs of the stream: not those of training
 
 
 def gradients(wrapper: L2GWrapper, pairs: TaskPairs, n: int) -> torch.Tensor:  # (n, 2, n_parameters)
@@ -28,22 +29,22 @@ def gradients(wrapper: L2GWrapper, pairs: TaskPairs, n: int) -> torch.Tensor:  #
     found = [
         torch.cat([g.flatten() for g in torch.autograd.grad(wrapper.loss(task), parameters)])
         for k in range(n)
-        for task in pairs[10**6 + k]  # not those of training
+        for task in pairs[FIRST + k]
     ]
     return torch.stack(found).double().unflatten(0, (n, 2))
 
 
-def products(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean g_i·g_j over the pairs, its standard error, and the mean over tasks of different pairs, that is |ḡ|²."""
-    each = g[:, 0] @ g[:, 1].T  # (n, n): T_i of one pair, T_j of another; the diagonal are the pairs
-    n = len(each)
-    return each.diagonal().mean(), each.diagonal().std() / n**0.5, (each.sum() - each.trace()) / (n * (n - 1))
+def mean(values: torch.Tensor) -> str:
+    """Of n values, with its 95 % interval (normal approximation)."""
+    half = 1.96 * values.std() / len(values) ** 0.5
+    return f"{values.mean():.3f} ± {half:.3f}"
 
 
 def main() -> None:
-    """Prints a row for each run."""
+    """Prints a row for each run and α."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, nargs="+", help="folders made by `l2g train`, l2g or episodic")
+    parser.add_argument("--alpha", type=float, nargs="+", help="of the step (default: the run's own)")
     parser.add_argument("--pairs", type=int, default=100, help="of tasks (default: 100)")
     parser.add_argument("--smoke", action="store_true", help="a run of two updates, to see that everything works")
     args = parser.parse_args()
@@ -54,29 +55,28 @@ def main() -> None:
     if runs is None:
         parser.error("need --run RUN, or --smoke")
 
-    row = "{:28} {:>6} {:>16} {:>14} {:>8} {:>8} {:>16}".format
-    print(row("", "α", "g_i·g_j", "|ḡ|²", "at θ", "at θ−αḡ", "difference"))
+    row = "{:24} {:>6} {:>16} {:>8} {:>8} {:>12} {:>18}".format
+    print(row("", "α", "g_i·g_j", "|ḡ|²", "|g_i|²", "L(θ; T_j)", "L(θ'; T_j) − it"))
     for run in runs:
-        wrapper, config = load_run(run, device="cpu")
+        trained, config = load_run(run, device="cpu")
         pairs = build_pairs(config, build_data(config, "train"), torch.device("cpu"))
-        g = gradients(wrapper.train(), pairs, n)
-        of_pairs, error, of_different = products(g)
-
-        test, results = build_data(config, "test"), []
-        mean = g.mean((0, 1))  # ḡ
-        step = config.inner_lr * mean / (mean.norm() if config.unit_step else 1)
-        start = torch.nn.utils.parameters_to_vector(wrapper.module.parameters()).detach()
-        for at in (start, start - step.float()):
-            torch.nn.utils.vector_to_parameters(at, wrapper.module.parameters())
-            results.append(evaluate(
-                wrapper, test, ways=config.outer_ways, shots=config.outer_shots, queries=config.queries,
-                episodes=10 if args.smoke else 600, bn="batch",  # the running statistics are those of θ
+        g = gradients(trained.train(), pairs, n)
+        products = g[:, 0] @ g[:, 1].T  # (n, n): T_i of one pair with T_j of another; the diagonal are the pairs
+        of_pairs = products.diagonal()
+        independent = (products.sum() - of_pairs.sum()) / (n * (n - 1))  # |ḡ|², without bias
+        for alpha in args.alpha or [config.inner_lr]:
+            wrapper = L2GWrapper(trained.module, alpha, unit_step=config.unit_step)
+            losses = []
+            for k in range(n):
+                task_i, task_j = pairs[FIRST + k]
+                learner = wrapper.adapted(task_i)
+                with torch.no_grad():
+                    losses.append(torch.stack([wrapper.loss(task_j), learner.loss(task_j)]))
+            before, after = torch.stack(losses).double().T
+            print(row(
+                run.name, f"{alpha:g}", mean(of_pairs), f"{independent:.3f}", f"{g[:, 0].square().sum(1).mean():.1f}",
+                f"{before.mean():.3f}", mean(after - before),
             ))  # fmt: skip
-        gain, half = paired_difference(results[1], results[0])
-        print(row(
-            run.name, config.inner_lr, f"{of_pairs:.3f} ± {1.96 * error:.3f}", f"{of_different:.3f}",
-            *(f"{result.accuracy_mean:.2f}" for result in results), f"{gain:+.2f} ± {half:.2f}",
-        ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,8 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mini-conv4-1shot": MINI | MIX | {"shots": 1},
     "mini-conv4-5shot": MINI | MIX | {"shots": 5},
     "mini-conv4-1shot-episodic": MINI | {"method": "episodic", "shots": 1},
+    "mini-conv4-5shot-episodic": MINI | {"method": "episodic", "shots": 5},
     "mini-resnet12-1shot": RESNET | MIX | {"shots": 1},
     "mini-resnet12-5shot": RESNET | MIX | {"shots": 5},
+    "mini-resnet12-1shot-episodic": RESNET | {"method": "episodic", "shots": 1},
+    "mini-resnet12-5shot-episodic": RESNET | {"method": "episodic", "shots": 5},
 }
 
 

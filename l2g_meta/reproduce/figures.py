@@ -39,7 +39,11 @@ def aligned(plan: Plan, path: Path) -> Path:
             if all("held_out" in result for result in found):
                 _point(right, np.mean([result["held_out"]["cosine"] for result in found]), accuracy, row)
         left.set(xlabel="alignment in training", ylabel="accuracy (%)", title=f"{data}, {COLUMNS[column].title}")
-        left.set_xscale("symlog", linthresh=0.01)
+        left.set_xscale("symlog", linthresh=0.001)
+        left.set_xticks([-0.1, -0.01, -0.001, 0, 0.001, 0.01, 0.1], minor=False)
+        for axis in (left, right):
+            axis.margins(0.18, 0.08)
+            axis.tick_params(labelsize=7)
         right.set(xlabel="cosine of g_i and g_j, test classes", ylabel="accuracy (%)", title="on unseen classes")
     figure.suptitle(_title(plan), fontsize=8, wrap=True)
     return save(figure, path)
