@@ -71,8 +71,10 @@ def task_stream(case: Case) -> TaskPairs:
     per_class, classes = case.shots + case.queries, 2 * case.ways
     images = generator.integers(0, 256, (classes * per_class, case.image_size, case.image_size, 3), dtype=np.uint8)
     data = ClassDataset(images, np.repeat(np.arange(classes), per_class))
-    shape = {"ways": case.ways, "shots": case.shots, "queries": case.queries}
-    return TaskPairs(data, **shape, seed=0, augment=Augment() if case.augment else None, device=case.device)
+    return TaskPairs(
+        data, ways=case.ways, shots=case.shots, queries=case.queries, seed=0,
+        augment=Augment() if case.augment else None, device=case.device,
+    )  # fmt: skip
 
 
 def build(case: Case, *, fused: bool) -> MetricModel:

@@ -11,8 +11,8 @@ from typing import Any
 from l2g_meta.reproduce.paper import EPISODIC, L2G, PROTO, Experiment, Row
 
 BASE = ("proto-tasks",)
-SQUARED = {"distance": "squared", "dims": "mean"}
-COSINE = {"distance": "cosine", "temperature": 0.1}
+SQUARED: dict[str, Any] = {"distance": "squared", "dims": "mean"}
+COSINE: dict[str, Any] = {"distance": "cosine", "temperature": 0.1}
 
 
 def _l2g(title: str, against: tuple[str, ...] = BASE, **options: Any) -> Row:
