@@ -253,6 +253,16 @@ def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypat
     assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
 
 
+def test_stock_layers_get_contiguous_images_as_their_users_give_them():
+    stream = task_stream(SMALL)
+    assert not stream[0][0].support_x.is_contiguous()
+    for name in ("l2g, stock layers", "episodic, stock layers", "torch.func"):
+        model, seen = build(SMALL, fused=False), []
+        model.encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].is_contiguous()))
+        prepare(name, SMALL, model, stream, [stream[0]])()
+        assert seen and all(seen), name
+
+
 def test_augmentation_is_part_of_drawing(monkeypatch):
     plain, varied = (task_stream(replace(SMALL, augment=augment))[0][0].support_x for augment in (False, True))
     assert plain.shape == varied.shape and not torch.equal(plain, varied)

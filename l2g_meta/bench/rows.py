@@ -20,6 +20,7 @@ from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
+from l2g_meta.task import Task
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": Conv4, "resnet12": ResNet12}
 ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
@@ -62,7 +63,13 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     row = ROWS[name]
     if isinstance(row, Update):
         return row.make(model, case, stream)
+    if not row.fused:  # as their users' images are, and faster: our gather gives channels-last ones
+        pairs = [(_contiguous(task_i), _contiguous(task_j)) for task_i, task_j in pairs]
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
+
+
+def _contiguous(task: Task) -> Task:
+    return task._replace(support_x=task.support_x.contiguous(), query_x=task.query_x.contiguous())
 
 
 def task_stream(case: Case) -> TaskPairs:
