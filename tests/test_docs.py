@@ -24,7 +24,7 @@ COMMANDS = ("l2g_meta.commands", "l2g_meta.doctor", "l2g_meta.report.")  # they 
 INTERNAL = {
     "cli",
     "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images", "data.pickled_arrays",
-    "kernels", "kernels.aten", "kernels.coefficients", "kernels.triton",
+    "kernels", "kernels.aten", "kernels.coefficients", "kernels.programs", "kernels.triton",
 }  # fmt: skip
 
 

@@ -120,11 +120,11 @@ def test_kernels_compile_for_a_gpu(relu, pool, double, capability, tmp_path, mon
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     options = {"RELU": relu, "POOL": pool, "DOUBLE": double, "BLOCK": fused.BLOCK, "CHANNELS": 64, "LOOPS": fused.LOOPS}
-    for name in ("_statistics_kernel", "_forward_kernel", "_sums_kernel", "_apply_kernel"):
+    for name in ("statistics_kernel", "forward_kernel", "sums_kernel", "apply_kernel"):
         kernel = getattr(fused, name)
         constants = {k: value for k, value in options.items() if k in kernel.arg_names}
         absent = [] if pool else ["where"]
-        absent += ["y"] if not relu and name != "_forward_kernel" else []
+        absent += ["y"] if not relu and name != "forward_kernel" else []
         absent += [] if double else ["v", "bar_g"]
         constants |= {argument: None for argument in absent if argument in kernel.arg_names}
         integers = {"where": "*i8"} | dict.fromkeys(("windows", "height", "width", "C", "rows", "programs"), "i32")
