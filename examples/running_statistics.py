@@ -61,7 +61,8 @@ def main() -> None:
     run, n = args.run, args.pairs
     if args.smoke:
         run, n = Path("runs/statistics-smoke"), 2
-        train(Config(pairs=1, queries=2, iterations=2, eval_every=2, eval_episodes=4, device="cpu"), run)
+        config = Config(pairs=1, queries=2, iterations=2, eval_every=2, eval_episodes=4, device="cpu")
+        train(config, run, resume=run.exists())
     if run is None:
         parser.error("need --run RUN, or --smoke")
 

@@ -15,29 +15,18 @@ from pathlib import Path
 import torch
 
 from l2g_meta import L2GWrapper
+from l2g_meta.alignment import task_gradient
 from l2g_meta.build import build_data, build_pairs, load_run
 from l2g_meta.config import Config
-from l2g_meta.data import TaskPairs
+from l2g_meta.functional import confidence_interval
 from l2g_meta.training import train
 
 FIRST = 10**6  # of the pairs of the stream: not those of training
 
 
-def gradients(wrapper: L2GWrapper, pairs: TaskPairs, n: int) -> torch.Tensor:  # (n, 2, n_parameters)
-    """Of L(θ; T_i) and L(θ; T_j) of n pairs, in float64."""
-    parameters = list(wrapper.module.parameters())
-    found = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(wrapper.loss(task), parameters)])
-        for k in range(n)
-        for task in pairs[FIRST + k]
-    ]
-    return torch.stack(found).double().unflatten(0, (n, 2))
-
-
 def mean(values: torch.Tensor) -> str:
-    """Of n values, with its 95 % interval (normal approximation)."""
-    half = 1.96 * values.std() / len(values) ** 0.5
-    return f"{values.mean():.3f} ± {half:.3f}"
+    """Of n values, with its 95 % interval."""
+    return f"{values.mean():.3f} ± {confidence_interval(values):.3f}"
 
 
 def main() -> None:
@@ -51,7 +40,8 @@ def main() -> None:
     runs, n = args.run, args.pairs
     if args.smoke:
         runs, n = [Path("runs/anatomy-smoke")], 2
-        train(Config(pairs=1, queries=2, iterations=2, eval_every=2, eval_episodes=4, device="cpu"), runs[0])
+        config = Config(pairs=1, queries=2, iterations=2, eval_every=2, eval_episodes=4, device="cpu")
+        train(config, runs[0], resume=runs[0].exists())
     if runs is None:
         parser.error("need --run RUN, or --smoke")
 
@@ -60,15 +50,16 @@ def main() -> None:
     for run in runs:
         trained, config = load_run(run, device="cpu")
         pairs = build_pairs(config, build_data(config, "train"), torch.device("cpu"))
-        g = gradients(trained.train(), pairs, n)
+        tasks = [task for k in range(n) for task in pairs[FIRST + k]]
+        trained.train()
+        g = torch.stack([task_gradient(trained, task)[1].double() for task in tasks]).unflatten(0, (n, 2))
         products = g[:, 0] @ g[:, 1].T  # (n, n): T_i of one pair with T_j of another; the diagonal are the pairs
         of_pairs = products.diagonal()
         independent = (products.sum() - of_pairs.sum()) / (n * (n - 1))  # |ḡ|², without bias
         for alpha in args.alpha or [config.inner_lr]:
             wrapper = L2GWrapper(trained.module, alpha, unit_step=config.unit_step)
             losses = []
-            for k in range(n):
-                task_i, task_j = pairs[FIRST + k]
+            for task_i, task_j in zip(tasks[0::2], tasks[1::2], strict=True):
                 learner = wrapper.adapted(task_i)
                 with torch.no_grad():
                     losses.append(torch.stack([wrapper.loss(task_j), learner.loss(task_j)]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.norm import batchnorm_policy
+from l2g_meta.task import Task
 from l2g_meta.wrapper import L2GWrapper
 
 
@@ -54,14 +55,15 @@ def alignment(wrapper: L2GWrapper, pairs: TaskPairs, n: int) -> Alignment:
     return Alignment(*torch.stack(found).mean(0).tolist())
 
 
-def _of_pair(wrapper: L2GWrapper, *pair: object) -> Tensor:  # (3,)
-    losses, gradients = [], []
+def task_gradient(wrapper: L2GWrapper, task: Task) -> tuple[Tensor, Tensor]:  # (), (n_parameters,)
+    """L(θ; T), and its gradient with respect to all trainable parameters of the model in a row."""
+    loss = wrapper.loss(task)
     parameters = [p for p in wrapper.module.parameters() if p.requires_grad]
-    for task in pair:
-        loss = wrapper.loss(task)  # type: ignore[arg-type]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradients.append(torch.cat([g.flatten() for g in found]))
-        losses.append(loss.detach())
-    g_i, g_j = gradients
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return loss.detach(), torch.cat([g.flatten() for g in found])
+
+
+def _of_pair(wrapper: L2GWrapper, task_i: Task, task_j: Task) -> Tensor:  # (3,)
+    (_, g_i), (loss, g_j) = (task_gradient(wrapper, task) for task in (task_i, task_j))
     product = g_i @ g_j
-    return torch.stack([product / (g_i.norm() * g_j.norm()), product / losses[1], losses[1]])
+    return torch.stack([product / (g_i.norm() * g_j.norm()), product / loss, loss])

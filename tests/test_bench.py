@@ -263,7 +263,7 @@ def test_stock_layers_get_contiguous_images_as_their_users_give_them():
         assert seen and all(seen), name
 
 
-def test_augmentation_is_part_of_drawing(monkeypatch):
+def test_augmentation_is_part_of_drawing():
     plain, varied = (task_stream(replace(SMALL, augment=augment))[0][0].support_x for augment in (False, True))
     assert plain.shape == varied.shape and not torch.equal(plain, varied)
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.rows import build, task_stream
+from l2g_meta.bench.rows import build, check_names, contiguous, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
-from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task
 
@@ -36,13 +35,15 @@ def batching(
         L2GError: for an unknown name.
     """
     keep_freed_memory()
-    for name in variants or ():
-        if name not in WAYS:
-            raise L2GError(f"need variants of {'; '.join(WAYS)}; got {name!r}{did_you_mean(name, WAYS)}")
+    check_names(variants or (), WAYS)
     stream, device = task_stream(case), torch.device(case.device)
     tasks = [stream[k][0] for k in range(case.pairs)]
-    ways = {name: WAYS[name] for name in variants or WAYS}
-    steps = {name: partial(way, build(case, fused=STOCK not in name), tasks) for name, way in ways.items()}
+    steps = {
+        name: partial(WAYS[name], build(case, fused=False), [contiguous(task) for task in tasks])
+        if STOCK in name
+        else partial(WAYS[name], build(case, fused=True), tasks)
+        for name in variants or WAYS
+    }
     times = interleaved(steps, device, repeats=repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     say(f"T_i of {describe(case)}; {describe_machine(case)}")

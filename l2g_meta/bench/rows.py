@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,10 +34,9 @@ def available(
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
+    check_names(names or (), ROWS)
     chosen = {}
     for name in names or ROWS:
-        if name not in ROWS:
-            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}{did_you_mean(name, ROWS)}")
         row = ROWS[name]
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
             extra = "learn2learn" if row.needs == "learn2learn" else "bench"
@@ -54,6 +53,17 @@ def available(
     return chosen
 
 
+def check_names(names: Sequence[str], known: Collection[str]) -> None:
+    """That ``--variants`` are among those there are.
+
+    Raises:
+        L2GError: for an unknown name.
+    """
+    for name in names:
+        if name not in known:
+            raise L2GError(f"need variants of {'; '.join(known)}; got {name!r}{did_you_mean(name, known)}")
+
+
 def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
     """What is timed of a row: a step on the given pairs, or an update that draws from the stream.
 
@@ -63,12 +73,13 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     row = ROWS[name]
     if isinstance(row, Update):
         return row.make(model, case, stream)
-    if not row.fused:  # as their users' images are, and faster: our gather gives channels-last ones
-        pairs = [(_contiguous(task_i), _contiguous(task_j)) for task_i, task_j in pairs]
+    if not row.fused:
+        pairs = [(contiguous(task_i), contiguous(task_j)) for task_i, task_j in pairs]
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
 
 
-def _contiguous(task: Task) -> Task:
+def contiguous(task: Task) -> Task:
+    """The task as users of PyTorch's own layers have it, and faster on those: our gather gives channels-last images."""
     return task._replace(support_x=task.support_x.contiguous(), query_x=task.query_x.contiguous())
 
 

@@ -85,9 +85,9 @@ def bench(
     for name in times:
         variant = chosen[name]
         whole = isinstance(variant, Update)
-        base = "" if isinstance(variant, Update) else variant.base
-        own, peers = median.get(base), median.get(LEARN2LEARN)
-        plain = [median[other] for other in (FLOAT32 if base in FLOAT32 else (base,)) if other in median]
+        own, peers = median.get(variant.base), median.get(LEARN2LEARN)
+        alike = FLOAT32 if variant.base in FLOAT32 else (variant.base,)  # in the same precision
+        plain = [median[other] for other in alike if other in median]
         row = {
             "name": name,
             "seconds": median[name],

@@ -38,6 +38,7 @@ class Update(NamedTuple):
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
+    base: str = ""  # no episodes: a whole update stands against learn2learn's
 
 
 def eager(model: Any, case: Case, stream: TaskPairs) -> Callable[[], None]:

@@ -134,6 +134,7 @@ class Experiment:
         columns: of the table.
         rows: names of ``ROWS``.
         paper: published accuracy of each row, in the order of ``columns``; ``None`` where there is none.
+        one_seed: it draws one model of each row, whatever its scale has.
     """
 
     title: str
@@ -141,6 +142,7 @@ class Experiment:
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     paper: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    one_seed: bool = False
 
 
 FOUR = ("5w1s", "5w5s", "10w1s", "10w5s")
@@ -182,6 +184,6 @@ EXPERIMENTS = {
         "Figure 2: convergence", ("mini-imagenet", "tiered-imagenet"), ("5w1s",), ("proto", "proto-tasks", "l2g-proto")
     ),
     "figure3": Experiment(
-        "Figure 3: embeddings", ("mini-imagenet",), ("5w1s",), ("proto-tasks", "l2g-proto")
+        "Figure 3: embeddings", ("mini-imagenet",), ("5w1s",), ("proto-tasks", "l2g-proto"), one_seed=True
     ),
 }  # fmt: skip

@@ -142,15 +142,16 @@ def plan(
     spec, budget = EXPERIMENTS[experiment], SCALES[scale]
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
-    on_disk = [name for name in spec.data if name != EMBEDDED]
-    if root is None and budget.data is None and on_disk:
-        raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
-    one = experiment == "figure3"
-    if one and (seeds or 1) > 1:
+    if spec.one_seed and (seeds or 1) > 1:
         raise L2GError(
-            f"need one seed for figure3, which draws one model of each row, got --runs {seeds}; leave it out"
+            f"need one seed for {experiment}, which draws one model of each row, got --runs {seeds}; leave it out"
         )
-    return Plan(experiment, scale, out, root, columns, rows, 1 if one else seeds or budget.seeds, device)
+    seeds = 1 if spec.one_seed else seeds or budget.seeds
+    found = Plan(experiment, scale, out, root, columns, rows, seeds, device)
+    on_disk = [name for name in found.data if name != EMBEDDED]
+    if root is None and on_disk:
+        raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
+    return found
 
 
 def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
