@@ -21,6 +21,7 @@ from l2g_meta.bench.run import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS
 from l2g_meta.cli import main
 from l2g_meta.errors import L2GError
+from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.plots import bench_plot, scaling_plot
 
@@ -74,7 +75,7 @@ def test_errors_say_what_there_is(capsys):
     with pytest.raises(L2GError, match="leaves none"):
         replace(SMALL, head="relation", backbone="resnet12")
     with pytest.raises(L2GError, match="of one inner step, got 2"):
-        VARIANTS["l2g, identity"].make(build(SMALL, fused=True), 0.1, 2)
+        VARIANTS["l2g, identity"].make(build(SMALL, layers="fused"), 0.1, 2)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,14 @@ class TestUpdates:
 
     @staticmethod
     def ready(name, case=SMALL):
-        stream, model = task_stream(case), build(case, fused=ROWS[name].fused)
+        stream, model = task_stream(case), build(case, layers=ROWS[name].layers)
         return model, prepare(name, case, model, stream, [stream[0]])
 
     def test_the_stream_is_the_training_loops(self):
         """Oracle: three updates by hand."""
         case = replace(SMALL, pairs=2)
         model, update = self.ready("l2g, data included", case)
-        expected, stream = build(case, fused=True), task_stream(case)
+        expected, stream = build(case, layers="fused"), task_stream(case)
         wrapper, optimizer = L2GWrapper(expected, case.inner_lr), torch.optim.Adam(expected.parameters(), 1e-3)
         for k in range(3):
             update()
@@ -240,11 +241,17 @@ class TestUpdates:
 
 def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypatch):
     monkeypatch.setattr(run, "available", lambda names, **options: {name: ROWS[name] for name in names})
-    bases = {"l2g": "episodic", "l2g, mix 0.5": "episodic", "l2g, stock layers": "episodic, stock layers"}
+    bases = {
+        "l2g": "episodic",
+        "l2g, mix 0.5": "episodic",
+        "l2g, converted layers": "episodic, converted layers",
+        "l2g, stock layers": "episodic, stock layers",
+        "l2g, stock, channels-last": "episodic, stock, channels-last",
+    }
     names = [*dict.fromkeys(bases.values()), *bases, "episodic, bf16", "l2g, bf16"]
     rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, memory=False, say=str)["rows"]}
     seconds = {name: row["seconds"] for name, row in rows.items()}
-    fastest = min(seconds["episodic"], seconds["episodic, stock layers"])
+    fastest = min(seconds[base] for base in bases.values())
     for name, base in bases.items():
         assert rows[name]["ratio"] == seconds[name] / seconds[base]
         assert rows[name]["ratio_to_fastest"] == seconds[name] / fastest
@@ -253,14 +260,22 @@ def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypat
     assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
 
 
-def test_stock_layers_get_contiguous_images_as_their_users_give_them():
+def test_each_row_has_the_layers_and_the_images_that_it_names():
     stream = task_stream(SMALL)
     assert not stream[0][0].support_x.is_contiguous()
-    for name in ("l2g, stock layers", "episodic, stock layers", "torch.func"):
-        model, seen = build(SMALL, fused=False), []
+    for name, norm, contiguous in [
+        ("l2g, stock layers", nn.BatchNorm2d, True),
+        ("episodic, stock layers", nn.BatchNorm2d, True),
+        ("torch.func", nn.BatchNorm2d, True),
+        ("l2g, stock, channels-last", nn.BatchNorm2d, False),
+        ("l2g, converted layers", BatchNorm2d, False),
+        ("l2g", BatchNormReLU2d, False),
+    ]:
+        model, seen = build(SMALL, layers=ROWS[name].layers), []
+        norms = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
         model.encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].is_contiguous()))
         prepare(name, SMALL, model, stream, [stream[0]])()
-        assert seen and all(seen), name
+        assert norms == {norm} and seen and set(seen) == {contiguous}, name
 
 
 def test_augmentation_is_part_of_drawing():
@@ -272,7 +287,7 @@ def test_precision_is_a_rows_own():
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     stream, in_tf32, gradients = task_stream(SMALL), [], []
     for name in ("l2g", "l2g, TF32", "l2g, bf16"):
-        model = build(SMALL, fused=True)
+        model = build(SMALL, layers="fused")
         model.encoder.register_forward_hook(lambda *_: in_tf32.append(torch.backends.cuda.matmul.allow_tf32))
         prepare(name, SMALL, model, stream, [stream[0]])()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

@@ -39,9 +39,9 @@ def batching(
     stream, device = task_stream(case), torch.device(case.device)
     tasks = [stream[k][0] for k in range(case.pairs)]
     steps = {
-        name: partial(WAYS[name], build(case, fused=False), [contiguous(task) for task in tasks])
+        name: partial(WAYS[name], build(case, layers="stock"), [contiguous(task) for task in tasks])
         if STOCK in name
-        else partial(WAYS[name], build(case, fused=True), tasks)
+        else partial(WAYS[name], build(case, layers="fused"), tasks)
         for name in variants or WAYS
     }
     times = interleaved(steps, device, repeats=repeats)

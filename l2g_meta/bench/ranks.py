@@ -44,7 +44,7 @@ def ranks(case: Case, *, repeats: int = 5, say: Callable[[str], None] = print) -
         say: is given each line of the table.
     """
     case = replace(case, pairs=max(2, case.pairs))
-    device, single, model = torch.device(case.device), replace(case, pairs=1), build(case, fused=True)
+    device, single, model = torch.device(case.device), replace(case, pairs=1), build(case, layers="fused")
     updates = {str(c.pairs): eager(model, c, task_stream(c)) for c in (single, case)}
     one, all_ = (statistics.median(times) for times in interleaved(updates, device, repeats=repeats).values())
     each = (all_ - one) / (case.pairs - 1)

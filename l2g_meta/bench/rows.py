@@ -13,13 +13,15 @@ import torch
 from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.updates import UPDATES, Update
-from l2g_meta.bench.variants import VARIANTS, Pairs, Variant
+from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
+from l2g_meta.conv import convert_conv
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
+from l2g_meta.norm import convert_batchnorm
 from l2g_meta.task import Task
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": Conv4, "resnet12": ResNet12}
@@ -73,13 +75,13 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     row = ROWS[name]
     if isinstance(row, Update):
         return row.make(model, case, stream)
-    if not row.fused:
+    if not row.channels_last:
         pairs = [(contiguous(task_i), contiguous(task_j)) for task_i, task_j in pairs]
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
 
 
 def contiguous(task: Task) -> Task:
-    """The task as users of PyTorch's own layers have it, and faster on those: our gather gives channels-last images."""
+    """The task as users of other data sets have it; our gather gives channels-last images."""
     return task._replace(support_x=task.support_x.contiguous(), query_x=task.query_x.contiguous())
 
 
@@ -95,13 +97,13 @@ def task_stream(case: Case) -> TaskPairs:
     )  # fmt: skip
 
 
-def build(case: Case, *, fused: bool) -> MetricModel:
+def build(case: Case, *, layers: Layers) -> MetricModel:
     """The model of a case, always with the same weights.
 
     Raises:
         FitError: if the images are too small for it.
     """
-    image_shape = (3, case.image_size, case.image_size)
+    image_shape, fused = (3, case.image_size, case.image_size), layers == "fused"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if case.head == "prototypical":
@@ -111,4 +113,6 @@ def build(case: Case, *, fused: bool) -> MetricModel:
             channels, *size = feature_shape(encoder, image_shape)
             head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
             model = MetricModel(encoder, head, image_shape=image_shape)
+    if layers == "converted":
+        convert_conv(convert_batchnorm(model))
     return model.to(case.device)

@@ -59,7 +59,7 @@ def bench(
     pairs = [stream[k] for k in range(case.pairs)]
     say(f"{describe(case)}; {describe_machine(case)}")
 
-    one_i, one_j = (layers(build(case, fused=True), task) for task in pairs[0])
+    one_i, one_j = (layers(build(case, layers="fused"), task) for task in pairs[0])
     machine = measure_machine(device)
     floors = {
         exact: floor(one_i, one_j, machine, inner_steps=case.inner_steps if exact else 0) for exact in (False, True)
@@ -70,7 +70,7 @@ def bench(
     steps: dict[str, Callable[[], Any]] = {}
     for name, variant in chosen.items():
         try:
-            steps[name] = prepare(name, case, build(case, fused=variant.fused), stream, pairs)
+            steps[name] = prepare(name, case, build(case, layers=variant.layers), stream, pairs)
         except L2GError as error:
             if variants:
                 raise
@@ -120,7 +120,7 @@ def bench(
     return result
 
 
-FLOAT32 = ("episodic", "episodic, stock layers")
+FLOAT32 = [name for name in VARIANTS if name.startswith("episodic") and not VARIANTS[name].cuda]
 AXES: dict[str, Sequence[int]] = {
     "ways": (5, 10, 20),
     "shots": (1, 5, 10),
@@ -168,7 +168,7 @@ def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
 
 def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor:
     variant = VARIANTS[name]
-    model = build(case, fused=variant.fused).to(dtype)
+    model = build(case, layers=variant.layers).to(dtype)
     cast = [tuple(t._replace(support_x=t.support_x.to(dtype), query_x=t.query_x.to(dtype)) for t in p) for p in pairs]
     variant.make(model, case.inner_lr, case.inner_steps)(cast)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
@@ -211,7 +211,7 @@ def _ready(case: Case, name: str) -> Callable[[], Callable[[], Any]]:
     """A row's ``prepare``, its model and data in place."""
     stream = task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
-    return partial(prepare, name, case, build(case, fused=ROWS[name].fused), stream, pairs)
+    return partial(prepare, name, case, build(case, layers=ROWS[name].layers), stream, pairs)
 
 
 def describe(case: Case) -> str:

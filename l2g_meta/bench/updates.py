@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.variants import Pairs, Step, float32_products, wrapped
+from l2g_meta.bench.variants import Layers, Pairs, Step, float32_products, wrapped
 from l2g_meta.bench.variants import learn2learn as learn2learn_step
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.clone import require_learn2learn
@@ -34,7 +34,7 @@ class Update(NamedTuple):
     """One row of the bench: ``make(model, case, stream)`` gives a function that does one update."""
 
     make: Callable[[Any, Case, TaskPairs], Callable[[], Any]]
-    fused: bool = False  # ConvBlock's operators, or PyTorch's own
+    layers: Layers = "stock"
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
@@ -114,8 +114,8 @@ def _with_adam(model: Any, step: Step, draw: Callable[[], Pairs]) -> Callable[[]
 
 UPDATES: dict[str, Update] = {
     LEARN2LEARN: Update(learn2learn, needs="learn2learn"),
-    "l2g, data included": Update(eager, fused=True),
-    "l2g, captured, data included": Update(captured, fused=True, cuda=True),
-    "l2g, captured, data included, TF32": Update(partial(captured, precision="tf32"), fused=True, cuda=True),
-    "l2g, captured, data included, bf16": Update(partial(captured, precision="bf16"), fused=True, cuda=True),
+    "l2g, data included": Update(eager, layers="fused"),
+    "l2g, captured, data included": Update(captured, layers="fused", cuda=True),
+    "l2g, captured, data included, TF32": Update(partial(captured, precision="tf32"), layers="fused", cuda=True),
+    "l2g, captured, data included, bf16": Update(partial(captured, precision="bf16"), layers="fused", cuda=True),
 }

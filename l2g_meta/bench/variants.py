@@ -1,7 +1,7 @@
 """Ways to compute a (meta-)gradient, each a function from a model and a step size to ``step(pairs)``.
 
 A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
-all compute the same gradient. The peers run on PyTorch's own layers, as their users' networks do.
+all compute the same gradient. The peers run on PyTorch's own layers, on images as their users have them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,17 @@ from l2g_meta.wrapper import L2GWrapper
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
+Layers = Literal[
+    "fused", "converted", "stock"
+]  # ConvBlock's; PyTorch's by convert_batchnorm and convert_conv; PyTorch's
 
 
 class Variant(NamedTuple):
     """One row of the bench."""
 
     make: Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
-    fused: bool = False  # ConvBlock's operators, or PyTorch's own
+    layers: Layers = "stock"
+    channels_last: bool = False  # the memory format of the images
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
@@ -168,16 +172,22 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     return step
 
 
-_fused = partial(Variant, fused=True, base="episodic")
+_fused = partial(Variant, layers="fused", channels_last=True, base="episodic")
+_converted = partial(Variant, layers="converted", channels_last=True, base="episodic, converted layers")
+_channels_last = partial(Variant, channels_last=True, base="episodic, stock, channels-last")
 VARIANTS: dict[str, Variant] = {
     "episodic": _fused(episodes(), exact=False),
+    "episodic, converted layers": _converted(episodes(), exact=False),
     "episodic, stock layers": Variant(episodes(), exact=False),
+    "episodic, stock, channels-last": _channels_last(episodes(), exact=False),
     "l2g": _fused(wrapped()),
     "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
     "l2g, recompute": _fused(wrapped(recompute=True)),
     "l2g, identity": _fused(identity),
     "l2g, first order": _fused(wrapped(first_order=True), exact=False),
+    "l2g, converted layers": _converted(wrapped()),
     "l2g, stock layers": Variant(wrapped()),
+    "l2g, stock, channels-last": _channels_last(wrapped()),
     "episodic, TF32": _fused(in_tf32(episodes()), exact=False, cuda=True, base="episodic, TF32"),
     "l2g, TF32": _fused(in_tf32(wrapped()), cuda=True, base="episodic, TF32"),
     "episodic, bf16": _fused(episodes(autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
