@@ -66,8 +66,9 @@ def l2g() -> None:
         for b in range(2):
             task_i, task_j = pairs[2 * k + b]  # no common class
             learner = l2g.clone()
-            learner.adapt(learner.loss(task_i))
-            (learner.loss(task_j) / 2).backward()
+            loss_i = learner.loss(task_i)
+            learner.adapt(loss_i)
+            ((loss_i + learner.loss(task_j)) / 4).backward()  # mix 0.5; without loss_i, by 2: Algorithm 1
         optimizer.step()
 
     result = evaluate(l2g, test, ways=ways, shots=shots, queries=queries, episodes=episodes)  # adapts to nothing
