@@ -12,23 +12,27 @@ from l2g_meta.sweep import run_of
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_config_that_can_be_run(name):
-    Config(**preset(name), root="data").resolved()
+    Config(**preset(name), root=None if preset(name)["data"] == "glyphs" else "data").resolved()
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "row"),
+    ("name", "study", "column", "row"),
     [
-        ("mini-28px-episodic", "5w1s", "proto-tasks"),
-        ("mini-28px-l2g", "5w1s", "l2g-proto"),
-        ("mini-28px-l2g-mix", "5w1s", "l2g-mix-0.5"),
-        ("mini-28px-5shot-episodic", "5w5s", "proto-tasks"),
-        ("mini-28px-5shot-l2g-mix", "5w5s", "l2g-mix-0.5"),
+        ("mini-28px-episodic", "tasks", "5w1s", "proto-tasks"),
+        ("mini-28px-l2g", "tasks", "5w1s", "l2g-proto"),
+        ("mini-28px-l2g-mix", "tasks", "5w1s", "l2g-mix-0.5"),
+        ("mini-28px-l2g-mix-0.003", "tasks", "5w1s", "l2g-mix-0.5-0.003"),
+        ("mini-28px-5shot-episodic", "tasks", "5w5s", "proto-tasks"),
+        ("mini-28px-5shot-l2g-mix", "tasks", "5w5s", "l2g-mix-0.5"),
+        ("glyphs-episodic", "far-classes", "5w1s", "proto-tasks"),
+        ("glyphs-l2g-mix-0.003", "far-classes", "5w1s", "l2g-mix-0.5-0.003"),
     ],
 )
-def test_presets_are_the_runs_of_the_study(name, column, row):
-    cells = plan("tasks", "confirm", Path("none"), root="data", columns=[column], rows=[row]).cells
+def test_presets_are_the_runs_of_the_study(name, study, column, row):
+    root = None if study == "far-classes" else "data"
+    cells = plan(study, "confirm", Path("none"), root=root, columns=[column], rows=[row]).cells
     cell = next(cell for cell in cells if cell.seed == 0)
-    config = Config(**preset(name), root="data").resolved()
+    config = Config(**preset(name), root=root).resolved()
     assert cell.config().differences(config) == ""
 
 
