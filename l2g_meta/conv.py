@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from l2g_meta.convert import convert
+
 
 class Geometry(NamedTuple):
     """How the kernel moves over the image."""
@@ -127,11 +129,11 @@ def convert_conv(model: nn.Module) -> nn.Module:
 
     Parameters, hooks and the state dict stay as they are; subclasses of ``nn.Conv2d`` are left alone.
 
+    Raises:
+        FitError: for a lazy layer that has not seen its input yet.
+
     Example:
         >>> type(convert_conv(nn.Sequential(nn.Conv2d(3, 8, 3)))[0])
         <class 'l2g_meta.conv.Conv2d'>
     """
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = Conv2d
-    return model
+    return convert(model, {nn.Conv2d: Conv2d})

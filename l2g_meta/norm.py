@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from l2g_meta.batch_norm import batch_norm, instance_norm, relu_and_pool
+from l2g_meta.convert import convert
 from l2g_meta.errors import FitError
 from l2g_meta.group_norm import group_norm
 from l2g_meta.layer_norm import layer_norm
@@ -231,14 +232,14 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
     Parameters, buffers, hooks and the state dict stay as they are; subclasses (``SyncBatchNorm``, a user's own) are
     left alone.
 
+    Raises:
+        FitError: for a lazy layer that has not seen its input yet.
+
     Example:
         >>> type(convert_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1])
         <class 'l2g_meta.norm.BatchNorm2d'>
     """
-    for module in model.modules():
-        if type(module) in CONVERTED:
-            module.__class__ = CONVERTED[type(module)]
-    return model
+    return convert(model, CONVERTED)
 
 
 def _normalise(norm: _BatchNorm, x: Tensor, *, relu: bool = False, pool: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.blocks import ConvBlock
 from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
+from l2g_meta.errors import FitError
 from l2g_meta.heads import HEADS
 from l2g_meta.model import build_head, feature_shape
 from l2g_meta.norm import (
@@ -617,3 +618,15 @@ def test_a_users_own_network_converted():
     for (name, f), p in zip(fast.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(f.grad, p.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
     torch.testing.assert_close(fast.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "convert, lazy, fast",
+    [(convert_batchnorm, nn.LazyBatchNorm2d(), BatchNorm2d), (convert_conv, nn.LazyConv2d(4, 3), Conv2d)],
+)
+def test_lazy_layers_are_converted_when_they_have_parameters_and_refused_before(convert, lazy, fast):
+    model = nn.Sequential(nn.ReLU(), lazy)
+    with pytest.raises(FitError, match="as '1'; call the model once"):
+        convert(model)
+    model(torch.randn(2, 3, 5, 5))
+    assert type(convert(model)[1]) is fast
