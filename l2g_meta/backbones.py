@@ -67,8 +67,9 @@ def relation_embedding(in_channels: int = 3, channels: int = 64) -> Conv4:
 class ResNet12(nn.Module):
     """Four residual blocks of three 3×3 convolutions and a 2×2 max-pool (TADAM, Oreshkin et al. 2018).
 
-    Leaky ReLU of slope 0.1, and the mean over the last map. With ``drop_rate``, as MetaOptNet's and FEAT's code have
-    it: dropout after the first two blocks, DropBlock after the last two; in training mode only.
+    Leaky ReLU of slope 0.1, and the mean over the last map, unless ``pooled`` is false. With ``drop_rate``, as
+    MetaOptNet's and FEAT's code have it: dropout after the first two blocks, DropBlock after the last two; in training
+    mode only.
 
     Args:
         in_channels: channels of the images.
@@ -77,10 +78,12 @@ class ResNet12(nn.Module):
         drop_rate: p of dropout, and the final one of DropBlock; 0.1 in MetaOptNet and FEAT.
         dropblock: side of the blocks that DropBlock drops, at most that of the map.
         ramp: training passes over which DropBlock's rate grows from 0; 40,000 in MetaOptNet and FEAT.
+        pooled: give the mean over the last map, or, for a head that compares maps, the map itself.
         fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
 
     Shapes:
-        (n, in_channels, H, W) -> (n, widths[-1], 1, 1), H and W at least 16.
+        (n, in_channels, H, W) -> (n, widths[-1], 1, 1), H and W at least 16; (n, widths[-1], H // 16, W // 16) if not
+        ``pooled``.
 
     Example:
         >>> import torch
@@ -89,11 +92,11 @@ class ResNet12(nn.Module):
     """
 
     def __init__(self, in_channels: int = 3, widths: Sequence[int] = (64, 160, 320, 640), *, drop_rate: float = 0.0,
-                 dropblock: int = 5, ramp: int = 40_000, fused: bool = True):  # fmt: skip
+                 dropblock: int = 5, ramp: int = 40_000, pooled: bool = True, fused: bool = True):  # fmt: skip
         super().__init__()
         if len(widths) != 4:
             raise FitError(f"need the widths of 4 blocks, got {tuple(widths)}")
-        self.fused = fused
+        self.pooled, self.fused = pooled, fused
         inputs = (in_channels, *widths[:-1])
         self.blocks = nn.Sequential(*(_ResidualBlock(i, o, fused=fused) for i, o in zip(inputs, widths, strict=True)))
         if drop_rate:
@@ -104,7 +107,8 @@ class ResNet12(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features of the images."""
         x = x.contiguous(memory_format=torch.channels_last) if self.fused else x
-        return self.blocks(x).mean((2, 3), keepdim=True)
+        maps = self.blocks(x)
+        return maps.mean((2, 3), keepdim=True) if self.pooled else maps
 
 
 class _ResidualBlock(nn.Module):

@@ -72,8 +72,6 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
 def test_errors_say_what_there_is(capsys):
     assert main(["bench", "--variants", "foo"]) == 2
     assert "need variants of episodic; " in capsys.readouterr().err
-    with pytest.raises(L2GError, match="leaves none"):
-        replace(SMALL, head="relation", backbone="resnet12")
     with pytest.raises(L2GError, match="of one inner step, got 2"):
         VARIANTS["l2g, identity"].make(build(SMALL, layers="fused"), 0.1, 2)
 
@@ -94,7 +92,10 @@ def test_errors_say_what_there_is(capsys):
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
         ("--head foo", "need --backbone conv4 or resnet12 and --head prototypical or relation, got conv4 and foo"),
-        ("--head relation --backbone resnet12", "leaves none; need --backbone conv4"),
+        (
+            "--image-size 28 --head relation --backbone resnet12",
+            r"RelationHead needs maps of at least 4×4 .*, got 1×1; .*",
+        ),
     ],
 )
 def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
@@ -354,6 +355,22 @@ def test_resnet12_is_the_published_one_and_fused_changes_nothing():
     for f, p in zip(*gradients, strict=True):
         torch.testing.assert_close(f, p, rtol=1e-8, atol=1e-8 * p.abs().max().item())
     assert isinstance(plain.blocks[0].convs[0], nn.Conv2d)
+
+
+def test_resnet12_under_the_relation_head():
+    case = replace(SMALL, backbone="resnet12", head="relation", image_size=64)
+    model, task = build(case, layers="fused"), task_stream(case)[0][0]
+    with torch.no_grad():
+        assert model(task).shape == (4, 2)
+    assert case.small_image == 64 > SMALL.small_image
+
+
+def test_resnet12_leaves_its_last_maps_to_heads_that_compare_them():
+    maps, pooled = ResNet12(3, (4, 4, 6, 8), pooled=False).eval(), ResNet12(3, (4, 4, 6, 8)).eval()
+    pooled.load_state_dict(maps.state_dict())
+    x = torch.randn(2, 3, 70, 64)
+    assert maps(x).shape == (2, 8, 4, 4)
+    torch.testing.assert_close(maps(x).mean((2, 3), keepdim=True), pooled(x))
 
 
 def test_pictures(tmp_path):

@@ -50,8 +50,11 @@ class Case:
                 "need --backbone conv4 or resnet12 and --head prototypical or relation, "
                 f"got {self.backbone} and {self.head}"
             )
-        if self.head == "relation" and self.backbone == "resnet12":
-            raise L2GError("the relation head compares maps, of which resnet12 leaves none; need --backbone conv4")
+
+    @property
+    def small_image(self) -> int:
+        """Pixels of the smallest images that are of use: the relation head needs maps of 4 × 4."""
+        return 64 if self.head == "relation" and self.backbone == "resnet12" else 20
 
     @property
     def images(self) -> int:

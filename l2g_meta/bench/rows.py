@@ -24,7 +24,11 @@ from l2g_meta.model import MetricModel, feature_shape
 from l2g_meta.norm import convert_batchnorm
 from l2g_meta.task import Task
 
-BACKBONES: dict[str, Callable[..., Any]] = {"conv4": Conv4, "resnet12": ResNet12}
+BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
+RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare
+    "conv4": partial(Conv4, 3, pools=2),
+    "resnet12": partial(ResNet12, 3, pooled=False),
+}
 ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
 
 
@@ -107,9 +111,9 @@ def build(case: Case, *, layers: Layers) -> MetricModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if case.head == "prototypical":
-            model = MetricModel(BACKBONES[case.backbone](3, fused=fused), PrototypicalHead(), image_shape=image_shape)
+            model = MetricModel(BACKBONES[case.backbone](fused=fused), PrototypicalHead(), image_shape=image_shape)
         else:
-            encoder = Conv4(3, pools=2, fused=fused)
+            encoder = RELATION_BACKBONES[case.backbone](fused=fused)
             channels, *size = feature_shape(encoder, image_shape)
             head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
             model = MetricModel(encoder, head, image_shape=image_shape)

@@ -156,7 +156,8 @@ def scaling(
 
 def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
     """Relative error of each variant's meta-gradient against float64, on smaller images."""
-    small = replace(case, image_size=min(case.image_size, 28), pairs=1, queries=min(case.queries, 5))
+    size = min(case.image_size, max(28, case.small_image))
+    small = replace(case, image_size=size, pairs=1, queries=min(case.queries, 5))
     stream = task_stream(small)
     exact = _gradient(small, "l2g, stock layers", [stream[0]], torch.float64)
     errors = {}
@@ -197,7 +198,7 @@ def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
     if keep:
         keep_freed_memory()
     # Kernels are loaded and threads started by a small step first.
-    _ready(replace(case, image_size=28 if case.image_size > 28 else 20, pairs=1), name)()()
+    _ready(replace(case, image_size=max(28, case.small_image) if case.image_size > 28 else 20, pairs=1), name)()()
     step = _ready(case, name)()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
