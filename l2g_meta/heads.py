@@ -281,8 +281,8 @@ class RelationHead(nn.Module):
         if min(height, width) < 4:
             raise FitError(
                 f"RelationHead needs maps of at least 4×4 (two 2×2 poolings), got {height}×{width}; use the relation "
-                "embedding, Conv4(pools=2) (command line: --backbone conv4-relation), ResNet12(pooled=False), or larger "
-                "images"
+                "embedding, Conv4(pools=2) (command line: --backbone conv4-relation), ResNet12(pooled=False), or "
+                "larger images"
             )
         self.feature_shape = (channels, height, width)
         self.reduction = _reduction(reduction)
