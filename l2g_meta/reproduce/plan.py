@@ -74,11 +74,11 @@ SCALES = {
         2, 300, 150, 28, 10, 15, 6, 200, 600, 7, columns=1,
     ),
     "screen": Scale(
-        "a screen of one seed, to choose what to look at closely: 28 px, 200 updates of 2 pairs, 10 training queries",
+        "a screen, to choose what to look at closely: 28 px, 200 updates of 2 pairs, 10 training queries",
         1, 200, None, 28, 10, 15, 4, 200, 600, 7, pairs=2, aligned=50,
     ),
     "confirm": Scale(
-        "three seeds, 1000 updates of 2 pairs, 28 px, 10 training queries",
+        "1000 updates of 2 pairs, 28 px, 10 training queries",
         3, 1000, None, 28, 10, 15, 10, 200, 600, 7, pairs=2, aligned=100,
     ),
     "smoke": Scale(

@@ -178,7 +178,7 @@ def markdown(values: dict[str, Any]) -> str:
         f"# {values['title']}",
         "",
         f"{values['budget'][0].upper()}{values['budget'][1:]}. {values['test_episodes']} test episodes, the same for "
-        f"all rows, × {values['seeds']} trained seeds; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
+        f"all rows, trained seeds: {values['seeds']}; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
         "BatchNorm at test: *running* statistics of training, or those of the episode's *batch*, which is "
         f"transductive; {what}",
         "",
