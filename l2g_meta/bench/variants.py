@@ -24,9 +24,8 @@ from l2g_meta.wrapper import L2GWrapper
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
-Layers = Literal[
-    "fused", "converted", "stock"
-]  # ConvBlock's; PyTorch's by convert_batchnorm and convert_conv; PyTorch's
+# ConvBlock's; PyTorch's, converted by convert_batchnorm and convert_conv; PyTorch's as they are
+Layers = Literal["fused", "converted", "stock"]
 
 
 class Variant(NamedTuple):
