@@ -46,8 +46,8 @@ class L2GWrapper(nn.Module):
             ``"element"``: one per element (Meta-SGD, Li et al. 2017).
         inner_steps: inner steps on T_i taken by ``forward``.
         mix: share m of T_i's own loss in what ``forward`` returns, (1 − m) L(θ'; T_j) + m L(θ; T_i), in [0, 1); 0 is
-            Algorithm 1. Its gradient is the g_i of the inner step, so that it costs nothing. ``l2g train`` has 0.5, which
-            was better in all that we measured (``docs/findings.md``).
+            Algorithm 1. Its gradient is the g_i of the inner step, so that it costs nothing. ``l2g train`` has 0.5,
+            which was better in all that we measured (``docs/findings.md``).
         unit_step: divide the inner gradient by its norm over all adapted parameters, so that θ' lies at the distance α
             from θ; differentiated, too.
         recompute: keep no graph of an inner step: its loss is computed a second time in the backward pass. The same
