@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.conv import convert_conv
+from l2g_meta.convert import convert
 from l2g_meta.errors import FitError, L2GError
 from l2g_meta.norm import convert_batchnorm
 
@@ -108,10 +109,7 @@ def convert_layers(model: nn.Module) -> nn.Module:
         >>> type(convert_layers(nn.Sequential(nn.Hardsigmoid()))[0])
         <class 'l2g_meta.encoders.Hardsigmoid'>
     """
-    for module in model.modules():
-        if type(module) is nn.Hardsigmoid:
-            module.__class__ = Hardsigmoid
-    return convert_conv(convert_batchnorm(model))
+    return convert_conv(convert_batchnorm(convert(model, {nn.Hardsigmoid: Hardsigmoid})))
 
 
 LIBRARIES: dict[str, Callable[[str, int, Mapping[str, Any]], nn.Module]] = {
