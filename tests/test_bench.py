@@ -13,6 +13,7 @@ from torch import nn
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, ResNet12
 from l2g_meta.bench import run
 from l2g_meta.bench.case import Case
+from l2g_meta.bench.concatenated import task_gradients
 from l2g_meta.bench.floor import Layer, Machine, floor, layers, passes
 from l2g_meta.bench.norms import NORMS, second
 from l2g_meta.bench.norms import first as first_derivatives
@@ -102,6 +103,33 @@ def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
     assert main(["bench", "--queries", "1", "--repeats", "1", "--device", "cpu", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("l2g: ") and error.count("\n") == 1 and re.search(message, error), error
+
+
+@pytest.mark.parametrize("change", [{}, {"head": "relation"}, {"backbone": "resnet12"}], ids=str)
+def test_one_pass_gives_each_task_its_own_gradient_and_hessian_vector_product(change):
+    case = replace(SMALL, **change)
+    stream = task_stream(case)
+    tasks = [
+        task._replace(support_x=task.support_x.double(), query_x=task.query_x.double())
+        for task in (stream[k][0] for k in range(3))
+    ]
+    model, together = (build(case, layers="fused").double() for _ in range(2))
+    gradients = task_gradients(together, tasks)
+    generator = torch.Generator().manual_seed(0)
+    v = {name: torch.randn(g.shape, dtype=g.dtype, generator=generator) for name, g in gradients.items()}
+    products = torch.autograd.grad(list(gradients.values()), list(together.parameters()), list(v.values()))
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for t, task in enumerate(tasks):
+        loss = model.loss_fn(model(task), task.query_y)
+        own = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        for g, (name, all_tasks) in zip(own, gradients.items(), strict=True):
+            torch.testing.assert_close(all_tasks[t], g, rtol=1e-9, atol=1e-9 * g.abs().max().item() + 1e-14, msg=name)
+        for total, product in zip(
+            expected, torch.autograd.grad(own, list(model.parameters()), [v[name][t] for name in v]), strict=True
+        ):
+            total += product
+    for product, total in zip(products, expected, strict=True):
+        torch.testing.assert_close(product, total, rtol=1e-8, atol=1e-9 * total.abs().max().item() + 1e-14)
 
 
 @pytest.mark.parametrize("flags", list(itertools.combinations(["--batching", "--scaling", "--norms", "--storage"], 2)))

@@ -1,9 +1,9 @@
 """What computing the inner tasks of all pairs together could save: they share θ, the tasks of T_j do not.
 
 Ways to the gradients and Hessian-vector products of the T_i of all pairs: one task after the other; all images in one
-pass, with one set of statistics and summed gradients, which is *less* than L2G needs (statistics and weight gradients
-are per task) and so bounds from above what sharing can gain; and ``torch.func.vmap`` over the tasks, on PyTorch's own
-layers, beside one task after the other on those.
+pass, with the statistics and gradients of each task; the same with one set of statistics and summed gradients, which is
+*less* than L2G needs and so bounds from above what sharing can gain; and ``torch.func.vmap`` over the tasks, on
+PyTorch's own layers, beside one task after the other on those.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
+from l2g_meta.bench.concatenated import task_gradients
 from l2g_meta.bench.rows import build, check_names, contiguous, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
@@ -59,6 +60,13 @@ def sequential(model: Any, tasks: Sequence[Task]) -> None:
         _hessian_vector_product(model, model.loss_fn(model(task), task.query_y))
 
 
+def one_pass(model: Any, tasks: Sequence[Task]) -> None:
+    """The same, all images in one pass through the encoder."""
+    parameters, gradients = dict(model.named_parameters()), task_gradients(model, tasks)
+    cotangents = [parameters[name].detach().expand_as(g) for name, g in gradients.items()]
+    torch.autograd.grad(list(gradients.values()), list(parameters.values()), cotangents)
+
+
 def together(model: Any, tasks: Sequence[Task]) -> None:
     """The same of the summed losses, all images in one pass through the encoder."""
     images = [torch.cat([task.support_x, task.query_x]) for task in tasks]
@@ -94,6 +102,7 @@ def vmapped(model: Any, tasks: Sequence[Task]) -> None:
 STOCK = "stock layers"
 WAYS: dict[str, Callable[[Any, Sequence[Task]], None]] = {
     "one after the other": sequential,
+    "one pass": one_pass,
     "one pass (bound)": together,
     f"one after the other, {STOCK}": sequential,
     f"vmap, {STOCK}": vmapped,
