@@ -63,9 +63,8 @@ def check(config: Any) -> None:
     if config.clip_norm is not None and not 0 < config.clip_norm < math.inf:
         raise L2GError(f"need --clip-norm above 0 and finite, got {config.clip_norm}")
     if config.clip_norm is not None and config.cuda_graph:
-        raise L2GError(
-            "--clip-norm, which --method meta-lstm has by default, does not work with --cuda-graph; leave one out"
-        )
+        by_default = ", the default of --method meta-lstm" if config.method == "meta-lstm" else ""
+        raise L2GError(f"--cuda-graph does not clip, got --clip-norm {config.clip_norm:g}{by_default}; leave one out")
     if not 0 <= config.mix < 1:
         raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")
     bilevel = config.mix or config.unit_step or config.inner_on == "supports"

@@ -62,7 +62,7 @@ def task_gradients(model: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
     """The gradient of each task's loss, (T, *shape) for each parameter, to be differentiated once more.
 
     Args:
-        model: a ``MetricModel`` of fused layers; its encoder's become taskwise, and take such weights only from then on.
+        model: a ``MetricModel`` of fused layers; its encoder's become taskwise, and from then on take such weights.
         tasks: of one shape.
     """
     encoder = convert(model.encoder, TASKWISE)
