@@ -41,6 +41,6 @@ def test_resident_memory_is_flat_over_200_full_size_meta_steps():
 def test_the_demo_learns_to_tell_unseen_characters_apart(tmp_path):
     quickstart = Path(__file__).parent.parent / "examples" / "quickstart.py"
     done = subprocess.run([sys.executable, quickstart], cwd=tmp_path, capture_output=True, text=True, check=True)
-    for name in ("Episodic, 2", "Episodic, 4", "L2G, 2"):
+    for name in ("Episodic, 2", "Episodic, 4", "L2G, Algorithm 1", "L2G, mix 0.5"):
         five, twenty = map(float, re.findall(r"([\d.]+) ±", re.search(f"^{name}.*", done.stdout, re.M)[0]))
         assert five > 50 and twenty > 20, done.stdout  # chance: 20 and 5
