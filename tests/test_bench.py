@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, ResNet12
 from l2g_meta.bench import run
+from l2g_meta.bench.batching import WAYS
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.concatenated import task_gradients
 from l2g_meta.bench.floor import Layer, Machine, floor, layers, passes
@@ -104,6 +106,18 @@ def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
     assert main(["bench", "--queries", "1", "--repeats", "1", "--device", "cpu", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("l2g: ") and error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_batching_times_every_way(tmp_path, capsys):
+    path = tmp_path / "batching.json"
+    flags = "--batching --pairs 2 --image-size 20 --ways 2 --queries 2 --repeats 2 --device cpu".split()
+    assert main(["bench", *flags, "--json", str(path)]) == 0
+    result, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert list(result["seconds"]) == list(result["all_seconds"]) == list(WAYS)
+    for name, seconds in result["seconds"].items():
+        assert seconds == statistics.median(result["all_seconds"][name]) > 0 and re.search(
+            rf"^{re.escape(name)} ", printed, re.M
+        )
 
 
 def small_resnet() -> MetricModel:

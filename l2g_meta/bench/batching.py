@@ -51,7 +51,8 @@ def batching(
     first = next(iter(medians.values()))
     for name, median in medians.items():
         say(f"{name:36}{median:9.3f} s{median / first:8.2f}")
-    return {"case": asdict(case), "machine": {"description": describe_machine(case)}, "seconds": medians}
+    machine = {"description": describe_machine(case)}
+    return {"case": asdict(case), "machine": machine, "seconds": medians, "all_seconds": times}
 
 
 def sequential(model: Any, tasks: Sequence[Task]) -> None:
