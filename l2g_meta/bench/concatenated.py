@@ -59,7 +59,7 @@ TASKWISE: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def task_gradients(model: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
-    """The gradient of each task's loss, (T, *shape) for each parameter, to be differentiated once more.
+    """The gradient of each task's loss, ``(T, *shape)`` for each parameter, to be differentiated once more.
 
     Args:
         model: a ``MetricModel`` of fused layers; its encoder's become taskwise, and from then on take such weights.
