@@ -90,13 +90,11 @@ def main() -> None:
     print(ROW("", "α", "g_i·g_j", "|ḡ|²", "|g_i|²", "L(θ; T_j)", "L(θ'; T_j)", "minus base's"))
     steps = {name: [(alpha, c.unit_step) for alpha in args.alpha or [c.inner_lr]] for name, (_, c) in trained.items()}
     for step in sorted({step for chosen in steps.values() for step in chosen}):
-        after_base = losses(of_base, *step, pairs)[1]
-        for name, wrapper in models.items():
-            if step not in steps.get(name, [step]):
-                continue
+        chosen = [name for name in models if step in steps.get(name, [step])]
+        around = {name: losses(models[name], *step, pairs) for name in chosen}
+        for name, (before, after) in around.items():
             of_pairs, squares, independent = anatomy[name]
-            before, after = losses(wrapper, *step, pairs)
-            above = "" if wrapper is of_base else mean(after - after_base)
+            above = "" if name == base.name else mean(after - around[base.name][1])
             print(ROW(
                 name, f"{step[0]:g}", mean(of_pairs), f"{independent:.3f}", f"{squares.mean():.1f}",
                 f"{before.mean():.3f}", f"{after.mean():.3f}", above,
