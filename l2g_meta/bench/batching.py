@@ -19,10 +19,11 @@ from torch import Tensor
 
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.concatenated import task_gradients
+from l2g_meta.bench.concatenated import summed_loss, task_gradients
 from l2g_meta.bench.rows import build, check_names, contiguous, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
+from l2g_meta.bench.variants import Layers
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task
 
@@ -39,12 +40,11 @@ def batching(
     check_names(variants or (), WAYS)
     stream, device = task_stream(case), torch.device(case.device)
     tasks = [stream[k][0] for k in range(case.pairs)]
-    steps = {
-        name: partial(WAYS[name], build(case, layers="stock"), [contiguous(task) for task in tasks])
-        if STOCK in name
-        else partial(WAYS[name], build(case, layers="fused"), tasks)
-        for name in variants or WAYS
-    }
+    given: dict[Layers, list[Task]] = {"fused": tasks, "stock": [contiguous(task) for task in tasks]}
+    steps = {}
+    for name in variants or WAYS:
+        layers: Layers = "stock" if STOCK in name else "fused"
+        steps[name] = partial(WAYS[name], build(case, layers=layers), given[layers])
     times = interleaved(steps, device, repeats=repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     say(f"T_i of {describe(case)}; {describe_machine(case)}")
@@ -70,13 +70,7 @@ def one_pass(model: Any, tasks: Sequence[Task]) -> None:
 
 def together(model: Any, tasks: Sequence[Task]) -> None:
     """The same of the summed losses, all images in one pass through the encoder."""
-    images = [torch.cat([task.support_x, task.query_x]) for task in tasks]
-    features = model.encoder(torch.cat(images)).split([len(x) for x in images])
-    losses = []
-    for task, z in zip(tasks, features, strict=True):
-        n = len(task.support_y)
-        losses.append(model.loss_fn(model.head(z[:n], task.support_y, z[n:], task.n_way), task.query_y))
-    _hessian_vector_product(model, torch.stack(losses).sum())
+    _hessian_vector_product(model, summed_loss(model, tasks, encoder=model.encoder, heads=[model.head] * len(tasks)))
 
 
 def vmapped(model: Any, tasks: Sequence[Task]) -> None:
