@@ -62,7 +62,10 @@ FAR = {
 DEFAULT = {"l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003)}
 ROWS = STEPS | PARTS | BASES | CLASSES | FAR | DEFAULT
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
+LONG = ("proto", *BASE, "proto-time", "l2g-proto", *DEFAULT)
 STUDIES = {
+    "spread": Experiment("How much trained models differ", ("glyphs",), PLACE, (*BASE, "l2g-proto", *DEFAULT)),
+    "length": Experiment("To the end of training", MINI, ("5w1s", "5w5s"), LONG),
     "inner-step": Experiment(
         "How strong the inner step is", MINI, PLACE, (*BASE, "l2g-proto", "l2g-proto-meta-sgd", *STEPS)
     ),
