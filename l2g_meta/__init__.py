@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l2g_meta.algorithm import L2GWrapper as L2GWrapper
     from l2g_meta.backbones import Conv4 as Conv4
     from l2g_meta.backbones import ResNet12 as ResNet12
     from l2g_meta.backbones import relation_embedding as relation_embedding
     from l2g_meta.classify.classifier import FewShotClassifier as FewShotClassifier
-    from l2g_meta.conv import convert_conv as convert_conv
     from l2g_meta.heads import FullContextMatchingHead as FullContextMatchingHead
     from l2g_meta.heads import MatchingHead as MatchingHead
     from l2g_meta.heads import PrototypicalHead as PrototypicalHead
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from l2g_meta.model import MetricModel as MetricModel
     from l2g_meta.norm import batchnorm_policy as batchnorm_policy
     from l2g_meta.norm import convert_batchnorm as convert_batchnorm
+    from l2g_meta.operators.convolution import convert_conv as convert_conv
     from l2g_meta.task import Task as Task
-    from l2g_meta.wrapper import L2GWrapper as L2GWrapper
 
 __version__ = "0.1.0"
 
@@ -25,12 +25,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "backbones": ("Conv4", "ResNet12", "relation_embedding"),
     "classify.classifier": ("FewShotClassifier",),
-    "conv": ("convert_conv",),
+    "operators.convolution": ("convert_conv",),
     "heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
     "model": ("MetricModel",),
     "norm": ("batchnorm_policy", "convert_batchnorm"),
     "task": ("Task",),
-    "wrapper": ("L2GWrapper",),
+    "algorithm": ("L2GWrapper",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

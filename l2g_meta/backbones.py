@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.blocks import ConvBlock
-from l2g_meta.conv import Conv2d
 from l2g_meta.dropblock import DropBlock
 from l2g_meta.errors import FitError
 from l2g_meta.norm import BatchNorm2d
+from l2g_meta.operators.convolution import Conv2d
 
 
 class Conv4(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.conv import Conv2d
 from l2g_meta.norm import BatchNormReLU2d
+from l2g_meta.operators.convolution import Conv2d
 
 
 class ConvBlock(nn.Module):

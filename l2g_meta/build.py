@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l2g_meta import data
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
 from l2g_meta.config import Config
@@ -31,7 +32,6 @@ from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.options import parsed_options
 from l2g_meta.settings import LEARNERS, SUPERVISED
 from l2g_meta.supervised import LinearHead
-from l2g_meta.wrapper import L2GWrapper
 
 
 def build_device(name: str) -> torch.device:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.conv import convert_conv
 from l2g_meta.convert import convert
 from l2g_meta.errors import FitError, L2GError
 from l2g_meta.norm import convert_batchnorm
+from l2g_meta.operators.convolution import convert_conv
 
 # Not to be set by a config, which may be somebody else's: where weights come from, and what is set here.
 OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "model_name", "checkpoint_path",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.clone import learn2learn_maml, own_buffers
+from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.inner.clone import learn2learn_maml, own_buffers
 from l2g_meta.model import check_trainable, check_ways
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 
 class SoftmaxMAML(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from l2g_meta.clone import trainable_parameters
+from l2g_meta.inner.clone import trainable_parameters
 from l2g_meta.model import check_trainable, check_ways
 from l2g_meta.task import Task
 

@@ -1,6 +1,6 @@
 """Normalisation layers with a fast double backward, and which statistics a model is evaluated with.
 
-The operators behind them, and their second derivatives in closed form, are in ``l2g_meta.batch_norm``,
+The operators behind them, and their second derivatives in closed form, are in ``l2g_meta.operators.batch_norm``,
 ``group_norm`` and ``layer_norm``.
 """
 
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from l2g_meta.batch_norm import batch_norm, instance_norm, relu_and_pool
 from l2g_meta.convert import convert
 from l2g_meta.errors import FitError
-from l2g_meta.group_norm import group_norm
-from l2g_meta.layer_norm import layer_norm
+from l2g_meta.operators.batch_norm import batch_norm, instance_norm, relu_and_pool
+from l2g_meta.operators.group_norm import group_norm
+from l2g_meta.operators.layer_norm import layer_norm
 
 Policy = Literal["running", "batch"]
 POLICIES: tuple[Policy, ...] = ("running", "batch")
@@ -49,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         ValueError: for one value per channel, whose variance is 0, as PyTorch does.
 
     Source:
-        Ioffe & Szegedy (2015); the second derivative is that of ``l2g_meta.batch_norm``.
+        Ioffe & Szegedy (2015); the second derivative is that of ``l2g_meta.operators.batch_norm``.
 
     Example:
         >>> import torch

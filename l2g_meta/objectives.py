@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 
 class Outcome(NamedTuple):

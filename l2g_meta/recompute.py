@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from l2g_meta.clone import hold, trainable_parameters
+from l2g_meta.inner.clone import hold, trainable_parameters
 
 
 def recomputed_gradient(
@@ -31,7 +31,7 @@ def recomputed_gradient(
         of: names of the parameters whose gradient is wanted; by default of all trainable ones.
 
     Example:
-        >>> from l2g_meta.clone import clone_module
+        >>> from l2g_meta.inner.clone import clone_module
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> learner = clone_module(layer)
         >>> _, g = recomputed_gradient(learner, lambda: (learner.weight**3).sum())

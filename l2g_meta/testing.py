@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.model import MetricModel, build_head
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 HeadFactory = Callable[..., nn.Module]
 ALPHA = 0.05

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.blocks import ConvBlock
-from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
 from l2g_meta.errors import FitError
 from l2g_meta.heads import HEADS
 from l2g_meta.model import build_head, feature_shape
@@ -29,6 +28,7 @@ from l2g_meta.norm import (
     layer_norm,
 )
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.operators.convolution import Conv2d, Geometry, conv2d, convert_conv
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS = [(3, 2, 4, 4), (2, 2, 5, 3)]

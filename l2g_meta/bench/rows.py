@@ -14,7 +14,6 @@ from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.conv import convert_conv
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
@@ -22,6 +21,7 @@ from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
 from l2g_meta.norm import convert_batchnorm
+from l2g_meta.operators.convolution import convert_conv
 from l2g_meta.task import Task
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}

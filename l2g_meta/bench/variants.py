@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.build import set_precision
-from l2g_meta.clone import require_learn2learn
 from l2g_meta.errors import L2GError
+from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.norm import batchnorm_policy
 from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]

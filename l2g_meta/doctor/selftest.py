@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.blocks import ConvBlock
 from l2g_meta.heads import PrototypicalHead
 from l2g_meta.model import MetricModel
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 ALPHA = 0.05
 STEP = 1e-6  # of the central difference: its error is of the order of STEP², and of 1e-16 / STEP

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.alignment import alignment
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
@@ -38,7 +39,6 @@ from l2g_meta.reproduce.catalogue import COLUMNS, ROWS
 from l2g_meta.reproduce.equal_time import equal_time
 from l2g_meta.reproduce.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
 from l2g_meta.training import train
-from l2g_meta.wrapper import L2GWrapper
 
 ALIGNED_SEED = 2_000_003  # of the pairs of test tasks whose gradients are compared
 WAIT = 5.0  # seconds between looks at cells that others hold

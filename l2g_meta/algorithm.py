@@ -8,11 +8,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.attention import twice_differentiable
-from l2g_meta.clone import adapted_names, backend, own_buffers, trainable_parameters
 from l2g_meta.errors import FitError
+from l2g_meta.inner.clone import adapted_names, backend, own_buffers, trainable_parameters
+from l2g_meta.inner.step import LearnInnerLR, StepSizes
+from l2g_meta.inner.twice_differentiable import twice_differentiable
 from l2g_meta.recompute import recomputed_gradient
-from l2g_meta.step_sizes import LearnInnerLR, StepSizes
 from l2g_meta.task import Task
 
 TINY = 1e-24  # beside the squared norm of a gradient, which may be 0

@@ -149,6 +149,6 @@ def convert_conv(model: nn.Module) -> nn.Module:
 
     Example:
         >>> type(convert_conv(nn.Sequential(nn.Conv2d(3, 8, 3)))[0])
-        <class 'l2g_meta.conv.Conv2d'>
+        <class 'l2g_meta.operators.convolution.Conv2d'>
     """
     return convert(model, {nn.Conv2d: Conv2d})

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.clone import adapted_names, trainable_parameters
 from l2g_meta.errors import FitError
+from l2g_meta.inner.clone import adapted_names, trainable_parameters
 
 LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
 
