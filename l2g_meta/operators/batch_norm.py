@@ -14,8 +14,8 @@ and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
     \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
 
 where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
-most of what an exact meta-step costs; ``l2g_meta.operators.kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm
-only select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
+most of what an exact meta-step costs; ``kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm only
+select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from l2g_meta import kernels
+from l2g_meta.operators import kernels
 from l2g_meta.operators.kernels.aten import per_channel
 
 
