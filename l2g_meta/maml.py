@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.inner.clone import learn2learn_maml, own_buffers
 from l2g_meta.model import check_trainable, check_ways
-from l2g_meta.task import Task
+from l2g_meta.task import Task, TaskLike
 
 
 class SoftmaxMAML(nn.Module):
@@ -64,8 +64,9 @@ class SoftmaxMAML(nn.Module):
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.first_order = first_order
 
-    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
+    def forward(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
         """Logits of the queries under θ_T."""
+        task = Task.of(task)
         check_ways(task, self.n_way)
         first_order = self.first_order or not torch.is_grad_enabled()
         with torch.enable_grad():  # the steps need gradients at test, too
