@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from l2g_meta.heads import PrototypicalHead as PrototypicalHead
     from l2g_meta.heads import RelationHead as RelationHead
     from l2g_meta.model import MetricModel as MetricModel
-    from l2g_meta.norm import batchnorm_policy as batchnorm_policy
+    from l2g_meta.models.batchnorm_policy import batchnorm_policy as batchnorm_policy
     from l2g_meta.task import Task as Task
     from l2g_meta.testing import check_head as check_head
     from l2g_meta.training import train as train
@@ -60,7 +60,7 @@ _HOMES = {
     "evaluation": ("evaluate", "paired_difference"),
     "heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
     "model": ("MetricModel",),
-    "norm": ("batchnorm_policy",),
+    "models.batchnorm_policy": ("batchnorm_policy",),
     "task": ("Task",),
     "algorithm": ("L2GWrapper",),
     "testing": ("check_head",),

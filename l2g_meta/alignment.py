@@ -16,7 +16,7 @@ from torch import Tensor
 
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
 
 

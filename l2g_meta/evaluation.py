@@ -21,7 +21,7 @@ from l2g_meta.data.sources import IndexedSource, TaskRows
 from l2g_meta.distributed import World, gathered
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
-from l2g_meta.norm import Policy, batchnorm_policy
+from l2g_meta.models.batchnorm_policy import Policy, batchnorm_policy
 
 EMBED_BATCH = 256  # images in one forward pass
 EMBED_BYTES = 4 * 2**30  # features kept at once; beyond, each episode is embedded on its own

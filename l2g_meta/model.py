@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task, TaskLike
 
 

@@ -16,7 +16,7 @@ from l2g_meta.data.pairs import Episodes
 from l2g_meta.errors import FitError, L2GError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from l2g_meta import kernels
-from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.operators.kernels import aten
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -24,7 +24,7 @@ from l2g_meta.bench.rows import build, check_names, contiguous, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.bench.variants import Layers
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from l2g_meta.convert import convert
-from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Conv2d, Geometry, conv2d_backward
 from l2g_meta.task import Task

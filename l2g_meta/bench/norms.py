@@ -19,7 +19,7 @@ from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.run import describe_machine
 from l2g_meta.bench.timing import interleaved
-from l2g_meta.norm import BatchNorm2d, GroupNorm, InstanceNorm2d, LayerNorm
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, GroupNorm, InstanceNorm2d, LayerNorm
 
 CHANNELS = 64  # of Conv4's maps
 NORMS: dict[str, Callable[[int, int], nn.Module]] = {  # from channels and height = width

@@ -20,7 +20,7 @@ from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
-from l2g_meta.norm import convert_batchnorm
+from l2g_meta.models.batchnorm_policy import convert_batchnorm
 from l2g_meta.operators.convolution import convert_conv
 from l2g_meta.task import Task
 

@@ -18,7 +18,7 @@ from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.build import set_precision
 from l2g_meta.errors import L2GError
 from l2g_meta.inner.clone import require_learn2learn
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.task import Task
 

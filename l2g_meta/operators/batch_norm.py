@@ -81,41 +81,6 @@ def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
     return F.max_pool2d(y, 2) if pool else y
 
 
-def instance_norm(
-    x: Tensor,  # (n, c, ...)
-    w: Tensor | None = None,  # (c,)
-    b: Tensor | None = None,  # (c,)
-    *,
-    running_mean: Tensor | None = None,  # (c,)
-    running_var: Tensor | None = None,  # (c,)
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:  # (n, c, ...)
-    """Instance normalisation of (n, c, ...), which is batch normalisation of (1, n c, ...).
-
-    Running statistics that are given are updated in place, by the mean over the batch.
-
-    Example:
-        >>> instance_norm(torch.tensor([[[0.0, 2.0]], [[5.0, 9.0]]]), eps=0.0).tolist()
-        [[[-1.0, 1.0]], [[-1.0, 1.0]]]
-    """
-    n, c = x.shape[:2]
-    w, b, means, variances = (None if t is None else t.repeat(n) for t in (w, b, running_mean, running_var))  # (n c,)
-    y = batch_norm(
-        x.contiguous().view(1, n * c, *x.shape[2:]),
-        w,
-        b,
-        running_mean=means,
-        running_var=variances,
-        momentum=momentum,
-        eps=eps,
-    )
-    for running, each in ((running_mean, means), (running_var, variances)):
-        if running is not None and each is not None:
-            running.copy_(each.view(n, c).mean(0))
-    return y.view(x.shape)
-
-
 def _statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
-from l2g_meta.norm import POLICIES
+from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.objectives import OBJECTIVES
 from l2g_meta.reproduce.catalogue import COLUMNS, ROWS
 from l2g_meta.reproduce.equal_time import equal_time
