@@ -116,8 +116,6 @@ def test_typos(line, message, capsys):
         ("train --json {0}", "need a file to write for --json, got the folder"),
         ("evaluate {0}/file", "need a run's config in .*, got: Not a directory"),
         ("export {0} {0}/out --no-onnx", "need a run's config in"),
-        ("submit {0}/file", "need a file with an `l2g train` command per line, got .*: it is no UTF-8 text"),
-        ("submit {0}", "need a file with an `l2g train` command per line, got .*: Is a directory"),
         ("reproduce table1 --rows prto --data-root {0}", "got prto; did you mean proto\\?"),
     ],
 )

@@ -4,10 +4,10 @@ import pytest
 
 from l2g_meta.cli import main
 from l2g_meta.commands.parser import build_parser
+from l2g_meta.commands.train import new_run
 from l2g_meta.config import Config
 from l2g_meta.presets import PRESETS, preset
 from l2g_meta.reproduce.plan import plan
-from l2g_meta.sweep import run_of
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -45,7 +45,7 @@ def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_no
 
 def test_flags_win(tmp_path, capsys):
     train = ["train", "--preset", "mini-28px-l2g-mix", "--root", str(tmp_path)]
-    config = run_of(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"])).config
+    config, _ = new_run(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"]))
     assert (config.mix, config.seed, config.pairs, config.image_size) == (0.25, 3, 2, 28)
     assert main(["train", "--preset", "mini-28px-l2g-mx"]) == 2
     assert "did you mean mini-28px-l2g-mix?" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
-from l2g_meta.presets import PRESETS
+from l2g_meta.presets import PRESETS, preset
 from l2g_meta.settings import SUPERVISED
 
 if TYPE_CHECKING:
@@ -155,7 +155,6 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     """Config, folder, and whether a run is there to go on with."""
     from l2g_meta.run import holds_run
     from l2g_meta.state import newest, numbers
-    from l2g_meta.sweep import run_of
 
     named = isinstance(args.resume, str)
     if args.preset is not None and named:
@@ -164,10 +163,12 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         raise L2GError("need --resume RUN, or --out RUN --resume; got two folders")
     if args.force and not args.resume:
         raise L2GError("--force belongs to --resume: it lets a run go on with another config")
-    run = None if named else run_of(args)
-    out = Path(args.resume) if run is None else run.out
-    if run is not None and not (args.resume and holds_run(out)):
-        return run.config, out, False
+    if named:
+        out = Path(args.resume)
+    else:
+        config, out = new_run(args)
+        if not (args.resume and holds_run(out)):
+            return config, out, False
     stored = None
     try:
         stored = Config.load(out / "config.json")
@@ -177,6 +178,14 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         complain(f"{error}; its states have the config, too")
     config = stored or Config.of(newest(out)[2]["config"])
     return replace(config, **given).resolved(), out, True
+
+
+def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Config and folder of the new run that the arguments describe."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    config = Config(**preset(args.preset) | given).resolved()
+    head = config.head.rpartition(":")[2]
+    return config, args.out or Path("runs") / f"{config.data}-{config.method}-{head}-seed{config.seed}"
 
 
 def _is_json(path: Path) -> bool:

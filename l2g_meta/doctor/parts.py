@@ -61,7 +61,6 @@ OPTIONAL = (
     Part("onnxruntime", "l2g export", extra="export"),
     Part("onnxscript", "l2g export", extra="export"),
     Part("timm", "encoders by --backbone timm:NAME", extra="timm"),
-    Part("submitit", "l2g submit, l2g reproduce --submit", extra="slurm"),
     Part("tensorboard", "l2g train --tensorboard", extra="tensorboard"),
     Part("triton", "fused kernels on NVIDIA GPUs", remedy="pip install triton"),
     Part("higher", "l2g bench", extra="bench"),
