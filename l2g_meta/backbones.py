@@ -24,15 +24,15 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        channels: channels of every block ("Conv4-64").
+        channels: channels of every block ("Conv4-64"), or of each of the four: (64, 128, 256, 512).
         pools: how many of the blocks, from the first, end in a pooling.
         fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
 
     Shapes:
-        (n, in_channels, H, W) -> (n, channels, H // 2**pools, W // 2**pools).
+        (n, in_channels, H, W) -> (n, channels[-1], H // 2**pools, W // 2**pools).
 
     Raises:
-        FitError: if ``pools`` is not 0 … 4.
+        FitError: if ``pools`` is not 0 … 4, or ``channels`` are not those of 4 blocks.
 
     Example:
         >>> import torch
@@ -40,13 +40,15 @@ class Conv4(nn.Module):
         (torch.Size([2, 64, 5, 5]), torch.Size([2, 64, 21, 21]))
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, *, pools: int = 4, fused: bool = True):
+    def __init__(self, in_channels: int = 3, channels: int | Sequence[int] = 64, *, pools: int = 4, fused: bool = True):
         super().__init__()
         if not 0 <= pools <= 4:
             raise FitError(f"need pools in 0 … 4, got {pools}")
-        self.blocks = nn.Sequential(
-            *(ConvBlock(in_channels if k == 0 else channels, channels, pool=k < pools, fused=fused) for k in range(4))
-        )
+        widths = (channels,) * 4 if isinstance(channels, int) else tuple(channels)
+        if len(widths) != 4:
+            raise FitError(f"need the channels of 4 blocks, got {widths}")
+        inputs = (in_channels, *widths[:-1])
+        self.blocks = nn.Sequential(*(ConvBlock(inputs[k], widths[k], pool=k < pools, fused=fused) for k in range(4)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps of the images."""

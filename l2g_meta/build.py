@@ -187,7 +187,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
 
     Args:
         run: folder made by ``l2g train``.
-        checkpoint: ``"best"`` on validation, or ``"last"``.
+        checkpoint: ``"best"`` on validation, ``"last"``, ``"average"``, or ``"after-N"``, see ``Config``.
         device: another device than the config's.
 
     Raises:

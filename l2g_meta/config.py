@@ -127,6 +127,9 @@ class Config:
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
     cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
     deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
+    average: bool = _flag(False, "also keep an average of the weights over the last part of training, as "
+                          "average.safetensors; it moves no update")  # fmt: skip
+    keep_weights: bool = _flag(False, "keep the weights of each validation, as after-N.safetensors")
     skip_nonfinite: bool = _flag(False, "leave updates out whose loss or gradient is not finite, and count them")
     save_every: int = _flag(None, "updates between states to resume from (default: as --eval-every)")
     keep: int = _flag(2, "how many of those states stay; the older ones serve if the newest is damaged")

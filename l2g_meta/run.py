@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from l2g_meta import state
 from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
@@ -44,13 +45,14 @@ class Run:
         out: the directory.
         config: of the run, resolved.
         world: the processes that train together.
+        average: of the weights, if the run keeps one.
 
     Raises:
         CheckpointError: on entering, if the folder cannot be written or another process trains in it.
     """
 
-    def __init__(self, out: Path, config: Config, world: World):
-        self.out, self.config, self.world = out, config, world
+    def __init__(self, out: Path, config: Config, world: World, average: AveragedModel | None = None):
+        self.out, self.config, self.world, self.average = out, config, world, average
         self.signals = Signals(str(out))
         self.stack = ExitStack()
         self.rows: RunLog | None = None
@@ -94,7 +96,7 @@ class Run:
             )
         make_folder(self.out, "a folder for the run", "choose another --out")
         self._claim()
-        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
 
     def resume(
@@ -130,7 +132,7 @@ class Run:
                 f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
                 "another run, or go on with the new values by --force (train(..., force=True))"
             )
-        state.restore(tensors, wrapper, optimizer, path)
+        state.restore(tensors, wrapper, optimizer, path, self.average)
         wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
         config = self.config
         learned = {"inner_lr": config.learn_inner_lr, "temperature": config.learn_temperature, "weights": True}
@@ -172,7 +174,7 @@ class Run:
             )
         if self.rows is not None:
             self.rows.sync()
-            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
 
     def save(
         self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], result: Evaluation
@@ -183,6 +185,10 @@ class Run:
             info |= {"best": result.accuracy_mean, "best_iteration": info["iteration"]}
             if self.world.main:
                 save_tensors(self.out / "best.safetensors", wrapper.state_dict(), info)
+        if self.config.keep_weights and self.world.main:
+            kept = {"": wrapper} if self.average is None else {"": wrapper, "-average": self.average.module}
+            for which, module in kept.items():
+                save_tensors(self.out / f"after-{info['iteration']}{which}.safetensors", module.state_dict(), info)
         self.save_state(wrapper, optimizer, info)
         return info
 
@@ -242,10 +248,10 @@ class Run:
     def _share(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> None:
         if self.world.size > 1:  # other machines may not see the folder, and a given model may differ
             tensors = self.world.from_main(
-                lambda: {name: t.cpu() for name, t in state.collect(wrapper, optimizer).items()}
+                lambda: {name: t.cpu() for name, t in state.collect(wrapper, optimizer, self.average).items()}
             )
             if not self.world.main:
-                state.restore(tensors, wrapper, optimizer, self.out)
+                state.restore(tensors, wrapper, optimizer, self.out, self.average)
 
     def _mend_last(self, wrapper: L2GWrapper, info: Mapping[str, Any]) -> None:
         try:

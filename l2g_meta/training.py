@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.averaging import averaged
 from l2g_meta.build import (
     build_data,
     build_device,
@@ -59,7 +60,8 @@ def train(
     Args:
         config: the run.
         out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``, and
-            ``resume-N.safetensors``, from which it goes on.
+            ``resume-N.safetensors``, from which it goes on; ``average.safetensors`` and ``after-N.safetensors``, if the
+            config asks for them.
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
@@ -96,6 +98,7 @@ def train(
         initialise(wrapper.module, config)
     wrapper = wrapper.to(device)
     optimizer = build_optimizer(config, wrapper, device)
+    average = averaged(wrapper) if config.average else None
     update = build_update(config, wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     if config.tensorboard:
@@ -103,7 +106,7 @@ def train(
     if config.method not in ("episodic", SUPERVISED):
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world) as run:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world, average) as run:
         if resume:
             info = run.resume(wrapper, optimizer, given, force=force)
         else:
@@ -132,6 +135,8 @@ def train(
             stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
             if world.size == 1:
                 asked = run.signals.asked  # also what came meanwhile; several ranks notice that in the next update
+            if finite and average is not None:
+                average.update_parameters(wrapper)
             if not finite:
                 run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
