@@ -238,7 +238,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     data = ClassDataset(torch.full((60, 1, 16, 16), float("nan")), torch.arange(60) // 6)
     config = Config(ways=3, queries=2, iterations=2, device="cpu")
     with pytest.raises(
-        L2GError, match=r"update 0 \(pairs 0 to 1 of the stream of seed 0\) found a number that is not finite: loss nan"
+        L2GError,
+        match=r"update 0 \(pairs 0 to 1 of the stream of seed 0\) found a number that is not finite: inner loss nan",
     ):
         train(config, tmp_path / "run", data=data, validation=data, progress=False)
 

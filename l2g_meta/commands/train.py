@@ -64,7 +64,6 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_config(train)
     train.add_argument("--preset", metavar="NAME", help=f"settings by name, which flags change: {', '.join(PRESETS)}")
-    train.add_argument("--replay", type=Path, metavar="RUN", help="run a run's failed update again and show where")
     add_output(train, json="the run's folder, its best validation accuracy and at which update")
 
 
@@ -96,17 +95,11 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, goes on with a run, or replays its failed update."""
+    """Trains, or goes on with a run."""
     from l2g_meta.data.pairs import listed
-    from l2g_meta.replay import replay
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.replay is not None:
-        if given.keys() - {"device", "root"} or args.out or args.resume or args.force or args.json is not None:
-            raise L2GError("need --replay RUN alone, or with --device and --root")
-        replay(args.replay, **given)
-        return 0
     config, out, resume = _what_to_train(args, given)
     train(config, out, resume=resume, force=args.force, progress=not args.quiet)
     if not World.here().main:
