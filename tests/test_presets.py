@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from l2g_meta.cli import main
 from l2g_meta.commands.parser import build_parser
 from l2g_meta.commands.train import new_run
-from l2g_meta.config import Config
+from l2g_meta.config import REMOVED, Config
 from l2g_meta.presets import PRESETS, preset
 from l2g_meta.reproduce.plan import plan
 
@@ -41,6 +43,19 @@ def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_no
     assert mixes == [0.5, 0.0, 0.0] and Config(mix=0.0).resolved().mix == 0.0
     older = {name: value for name, value in vars(Config().resolved()).items() if name != "mix"}
     assert Config.of(older).resolved().mix == 0.0
+
+
+def test_removed_fields_are_dropped_at_their_old_default_and_refused_otherwise(tmp_path, capsys):
+    config = Config(method="maml").resolved()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(config) | REMOVED))  # as version 0.1.0 wrote it
+    assert Config.load(path) == config
+    for name, value in {"inner_on": "supports", "fresh_queries": True, "shared_classes": 2}.items():
+        path.write_text(json.dumps(asdict(config) | REMOVED | {name: value}))
+        assert main(["train", "--resume", str(tmp_path)]) == 2
+        shown = f"got {name} = {value!r}; l2g-meta 0.1.0 is the last version that knows it"
+        error = capsys.readouterr().err
+        assert shown in error and error.count("\n") == 1
 
 
 def test_flags_win(tmp_path, capsys):

@@ -40,11 +40,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "tasks: T_i takes the inner step, T_j is what it is judged by": (
         "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
-        "shared_classes", "far_pairs",
+        "far_pairs",
     ),
     "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "inner_on", "mix",
-        "unit_step", "adapt", "fresh_queries",
+        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix",
+        "unit_step", "adapt",
     ),
     "optimisation": (
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
