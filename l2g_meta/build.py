@@ -21,7 +21,7 @@ from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.data.relation import Disjoint, Far, Relation, Sharing
+from l2g_meta.data.relation import Disjoint, Far, Relation
 from l2g_meta.encoders import LIBRARIES
 from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
 from l2g_meta.heads import HEADS
@@ -75,8 +75,6 @@ def build_relation(config: Config, dataset: Any) -> Relation:
     Raises:
         L2GError: for tasks of different super-categories, if the data set has none.
     """
-    if config.shared_classes:
-        return Sharing(config.shared_classes)
     if not config.far_pairs:
         return Disjoint()
     find = getattr(data.dataset_module(config.data), "super_categories", None)
@@ -166,15 +164,14 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
     augment = Augment(scale=scale) if config.augment else None
     if config.method == SUPERVISED:
         return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
-    parts = 2 if config.fresh_queries else 1  # split_queries halves them
     return TaskPairs(
         dataset,
         ways=config.ways,
         shots=config.shots,
-        queries=parts * config.queries,
+        queries=config.queries,
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
-        outer_queries=parts * (config.outer_queries or config.queries),
+        outer_queries=config.outer_queries,
         relation=build_relation(config, dataset),
         seed=config.seed,
         augment=augment,

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from l2g_meta import state
@@ -205,37 +204,32 @@ class Run:
         self.world.wait()  # for the main process, which saved
         raise Stopped(self._stopped(iteration), asked, str(self.out))
 
-    def not_finite(
-        self,
-        k: int,
-        stats: UpdateStats,
-        wrapper: L2GWrapper,
-        optimizer: torch.optim.Optimizer,
-        generators: Mapping[str, Tensor],
-        info: Mapping[str, Any],
-    ) -> None:
+    def not_finite(self, k: int, stats: UpdateStats, wrapper: L2GWrapper) -> None:
         """Ends a run whose update k found a number that is not finite, unless such updates are to be left out.
 
         Raises:
-            NotFiniteError: with the update, its tasks and the command that replays it.
+            NotFiniteError: with the update, its tasks, and which number it is.
         """
         if self.config.skip_nonfinite:
             return
         positions = positions_of_update(self.config, k)
-        path = self.out / f"failed-{k}.safetensors"
-        replay = f"`l2g train --replay {self.out}` runs this update again and shows where"
-        if self.world.main:
-            try:
-                save_tensors(path, state.collect(wrapper, optimizer) | dict(generators), {**info, "pending": None})
-            except CheckpointError as error:
-                replay = f"it cannot be replayed ({error})"
-        inner = "" if math.isnan(stats.inner_loss) else f", inner loss {stats.inner_loss}"
         raise NotFiniteError(
             f"update {k} (pairs {positions.start} to {positions.stop - 1} of the stream of seed {self.config.seed}) "
-            f"found a number that is not finite: loss {stats.loss}{inner}, or a gradient or weight; nothing was "
-            f"changed. {replay}; then lower --inner-lr or --lr, use --dims mean, or leave such updates out with "
-            "--skip-nonfinite"
+            f"found a number that is not finite: {self._culprit(stats, wrapper)}; nothing was changed. Lower "
+            "--inner-lr or --lr, use --dims mean, or leave such updates out with --skip-nonfinite"
         )
+
+    def _culprit(self, stats: UpdateStats, wrapper: L2GWrapper) -> str:
+        """What is not finite, nearest to the cause: weights, else losses, else gradients."""
+        tensors = dict(wrapper.named_parameters())
+        if weights := [name for name, p in tensors.items() if not all_finite([p])]:
+            return f"weight {_some(weights)}"
+        losses = {"inner loss": stats.inner_loss} if self.config.method in ("l2g", "maml") else {}
+        losses["loss"] = stats.loss
+        if found := [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]:
+            return ", ".join(found)
+        given = {name: p.grad for name, p in tensors.items() if p.grad is not None}
+        return f"gradient of {_some([name for name, g in given.items() if not all_finite([g], squared=True)])}"
 
     def _claim(self) -> None:
         if not self.stack.enter_context(claim(self.out / ".lock")):
@@ -287,3 +281,9 @@ class Run:
 
     def _stopped(self, iteration: int) -> str:
         return f"stopped after update {iteration} of {self.config.iterations}, saved"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, as the model's own ``named_parameters`` has them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix("module.") for name in names[:3]) + more

@@ -16,7 +16,7 @@ METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
     "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
-    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step", "shared_classes", "far_pairs",
+    "pairs", "cuda_graph", "mix", "unit_step", "far_pairs",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 TYPES: dict[str, tuple[type, ...]] = {
@@ -67,9 +67,8 @@ def check(config: Any) -> None:
         raise L2GError(f"--cuda-graph does not clip, got --clip-norm {config.clip_norm:g}{by_default}; leave one out")
     if not 0 <= config.mix < 1:
         raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")
-    bilevel = config.mix or config.unit_step or config.inner_on == "supports"
-    if config.method not in ("l2g", "maml") and bilevel:
-        raise L2GError(f"--mix, --unit-step and --inner-on belong to l2g and maml, got --method {config.method}")
+    if config.method not in ("l2g", "maml") and (config.mix or config.unit_step):
+        raise L2GError(f"--mix and --unit-step belong to l2g and maml, got --method {config.method}")
     if not 0 <= config.weight_decay < math.inf:
         raise L2GError(f"need --weight-decay of at least 0 and finite, got {config.weight_decay}")
     if config.resized_crop is not None and not (config.augment and 0 < config.resized_crop <= 1):
@@ -82,10 +81,6 @@ def check(config: Any) -> None:
         raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
     if config.cuda_graph and (config.tasks_per_update or 0) % 2:
         raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {config.tasks_per_update}")
-    if config.far_pairs and config.shared_classes:
-        raise L2GError("need --far-pairs or --shared-classes, got both; leave one out")
-    if config.fresh_queries and config.method != "maml":
-        raise L2GError(f"--fresh-queries belongs to --method maml, got --method {config.method}")
 
 
 def _check_names(config: Any) -> None:

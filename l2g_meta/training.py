@@ -138,7 +138,7 @@ def train(
             if finite and average is not None:
                 average.update_parameters(wrapper)
             if not finite:
-                run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
+                run.not_finite(k, stats, wrapper)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": max(0.0, time.perf_counter() - began)}
 

@@ -89,9 +89,7 @@ def test_tasks_from_an_array_of_the_size_of_tiered_imagenet(tmp_path: Path) -> N
     assert found["peak"] < 2 * GB
     assert found["x"] == [[10 * value, 10 * value + 1] for value in range(1, 6)]
     assert found["classes"] == labels[marked].tolist() and found["same"]
-    assert found["read"] == [
-        2 * 5 * 16
-    ]  # of a pair its own images alone, as on mini-ImageNet; `l2g bench --storage` times it
+    assert found["read"] == [2 * 5 * 16]  # of a pair its own images alone, as on mini-ImageNet
 
 
 CONVERT = (

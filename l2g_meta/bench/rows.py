@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,9 @@ def available(
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
-    check_names(names or (), ROWS)
+    for name in names or ():
+        if name not in ROWS:
+            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}{did_you_mean(name, ROWS)}")
     chosen = {}
     for name in names or ROWS:
         row = ROWS[name]
@@ -57,17 +59,6 @@ def available(
         if not row.cuda:
             say(f"left out: {name}: it needs {missing}")
     return chosen
-
-
-def check_names(names: Sequence[str], known: Collection[str]) -> None:
-    """That ``--variants`` are among those there are.
-
-    Raises:
-        L2GError: for an unknown name.
-    """
-    for name in names:
-        if name not in known:
-            raise L2GError(f"need variants of {'; '.join(known)}; got {name!r}{did_you_mean(name, known)}")
 
 
 def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Variation
-from l2g_meta.data.relation import Disjoint, Relation, Sharing
+from l2g_meta.data.relation import Disjoint, Relation
 from l2g_meta.data.sources import Shapes, TaskRows, TaskSource, task_source
 from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
@@ -60,8 +60,8 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         outer_ways: classes of T_j; as T_i's by default. So for the next two.
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
-        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it. ``Sharing(n)`` and
-            ``Far(categories)`` are for experiments.
+        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it;
+            ``Far(categories)`` is for experiments.
         seed: of the stream of pairs.
         length: pairs of an epoch; by default there is no end. ``pairs[k]`` is the same with and without.
         augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
@@ -191,8 +191,7 @@ def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Di
             f"{kind} needs {needed} classes, the {split + ' ' if split else ''}split has {len(sizes)}; "
             + (f"lower ways to {fit}{' each' if len(shapes) > 1 else ''}, or add classes" if fit > 1 else "add classes")
         )
-    each = [shape.largest[1] for shape in shapes]
-    examples = sum(each) if isinstance(relation, Sharing) else max(each)
+    examples = max(shape.largest[1] for shape in shapes)
     if sizes.min() < examples:
         small = int((sizes < examples).sum())
         raise DataError(

@@ -47,7 +47,6 @@ WAIT = 5.0  # seconds between looks at cells that others hold
 def run_cells(
     plan: Plan,
     *,
-    cells: Sequence[Cell] | None = None,
     parallel: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -56,7 +55,6 @@ def run_cells(
 
     Args:
         plan: the experiment.
-        cells: those of its cells that are wanted; all by default.
         parallel: processes, each with its share of the cores.
         progress: show each run's progress bar, if there is one process.
         say: is told each cell's accuracy; a function that can be pickled.
@@ -65,7 +63,7 @@ def run_cells(
         L2GError: if the plan's folder cannot be written.
     """
     check(plan)
-    cells = plan.cells if cells is None else cells
+    cells = plan.cells
     if parallel == 1:
         failed = work(cells, progress=progress, say=say)
     else:

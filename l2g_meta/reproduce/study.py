@@ -34,9 +34,6 @@ STEPS = {
     "l2g-unit-0.3": _l2g("step of length 0.3", unit_step=True, inner_lr=0.3),
 }
 PARTS = {
-    "l2g-shared-2": _l2g("2 of 5 classes in common", (*BASE, "l2g-proto"), shared_classes=2),
-    "l2g-shared-5": _l2g("all classes in common, other images", (*BASE, "l2g-proto"), shared_classes=5),
-    "l2g-supports": _l2g("inner loss on supports", (*BASE, "l2g-proto"), inner_on="supports"),
     "l2g-mix-0.25": _l2g("mix 0.25", (*BASE, "l2g-proto"), mix=0.25),
     "l2g-mix-0.5": _l2g("mix 0.5", (*BASE, "l2g-proto"), mix=0.5),
     "l2g-mix-0.5-0.1": _l2g("mix 0.5, α = 0.1", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.1),
