@@ -137,8 +137,6 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
         mix=config.mix,
-        unit_step=config.unit_step,
-        recompute=config.recompute,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
 
