@@ -230,8 +230,8 @@ def _check_range(y: Tensor, n_way: int, part: str) -> None:
     low, high = map(int, y.aminmax())
     if low < 0 or high >= n_way:
         raise DataError(
-            f"need {part} labels in 0 … {n_way - 1}, got {low} … {high}; give n_way as the number of classes, and "
-            "number them from 0 (Task.from_batch does)"
+            f"need {part} labels in 0 … {n_way - 1}, got {y.unique().tolist()}; give n_way as the number of "
+            "classes, and number them from 0 (Task.from_batch does)"
         )
 
 
