@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l2g_meta import data
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
 from l2g_meta.config import Config
@@ -31,7 +32,6 @@ from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.options import parsed_options
 from l2g_meta.settings import LEARNERS, SUPERVISED
 from l2g_meta.supervised import LinearHead
-from l2g_meta.wrapper import L2GWrapper
 
 
 def build_device(name: str) -> torch.device:
@@ -137,8 +137,6 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
         mix=config.mix,
-        unit_step=config.unit_step,
-        recompute=config.recompute,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
 

@@ -22,7 +22,9 @@ PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
 Names = tuple[str, ...]
 # Fields of runs up to LAST_WITH that are no more, each with the value at which the run is what it is without them.
-REMOVED: dict[str, Any] = {"inner_on": "queries", "fresh_queries": False, "shared_classes": None}
+REMOVED: dict[str, Any] = {
+    "inner_on": "queries", "fresh_queries": False, "shared_classes": None, "unit_step": False, "recompute": False,
+}  # fmt: skip
 LAST_WITH = "0.1.0"
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
 
@@ -90,15 +92,9 @@ class Config:
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
     mix: float = _flag(None, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time "
                        "(default: l2g 0.5, maml 0); Algorithm 1 of the paper: 0")  # fmt: skip
-    unit_step: bool = _flag(False, "l2g, maml: divide the inner gradient by its norm: θ' lies at the distance α")
     adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
                                 "example encoder.blocks.3 'head.*' (default: all)",
                                 nargs="+", metavar="NAME")  # fmt: skip
-    recompute: bool = _flag(
-        False,
-        "evaluate the inner loss a second time instead of keeping its graph; saves memory for "
-        "some models, see docs/speed.md",
-    )
 
     batch: int | None = _flag(None, "supervised: images of a batch (default: 128)")
     optimizer: str = _flag(

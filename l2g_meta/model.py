@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
-from l2g_meta.norm import batchnorm_policy
-from l2g_meta.task import Task
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
+from l2g_meta.task import Task, TaskLike
 
 
 class MetricModel(nn.Module):
@@ -51,8 +51,9 @@ class MetricModel(nn.Module):
                 features = zeros(2, *shape)
                 self.score(features, torch.arange(2, device=features.device), features, 2)
 
-    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
-        """Scores of the task's queries."""
+    def forward(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
+        """Scores of the task's queries; a plain tuple is taken as ``Task.of`` does."""
+        task = Task.of(task)
         x = torch.cat([task.support_x, task.query_x])
         features = self.encoder(x).to(x.dtype)  # under autocast: distances are compared in full precision
         support, query = features[: len(task.support_x)], features[len(task.support_x) :]

@@ -14,6 +14,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from l2g_meta import state
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
@@ -26,7 +27,6 @@ from l2g_meta.options import flag
 from l2g_meta.signals import Signals, Stopped, requeue
 from l2g_meta.update_tasks import positions_of_update
 from l2g_meta.updates import all_finite
-from l2g_meta.wrapper import L2GWrapper
 
 
 def holds_run(out: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.averaging import averaged
 from l2g_meta.build import (
     build_data,
@@ -24,7 +25,6 @@ from l2g_meta.build import (
     set_precision,
 )
 from l2g_meta.captured import StaticUpdate
-from l2g_meta.clone import backend
 from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import Episodes, TaskPairs, values
@@ -32,6 +32,7 @@ from l2g_meta.data.sources import task_source
 from l2g_meta.distributed import World, join
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
+from l2g_meta.inner.clone import backend
 from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
 from l2g_meta.run import Run
@@ -39,7 +40,6 @@ from l2g_meta.settings import SUPERVISED
 from l2g_meta.update_tasks import arrange, positions_of_update
 from l2g_meta.updates import EagerUpdate, seed_update
 from l2g_meta.weights import initialise
-from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
 

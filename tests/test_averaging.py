@@ -14,17 +14,8 @@ from l2g_meta.training import train
 
 
 def glyphs(**more):
-    settings = dict(
-        average=True,
-        keep_weights=True,
-        ways=3,
-        queries=2,
-        pairs=1,
-        iterations=6,
-        eval_every=2,
-        eval_episodes=5,
-        device="cpu",
-    )
+    settings = {"ways": 3, "queries": 2, "pairs": 1, "iterations": 6, "eval_every": 2, "eval_episodes": 5}
+    return Config(**{"average": True, "keep_weights": True, "device": "cpu"} | settings | more)
 
 
 def test_the_average_is_the_weighted_mean_of_all_weights():

@@ -18,7 +18,7 @@ from l2g_meta.bench.run import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS
 from l2g_meta.cli import main
 from l2g_meta.errors import L2GError
-from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.plots import bench_plot, scaling_plot
 

@@ -41,7 +41,15 @@ def test_help_takes_no_pytorch():
 
 
 def test_public_names_are_there_at_first_use():
-    assert set(l2g_meta._HOME_OF) <= set(dir(l2g_meta))
+    starred = {}
+    exec("from l2g_meta import *", starred)  # noqa: S102
+    del starred["__builtins__"]
+    assert set(dir(l2g_meta)) == set(l2g_meta.__all__) == set(starred) <= set(l2g_meta._HOME_OF)
+    assert set(starred) == {
+        "L2GWrapper", "Task", "TaskPairs", "Episodes", "load", "MetricModel", "PrototypicalHead", "RelationHead",
+        "MatchingHead", "FullContextMatchingHead", "Conv4", "ResNet12", "relation_embedding", "Config", "train",
+        "load_run", "evaluate", "paired_difference", "FewShotClassifier", "check_head",
+    }  # fmt: skip
     assert all(getattr(l2g_meta, name).__name__ == name for name in l2g_meta._HOME_OF)
     with pytest.raises(AttributeError, match="has no attribute 'Conv5'"):
         l2g_meta.Conv5  # noqa: B018

@@ -3,8 +3,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
 from l2g_meta.data.pairs import generator
 from l2g_meta.data.relation import Far
@@ -189,3 +190,68 @@ def test_far_pairs_share_no_super_category():
 def test_some_classes_are_part_of_more():
     some = numbered(9, 4).some(4, seed=1)
     assert some.n_classes == 4 and set(some.class_names) < set(numbered(9, 4).some(6, seed=1).class_names)
+
+
+OPTIONS = dict(ways=2, shots=1, queries=2, seed=5)
+STREAMS = pytest.mark.parametrize("stream", [TaskPairs, Episodes])
+
+
+def rows(item):
+    """Which rows of the data set a task, or a pair of them, holds."""
+    tasks = [item] if isinstance(item, Task) else item
+    return [x.flatten().tolist() for task in tasks for x in (task.support_x, task.query_x)]
+
+
+@STREAMS
+def test_with_a_length_a_stream_is_a_sequence(stream):
+    endless, seven = (stream(numbered(8, 6), **OPTIONS, length=length) for length in (None, 7))
+    expected = [rows(endless[k]) for k in range(7)]
+    assert len(seven) == 7
+    assert [rows(item) for item in seven] == [rows(item) for item in seven] == expected  # it ends, and begins again
+    assert [rows(item) for item in seven[2:5]] == expected[2:5] and isinstance(seven[2:5], list)
+    assert [rows(item) for item in seven[-2::-3]] == expected[-2::-3] and seven[5:2] == [] and len(seven[5:99]) == 2
+    assert rows(seven[-1]) == rows(seven[np.int64(6)]) == expected[6] and rows(seven[-7]) == expected[0]
+    for k in (7, -8):
+        with pytest.raises(IndexError, match=f"need a position in -7 … 6, got {k}; raise length"):
+            seven[k]
+    assert rows(seven.batch([9])[0]) == rows(endless[9])  # the stream goes on
+    for length in (0, -1, 2.5):
+        with pytest.raises(DataError, match=f"length to be a positive integer or None, got {length}"):
+            stream(numbered(8, 6), **OPTIONS, length=length)
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "use", [len, iter, list, lambda s: s[1:3], lambda s: s.loader(), lambda s: list(DataLoader(s))]
+)
+def test_without_a_length_there_is_no_end(stream, use):
+    with pytest.raises(TypeError, match=rf"need a length .*; give {stream.__name__}\(..., length=N\)"):
+        use(stream(numbered(8, 6), **OPTIONS))
+    with pytest.raises(IndexError, match="a position of at least 0, got -1"):
+        stream(numbered(8, 6), **OPTIONS)[-1]
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "options", [{}, {"workers": 2}, {"workers": 1, "persistent_workers": True, "prefetch_factor": 4}], ids=str
+)
+def test_a_loader_gives_unbatched_items_of_each_epoch(stream, options):
+    endless, five = (stream(numbered(8, 6), **OPTIONS, length=length) for length in (None, 5))
+    loader = five.loader(**options)
+    assert len(loader) == 5
+    for epoch in (0, 1, 3, 0):
+        loader.sampler.set_epoch(epoch)
+        items = list(loader)
+        assert [rows(item) for item in items] == [rows(endless[5 * epoch + k]) for k in range(5)]
+        for item in items:
+            for task in [item] if stream is Episodes else item:
+                assert type(task) is Task and type(task.n_way) is int and task.check() is task
+    assert [rows(item) for item in loader] == [rows(item) for item in five]  # the epoch stays until it is set
+
+
+def test_workers_need_tasks_on_the_cpu():
+    pairs = TaskPairs(numbered(8, 6), **OPTIONS, length=3)
+    pairs.device = "cuda:0"  # as where the data is there, too
+    with pytest.raises(DataError, match="got device=cuda:0; leave device out and move each task"):
+        pairs.loader(workers=1)
+    assert len(pairs.loader()) == 3

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, Task, clone
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, Task
 from l2g_meta.errors import DataError, FitError
 from l2g_meta.heads import HEADS
+from l2g_meta.inner import clone
 from l2g_meta.model import build_head, feature_shape
 from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.testing import functional_meta_loss, random_task, second_order_is_kept
@@ -158,7 +159,7 @@ def test_a_lost_graph_is_noticed(monkeypatch):
     def detaching_update(module, updates):
         return clone.update_module(module, [None if u is None else u.detach() for u in updates])
 
-    monkeypatch.setattr("l2g_meta.wrapper.backend", lambda: (clone.clone_module, detaching_update))
+    monkeypatch.setattr("l2g_meta.algorithm.backend", lambda: (clone.clone_module, detaching_update))
     with pytest.raises(AssertionError, match="graph lost"):
         second_order_is_kept(PrototypicalHead().double(), (4, 4, 4))
 

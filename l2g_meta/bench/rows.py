@@ -14,15 +14,12 @@ from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.conv import convert_conv
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
-from l2g_meta.norm import convert_batchnorm
-from l2g_meta.task import Task
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
 RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare
@@ -70,14 +67,9 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     row = ROWS[name]
     if isinstance(row, Update):
         return row.make(model, case, stream)
-    if not row.channels_last:
-        pairs = [(contiguous(task_i), contiguous(task_j)) for task_i, task_j in pairs]
+    if row.channels_last:
+        model.to(memory_format=torch.channels_last)
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
-
-
-def contiguous(task: Task) -> Task:
-    """The task as users of other data sets have it; our gather gives channels-last images."""
-    return task._replace(support_x=task.support_x.contiguous(), query_x=task.query_x.contiguous())
 
 
 def task_stream(case: Case) -> TaskPairs:
@@ -108,6 +100,4 @@ def build(case: Case, *, layers: Layers) -> MetricModel:
             channels, *size = feature_shape(encoder, image_shape)
             head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
             model = MetricModel(encoder, head, image_shape=image_shape)
-    if layers == "converted":
-        convert_conv(convert_batchnorm(model))
     return model.to(case.device)

@@ -159,7 +159,7 @@ def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
     size = min(case.image_size, max(28, case.small_image))
     small = replace(case, image_size=size, pairs=1, queries=min(case.queries, 5))
     stream = task_stream(small)
-    exact = _gradient(small, "l2g, stock layers", [stream[0]], torch.float64)
+    exact = _gradient(small, "l2g, own network, stock operators", [stream[0]], torch.float64)
     errors = {}
     for name in names:
         g = _gradient(small, name, [stream[0]], torch.float32)

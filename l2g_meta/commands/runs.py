@@ -7,7 +7,7 @@ from functools import partial
 from l2g_meta.commands.types import Arguments, natural, positive
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
-from l2g_meta.norm import POLICIES
+from l2g_meta.models.batchnorm_policy import POLICIES
 
 
 def add_run(parser: Arguments) -> None:

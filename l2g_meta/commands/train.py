@@ -44,13 +44,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "objective": (
         "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix",
-        "unit_step", "adapt",
+        "adapt",
     ),
     "optimisation": (
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
     ),
     "validation": ("eval_every", "eval_episodes", "bn"),
-    "numerics": ("precision", "deterministic", "skip_nonfinite", "recompute", "cuda_graph", "device"),
+    "numerics": ("precision", "deterministic", "skip_nonfinite", "cuda_graph", "device"),
     "run": ("save_every", "keep", "rank_timeout", "tensorboard"),
 }  # fmt: skip
 PLACES = {"root": "DIR"}  # metavars that the type does not give

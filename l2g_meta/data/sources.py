@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ class TaskRows(NamedTuple):
     classes: np.ndarray
 
 
-class TaskSource(Protocol):
-    """Draws tasks without a common class."""
+class DrawingSource(Protocol):
+    """Draws tasks without a common class one after the other, as learn2learn's do."""
 
     def draw(self, rng: np.random.Generator, shapes: Shapes) -> Sequence[Task]:
         """One task for each (ways, shots, queries)."""
@@ -99,10 +99,6 @@ class IndexedSource:
         drawn = [self.augment.draw(rng, n, size) for rng, n in images]
         return tuple(map(np.concatenate, zip(*drawn, strict=True)))
 
-    def draw(self, rng: np.random.Generator, shapes: Shapes) -> list[Task]:
-        """One task for each (ways, shots, queries)."""
-        return self.load(*self.draw_all([(rng, shapes)]))
-
     def class_sizes(self) -> np.ndarray:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
@@ -122,6 +118,9 @@ class IndexedSource:
     def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
         """Supports' and queries' rows of one task after the other, (n,)."""
         return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
+
+
+TaskSource: TypeAlias = IndexedSource | DrawingSource
 
 
 class TaskLayout(NamedTuple):
