@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for title in ("required", "machine", "optional", "self test"):
         print(bold(title))
         for name, part in found[title].items():
-            use, remedy = (part.get(key, "") for key in ("use", "remedy"))
+            use, remedy = f" ({part['use']})" if "use" in part else "", part.get("remedy", "")
             broken = f"does not work{use}: {part['error']}{remedy and '; '}{remedy}"
             text = broken if part["error"] else part["version"] or f"missing{use}: {remedy}"
             print(" ", (red if part["error"] else str)(f"{name:16}"), text)
@@ -69,7 +69,7 @@ def examine() -> dict[str, Any]:
     optional = {}
     for name, (use, how) in OPTIONAL.items():
         remedy = how if " " in how else f'pip install "l2g-meta[{how}]"'
-        optional[name] = {"use": f" ({use})", **look(name, remedy)}
+        optional[name] = {"use": use, **look(name, remedy)}
     machine = {"Python": platform.python_version(), "system": platform.platform()} | (devices() if works else {})
     checks = self_test() if works else {}
     return {
