@@ -19,13 +19,12 @@ def l2g(wrapper: L2GWrapper, task_i: Task, task_j: Task) -> Outcome:
     return wrapper.outcome(task_i, task_j)
 
 
-def maml(wrapper: L2GWrapper, task: Task, fresh: Task | None = None) -> Outcome:
+def maml(wrapper: L2GWrapper, task: Task) -> Outcome:
     r"""MAML + X of the paper's tables: :math:`L(\theta - \alpha \nabla L(\theta; T); T)`, both losses on one task.
 
-    The inner loss uses queries, as Algorithm 1 does (on 1-shot supports alone a metric loss is degenerate); ``fresh``
-    is the same task with other queries for the outer loss.
+    The inner loss uses queries, as Algorithm 1 does (on 1-shot supports alone a metric loss is degenerate).
     """
-    return wrapper.outcome(task, task if fresh is None else fresh)
+    return wrapper.outcome(task, task)
 
 
 def episodic(wrapper: L2GWrapper, *tasks: Task) -> Outcome:

@@ -233,24 +233,3 @@ def _check_range(y: Tensor, n_way: int, part: str) -> None:
             f"need {part} labels in 0 … {n_way - 1}, got {y.unique().tolist()}; give n_way as the number of "
             "classes, and number them from 0 (Task.from_batch does)"
         )
-
-
-def split_queries(task: Task) -> tuple[Task, Task]:
-    """Two tasks with the same supports and alternate queries of each class: fresh queries for the outer loss of MAML.
-
-    Queries must be grouped by class in even numbers, as ``TaskPairs`` draws them.
-
-    Raises:
-        DataError: if they are not.
-
-    Example:
-        >>> x, y = torch.arange(4.0).view(4, 1), torch.tensor([0, 0, 1, 1])
-        >>> a, b = split_queries(Task(x, y, x, y, 2))
-        >>> a.query_x.flatten().tolist(), b.query_x.flatten().tolist()
-        ([0.0, 2.0], [1.0, 3.0])
-    """
-    if not torch.equal(task.query_y[0::2], task.query_y[1::2]):
-        raise DataError("need an even number of queries of each class, grouped by class, to split them in halves")
-    inner = task._replace(query_x=task.query_x[0::2], query_y=task.query_y[0::2])
-    outer = task._replace(query_x=task.query_x[1::2], query_y=task.query_y[1::2])
-    return inner, outer

@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "validation": ("eval_every", "eval_episodes", "bn"),
     "numerics": ("precision", "deterministic", "skip_nonfinite", "cuda_graph", "device"),
-    "run": ("save_every", "keep", "rank_timeout", "tensorboard"),
+    "run": ("save_every", "keep", "average", "keep_weights", "rank_timeout", "tensorboard"),
 }  # fmt: skip
 PLACES = {"root": "DIR"}  # metavars that the type does not give
 
