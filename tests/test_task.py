@@ -8,7 +8,6 @@ from l2g_meta import MetricModel, PrototypicalHead, Task
 from l2g_meta.errors import DataError
 from l2g_meta.maml import SoftmaxMAML
 from l2g_meta.meta_lstm import MetaLSTM
-from l2g_meta.task import split_queries
 
 X, Y = torch.ones(4, 2), torch.tensor([0, 1, 0, 1])
 
@@ -184,13 +183,6 @@ def test_labels_of_a_device_are_read_only_when_asked_for():
         task.check(labels=True)
     wrong = Task(X, Y * 9, X, Y, 2)
     assert wrong.check(labels=False) is wrong
-
-
-def test_split_queries_shares_supports_and_no_query():
-    x, y = torch.arange(8.0)[:, None], torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    inner, outer = split_queries(Task(x[:2], torch.arange(2), x, y, 2))
-    assert torch.equal(inner.support_x, outer.support_x) and inner.query_y.tolist() == outer.query_y.tolist()
-    assert set(inner.query_x.flatten().tolist()).isdisjoint(outer.query_x.flatten().tolist())
 
 
 def test_labels_from_batches_and_uneven_queries():
