@@ -111,7 +111,7 @@ def test_a_head_of_another_signature_is_refused():
     [
         (
             (Conv4, PrototypicalHead()),
-            r"need a module as encoder, got <class .*Conv4'>; make one of the class: Conv4\(",
+            r"need a module as encoder, got <class .*; make one of the class: Conv4\(",
         ),
         ((Conv4(1), "prototypical"), "need a module as head, got 'prototypical'; give the head itself"),
         ((Conv4(1), None), "need a module as head, got None"),
