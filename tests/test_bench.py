@@ -55,6 +55,16 @@ def test_other_cases(change):
     assert by_name["l2g"]["gradient_error"] < 1e-2  # float32, and a deep network on maps of one pixel
 
 
+def test_an_encoder_of_a_library_has_the_rows_of_ones_own_network():
+    case, lines = Case("torchvision:resnet18", image_size=32, ways=2, queries=2, device="cpu"), []
+    names = ["episodic, own network", "l2g, own network"]
+    result = bench(case, variants=names, repeats=1, memory=False, say=lines.append)
+    episodic, l2g_row = result["rows"]
+    assert [episodic["name"], l2g_row["name"]] == names and result["floor"] is None and l2g_row["of_floor"] is None
+    assert l2g_row["ratio"] == l2g_row["ratio_to_fastest"] == l2g_row["seconds"] / episodic["seconds"]
+    assert 0 < l2g_row["gradient_error"] < 1 and "floor of one pair" not in lines[-1]
+
+
 def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     flags = "--image-size 20 --ways 2 --queries 2 --repeats 1 --device cpu".split()
@@ -84,7 +94,11 @@ def test_errors_say_what_there_is(capsys):
         ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
-        ("--head foo", "need --backbone conv4 or resnet12 and --head prototypical or relation, got conv4 and foo"),
+        ("--head foo", "need --head prototypical or relation, got foo"),
+        ("--backbone foo", "need --backbone conv4 or resnet12, or timm:NAME or torchvision:NAME .*, got foo with prot"),
+        ("--backbone torchvision:resnet18 --head relation", "torchvision:NAME with --head prototypical, got torchv"),
+        ("--backbone-options depth=3", "--backbone-options belong to timm:NAME and torchvision:NAME, got conv4"),
+        ("--backbone torchvision:resnet18 --variants l2g", "'l2g' needs fused layers, which only conv4 and resnet12"),
         (
             "--image-size 28 --head relation --backbone resnet12",
             r"RelationHead needs maps of at least 4×4 .*, got 1×1; .*",
