@@ -35,7 +35,13 @@ def _rough_rates(monkeypatch):
 def test_every_exact_variant_computes_the_same_gradient():
     same = [name for name, row in VARIANTS.items() if name in available() and row.exact and not row.mixed]
     errors = gradient_errors(SMALL, same)
-    assert set(errors) >= {"l2g", "l2g, own network", "l2g, identity", "l2g, own network, stock operators", "torch.func"}
+    assert set(errors) >= {
+        "l2g",
+        "l2g, own network",
+        "l2g, identity",
+        "l2g, own network, stock operators",
+        "torch.func",
+    }
     assert all(0 < error < 1e-4 for error in errors.values()), errors
 
 
@@ -263,7 +269,9 @@ def test_scaling_changes_one_thing_at_a_time():
 
 def test_memory_of_a_step_counts_the_graph_of_both_tasks():
     small, large = (replace(SMALL, image_size=size) for size in (28, 84))
-    peaks = {name: peak_memory(large, name, keep=False) for name in ("episodic", "l2g", "l2g, own network, stock operators")}
+    peaks = {
+        name: peak_memory(large, name, keep=False) for name in ("episodic", "l2g", "l2g, own network, stock operators")
+    }
     if None in peaks.values():
         pytest.skip("memory cannot be measured on this system")
     images = 84 * 84 * 64 * 4 * large.images / 2  # bytes of the first map of one task

@@ -209,7 +209,7 @@ class TestStepsAside:
         torch.testing.assert_close(found, torch.autograd.grad(g, w, v)[0])
 
     def test_a_compiled_function_called_in_it(self):
-        """By Dynamo alone it is exact; what AOTAutograd compiles has a first derivative, and PyTorch refuses a second."""
+        """Exact by Dynamo alone; code of AOTAutograd has a first derivative, and PyTorch refuses a second."""
         x, w = self.leaves()
         found = []
         for function, mode in (
