@@ -108,7 +108,8 @@ def seal(folder: Path) -> None:
 def changed(folder: Path) -> str:
     """What of a sealed folder is not as it was, in words, or ""; files are read only if they were touched since."""
     try:
-        sealed: dict[str, Any] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        with open(folder / CHECKSUMS, "rb") as file:
+            sealed = json.load(file)
         digests = {name: digest for name, (digest, *_) in sealed.items()}
         stamps = _stamps(folder)
         if stamps.keys() != sealed.keys():
@@ -125,14 +126,16 @@ def changed(folder: Path) -> str:
     return ""
 
 
-def _stamps(folder: Path) -> dict[str, list[int]]:
+def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
     """What changes with each file below a folder: size, times of content and of attributes, inode."""
-    found = {}
-    for base, _, names in os.walk(folder):
-        for path in (os.path.join(base, name) for name in names):
-            s = os.stat(path)
-            found[path[len(str(folder)) + 1 :]] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
-    found.pop(CHECKSUMS, None)
+    found: dict[str, list[int]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found |= _stamps(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name != CHECKSUMS:
+                s = entry.stat()
+                found[prefix + entry.name] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
     return found
 
 

@@ -152,7 +152,7 @@ def isolated_random(seed: int) -> Iterator[None]:
 def _load(taskset: Any, description: Any, labels: Sequence[Any], shots: int) -> Task:
     """The described task; labels are numbered by their position in ``labels``, whatever its transforms make of them."""
     try:
-        x = taskset.get_task(description)[0]
+        x = taskset.get_task(description)[0].contiguous()
     except TypeError as error:
         raise DataError(
             f"need items that collate to tensors, got {error}; give the data set "
