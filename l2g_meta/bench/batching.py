@@ -20,7 +20,7 @@ from torch import Tensor
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.concatenated import summed_loss, task_gradients
-from l2g_meta.bench.rows import build, check_names, contiguous, task_stream
+from l2g_meta.bench.rows import build, check_names, task_stream
 from l2g_meta.bench.run import describe, describe_machine
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.bench.variants import Layers
@@ -40,7 +40,7 @@ def batching(
     check_names(variants or (), WAYS)
     stream, device = task_stream(case), torch.device(case.device)
     tasks = [stream[k][0] for k in range(case.pairs)]
-    given: dict[Layers, list[Task]] = {"fused": tasks, "stock": [contiguous(task) for task in tasks]}
+    given: dict[Layers, list[Task]] = {"fused": tasks, "stock": tasks}
     steps = {}
     for name in variants or WAYS:
         layers: Layers = "stock" if STOCK in name else "fused"

@@ -79,14 +79,15 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     row = ROWS[name]
     if isinstance(row, Update):
         return row.make(model, case, stream)
-    if not row.channels_last:
-        pairs = [(contiguous(task_i), contiguous(task_j)) for task_i, task_j in pairs]
+    if row.channels_last:
+        pairs = [(channels_last(task_i), channels_last(task_j)) for task_i, task_j in pairs]
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
 
 
-def contiguous(task: Task) -> Task:
-    """The task as users of other data sets have it; our gather gives channels-last images."""
-    return task._replace(support_x=task.support_x.contiguous(), query_x=task.query_x.contiguous())
+def channels_last(task: Task) -> Task:
+    """The task on images of the memory format that our operators prefer; data sets give contiguous ones."""
+    support, query = (x.contiguous(memory_format=torch.channels_last) for x in (task.support_x, task.query_x))
+    return task._replace(support_x=support, query_x=query)
 
 
 def task_stream(case: Case) -> TaskPairs:

@@ -171,7 +171,7 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     return step
 
 
-_fused = partial(Variant, layers="fused", channels_last=True, base="episodic")
+_fused = partial(Variant, layers="fused", base="episodic")  # they choose their layout themselves
 _converted = partial(Variant, layers="converted", channels_last=True, base="episodic, converted layers")
 _channels_last = partial(Variant, channels_last=True, base="episodic, stock, channels-last")
 VARIANTS: dict[str, Variant] = {

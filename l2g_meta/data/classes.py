@@ -139,11 +139,23 @@ def prepared(
         tensor([ 1., -1.])
     """
     if images.dtype != torch.uint8:
-        return images[rows].contiguous()
+        return contiguous(images[rows])
     mean, std = normalisation
     x = images[rows] if vary is None else vary(images, rows)
-    x = x.permute(0, 3, 1, 2).contiguous()  # of bytes, where there is nothing to vary: the least to move
+    x = contiguous(x.permute(0, 3, 1, 2))  # of bytes, where there is nothing to vary: the least to move
     return ((x.float() / 255 if vary is None else x) - mean) / std
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """The tensor with the strides of a new one.
+
+    One channel alone is contiguous in any order, and PyTorch goes by its strides: ``view`` would fail behind a network.
+
+    Example:
+        >>> contiguous(torch.zeros(2, 5, 5, 1).permute(0, 3, 1, 2)).stride()
+        (25, 25, 5, 1)
+    """
+    return x.contiguous().view(-1).view(x.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +203,7 @@ class MapDataset:
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Inputs of the given rows, stacked: (len(rows), ...)."""
         try:
-            return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows]).contiguous()
+            return contiguous(torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows]))
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(
                 f"need items (x, label) with tensors x of one shape, got: {error}; give the data set a transform "
