@@ -53,6 +53,7 @@ REQUIRED = (
     Part("matplotlib", "curves", remedy=_AGAIN.format("matplotlib")),
     Part("safetensors", "checkpoints", "safetensors.torch", remedy=_AGAIN.format("safetensors")),
     Part("tqdm", "progress", remedy=_AGAIN.format("tqdm")),
+    Part("pooch", "downloads", remedy=_AGAIN.format("pooch")),
 )
 OPTIONAL = (
     Part("learn2learn", "its task sets, and its clone in place of ours", remedy=INSTALL_LEARN2LEARN),
