@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import pickle
 import shutil
@@ -32,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         moved = {
             "/moved": "/good.pkl",
             "/away": f"{self.plain}/good.pkl",
+            "/later": "/away",
             "/file": "file:///etc/passwd",
             "/loop": "/loop",
         }
@@ -40,10 +42,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", moved[self.path])
             self.end_headers()
             return
-        body = {"/page.pkl": b"<!DOCTYPE html><html>gone", "/cut.pkl": BODY[:-1], "/text.pkl": b"hello."}.get(
-            self.path, BODY
-        )
+        body = {
+            "/page.pkl": b"<!DOCTYPE html><html>gone",
+            "/cut.pkl": BODY[:-1],
+            "/text.pkl": b"hello.",
+            "/bomb.pkl": gzip.compress(bytes(10**7)),
+        }.get(self.path, BODY)
         self.send_response(404 if self.path == "/missing.pkl" else 200)
+        if self.path == "/bomb.pkl":  # which nobody asked for
+            self.send_header("Content-Encoding", "gzip")
         if self.path != "/endless.pkl":
             self.send_header("Content-Length", str(len(body) + 1000 * (self.path == "/short.pkl")))
         self.end_headers()
@@ -117,7 +124,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "good.pkl?2": ({"max_bytes": len(BODY) - 1}, "bytes or more, at most"),
     "good.pkl?3": ({"sha256": 64 * "0"}, "its SHA-256 is "),
     "endless.pkl": ({"max_bytes": 500_000}, "at most 500000 are expected"),
+    "bomb.pkl": ({"max_bytes": 500_000}, "at most 500000 are expected"),
     "away": ({}, "need an https:// address, got 'http://localhost"),
+    "later": ({}, "need an https:// address, got 'http://localhost"),
     "file": ({}, "need an https:// address, got 'file:///etc/passwd'"),
     "loop": ({}, "Exceeded 30 redirects"),
     "slow.pkl": ({}, "timed out"),

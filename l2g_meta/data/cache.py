@@ -121,7 +121,7 @@ def changed(folder: Path) -> str:
     except (OSError, AttributeError, TypeError, ValueError) as error:
         return f"its checksums cannot be read ({type(error).__name__})"
     if touched:
-        with suppress(OSError):  # a cache that may only be read
+        with suppress(OSError, CheckpointError):  # a cache that may only be read
             _write_checksums(folder, {name: [digests[name], *stamp] for name, stamp in stamps.items()})
     return ""
 

@@ -22,7 +22,7 @@ import numpy as np
 from l2g_meta.data.download import is_html
 from l2g_meta.errors import DataError
 
-MAX_READS = 100_000_000  # two for an instruction; tieredImageNet's largest file takes some 20 million
+MAX_READS = 100_000_000  # two for an instruction; tieredImageNet's largest file takes some 14 million
 KEYS = (str, bytes, int, float, np.generic, type(None))  # of dictionaries
 LONG = 1024  # bytes from which data are a view of the file
 
