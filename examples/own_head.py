@@ -49,8 +49,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two updates, ten episodes")
     smoke = parser.parse_args().smoke
 
-    for law in check_head(ManhattanHead):
-        print(f"holds: {law}")
+    report = check_head(ManhattanHead)
+    print("holds:", ", ".join(report.holds))
+    print("findings:", report.findings or "none")
 
     iterations, episodes = (2, 10) if smoke else (200, 600)
     train_data, validation, test = (load("glyphs", split) for split in ("train", "validation", "test"))

@@ -17,7 +17,7 @@ from l2g_meta import Task
 from l2g_meta.config import Config
 from l2g_meta.data import load
 from l2g_meta.evaluation import evaluate
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.training import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -35,9 +35,9 @@ def mean(values: Tensor) -> str:
     return f"{values.mean():.3f} ± {confidence_interval(values):.3f}"
 
 
-def losses(wrapper: L2GWrapper, alpha: float, unit_step: bool, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def losses(wrapper: L2GWrapper, alpha: float, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Of T_j, before a step of α on T_i and after it, (n,) each."""
-    wrapper = L2GWrapper(wrapper.module, alpha, unit_step=unit_step).train()
+    wrapper = L2GWrapper(wrapper.module, alpha).train()
     found = []
     for task_i, task_j in pairs:
         learner = wrapper.adapted(task_i)
@@ -88,15 +88,15 @@ def main() -> None:
     anatomy = {name: gradients(wrapper, pairs) for name, wrapper in models.items()}
 
     print(ROW("", "α", "g_i·g_j", "|ḡ|²", "|g_i|²", "L(θ; T_j)", "L(θ'; T_j)", "minus base's"))
-    steps = {name: [(alpha, c.unit_step) for alpha in args.alpha or [c.inner_lr]] for name, (_, c) in trained.items()}
-    for step in sorted({step for chosen in steps.values() for step in chosen}):
-        chosen = [name for name in models if step in steps.get(name, [step])]
-        around = {name: losses(models[name], *step, pairs) for name in chosen}
+    alphas = {name: args.alpha or [c.inner_lr] for name, (_, c) in trained.items()}
+    for alpha in sorted({alpha for chosen in alphas.values() for alpha in chosen}):
+        chosen = [name for name in models if alpha in alphas.get(name, [alpha])]
+        around = {name: losses(models[name], alpha, pairs) for name in chosen}
         for name, (before, after) in around.items():
             of_pairs, squares, independent = anatomy[name]
             above = "" if name == base.name else mean(after - around[base.name][1])
             print(ROW(
-                name, f"{step[0]:g}", mean(of_pairs), f"{independent:.3f}", f"{squares.mean():.1f}",
+                name, f"{alpha:g}", mean(of_pairs), f"{independent:.3f}", f"{squares.mean():.1f}",
                 f"{before.mean():.3f}", f"{after.mean():.3f}", above,
             ))  # fmt: skip
 

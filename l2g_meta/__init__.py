@@ -4,33 +4,67 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l2g_meta.algorithm import L2GWrapper as L2GWrapper
     from l2g_meta.backbones import Conv4 as Conv4
     from l2g_meta.backbones import ResNet12 as ResNet12
     from l2g_meta.backbones import relation_embedding as relation_embedding
+    from l2g_meta.build import load_run as load_run
     from l2g_meta.classify.classifier import FewShotClassifier as FewShotClassifier
-    from l2g_meta.conv import convert_conv as convert_conv
+    from l2g_meta.config import Config as Config
+    from l2g_meta.data import Episodes as Episodes
+    from l2g_meta.data import TaskPairs as TaskPairs
+    from l2g_meta.data import load as load
+    from l2g_meta.evaluation import evaluate as evaluate
+    from l2g_meta.evaluation import paired_difference as paired_difference
     from l2g_meta.heads import FullContextMatchingHead as FullContextMatchingHead
     from l2g_meta.heads import MatchingHead as MatchingHead
     from l2g_meta.heads import PrototypicalHead as PrototypicalHead
     from l2g_meta.heads import RelationHead as RelationHead
     from l2g_meta.model import MetricModel as MetricModel
-    from l2g_meta.norm import batchnorm_policy as batchnorm_policy
-    from l2g_meta.norm import convert_batchnorm as convert_batchnorm
+    from l2g_meta.models.batchnorm_policy import batchnorm_policy as batchnorm_policy
     from l2g_meta.task import Task as Task
-    from l2g_meta.wrapper import L2GWrapper as L2GWrapper
+    from l2g_meta.testing import check_head as check_head
+    from l2g_meta.training import train as train
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Conv4",
+    "Episodes",
+    "FewShotClassifier",
+    "FullContextMatchingHead",
+    "L2GWrapper",
+    "MatchingHead",
+    "MetricModel",
+    "PrototypicalHead",
+    "RelationHead",
+    "ResNet12",
+    "Task",
+    "TaskPairs",
+    "check_head",
+    "evaluate",
+    "load",
+    "load_run",
+    "paired_difference",
+    "relation_embedding",
+    "train",
+]
 
 # Imported at first use: PyTorch takes seconds, which `l2g --help` need not; the classifier takes an extra besides.
 _HOMES = {
     "backbones": ("Conv4", "ResNet12", "relation_embedding"),
+    "build": ("load_run",),
     "classify.classifier": ("FewShotClassifier",),
-    "conv": ("convert_conv",),
+    "config": ("Config",),
+    "data": ("Episodes", "TaskPairs", "load"),
+    "evaluation": ("evaluate", "paired_difference"),
     "heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
     "model": ("MetricModel",),
-    "norm": ("batchnorm_policy", "convert_batchnorm"),
+    "models.batchnorm_policy": ("batchnorm_policy",),
     "task": ("Task",),
-    "wrapper": ("L2GWrapper",),
+    "algorithm": ("L2GWrapper",),
+    "testing": ("check_head",),
+    "training": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -43,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    return __all__

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 
 class Alignment(NamedTuple):

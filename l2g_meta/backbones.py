@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.blocks import ConvBlock, channels_last
-from l2g_meta.conv import Conv2d
 from l2g_meta.dropblock import DropBlock
 from l2g_meta.errors import FitError
-from l2g_meta.norm import BatchNorm2d
 
 
 class Conv4(nn.Module):
@@ -23,15 +21,15 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        channels: channels of every block ("Conv4-64").
+        channels: channels of every block ("Conv4-64"), or of each of the four: (64, 128, 256, 512).
         pools: how many of the blocks, from the first, end in a pooling.
-        fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
+        fused: as of ``ConvBlock``.
 
     Shapes:
-        (n, in_channels, H, W) -> (n, channels, H // 2**pools, W // 2**pools).
+        (n, in_channels, H, W) -> (n, channels[-1], H // 2**pools, W // 2**pools).
 
     Raises:
-        FitError: if ``pools`` is not 0 … 4.
+        FitError: if ``pools`` is not 0 … 4, or ``channels`` are not those of 4 blocks.
 
     Example:
         >>> import torch
@@ -39,13 +37,15 @@ class Conv4(nn.Module):
         (torch.Size([2, 64, 5, 5]), torch.Size([2, 64, 21, 21]))
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, *, pools: int = 4, fused: bool = True):
+    def __init__(self, in_channels: int = 3, channels: int | Sequence[int] = 64, *, pools: int = 4, fused: bool = True):
         super().__init__()
         if not 0 <= pools <= 4:
             raise FitError(f"need pools in 0 … 4, got {pools}")
-        self.blocks = nn.Sequential(
-            *(ConvBlock(in_channels if k == 0 else channels, channels, pool=k < pools, fused=fused) for k in range(4))
-        )
+        widths = (channels,) * 4 if isinstance(channels, int) else tuple(channels)
+        if len(widths) != 4:
+            raise FitError(f"need the channels of 4 blocks, got {widths}")
+        inputs = (in_channels, *widths[:-1])
+        self.blocks = nn.Sequential(*(ConvBlock(inputs[k], widths[k], pool=k < pools, fused=fused) for k in range(4)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps of the images."""
@@ -78,7 +78,7 @@ class ResNet12(nn.Module):
         dropblock: side of the blocks that DropBlock drops, at most that of the map.
         ramp: training passes over which DropBlock's rate grows from 0; 40,000 in MetaOptNet and FEAT.
         pooled: give the mean over the last map, or, for a head that compares maps, the map itself.
-        fused: as of ``ConvBlock``: operators with a fast double backward, or PyTorch's own.
+        fused: run in channels-last memory, whatever that of the images is.
 
     Shapes:
         (n, in_channels, H, W) -> (n, widths[-1], 1, 1), H and W at least 16; (n, widths[-1], H // 16, W // 16) if not
@@ -97,7 +97,7 @@ class ResNet12(nn.Module):
             raise FitError(f"need the widths of 4 blocks, got {tuple(widths)}")
         self.pooled, self.fused = pooled, fused
         inputs = (in_channels, *widths[:-1])
-        self.blocks = nn.Sequential(*(_ResidualBlock(i, o, fused=fused) for i, o in zip(inputs, widths, strict=True)))
+        self.blocks = nn.Sequential(*(_ResidualBlock(i, o) for i, o in zip(inputs, widths, strict=True)))
         if drop_rate:
             late = [DropBlock(drop_rate, dropblock, ramp=ramp) for _ in range(2)]
             for block, drop in zip(self.blocks, [nn.Dropout(drop_rate), nn.Dropout(drop_rate), *late], strict=True):
@@ -111,9 +111,9 @@ class ResNet12(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, *, fused: bool):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        conv, norm = (Conv2d, BatchNorm2d) if fused else (nn.Conv2d, nn.BatchNorm2d)
+        conv, norm = nn.Conv2d, nn.BatchNorm2d
         widths = (inputs, outputs, outputs)
         self.convs = nn.ModuleList(conv(width, outputs, 3, padding=1, bias=False) for width in widths)
         self.norms = nn.ModuleList(norm(outputs) for _ in widths)

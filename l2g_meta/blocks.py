@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.conv import Conv2d
-from l2g_meta.norm import BatchNormReLU2d
+from l2g_meta.operators.batch_norm import batch_norm, relu_and_pool
 
 
 class ConvBlock(nn.Module):
@@ -20,8 +21,8 @@ class ConvBlock(nn.Module):
         inputs: channels of the input maps.
         outputs: channels of the output maps.
         pool: whether the block ends in a pooling.
-        fused: run on operators with a fast double backward, in channels-last memory; otherwise on PyTorch's own.
-            Values, gradients and the state dict are the same.
+        fused: norm, ReLU and pooling as one operator, in channels-last memory; otherwise PyTorch's layers. Values,
+            gradients and the state dict are the same.
 
     Shapes:
         (n, inputs, H, W) -> (n, outputs, H, W), or (n, outputs, H // 2, W // 2) with ``pool``.
@@ -38,7 +39,7 @@ class ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, pool: bool, fused: bool = True):
         super().__init__()
         self.pool, self.fused = pool, fused
-        self.conv = (Conv2d if fused else nn.Conv2d)(inputs, outputs, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.norm = BatchNormReLU2d(outputs, pool=pool) if fused else nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,3 +62,55 @@ def channels_last(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """Batch norm, ReLU and, if asked for, 2×2 max-pooling as one operator with a fast double backward.
+
+    The state dict is that of ``nn.BatchNorm2d``.
+
+    Args:
+        num_features: channels c.
+        pool: end in a 2×2 max-pooling of stride 2, which drops an odd row or column as ``nn.MaxPool2d(2)`` does.
+        options: as of ``nn.BatchNorm2d``.
+
+    Shapes:
+        (n, c, H, W) -> (n, c, H, W), or (n, c, H // 2, W // 2) with ``pool``.
+
+    Example:
+        >>> import torch
+        >>> block, x = BatchNormReLU2d(3, pool=True), torch.randn(2, 3, 5, 5)
+        >>> plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2))
+        >>> torch.allclose(block(x), plain(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, num_features: int, *, pool: bool = False, **options: Any):
+        super().__init__(num_features, **options)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised, rectified, pooled maps."""
+        self._check_input_dim(x)
+        if not self.training and self.running_mean is not None:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return relu_and_pool(y, relu=True, pool=self.pool)
+        momentum, tracked = self.momentum, self.training and self.track_running_stats
+        if tracked and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
+        return batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            running_mean=self.running_mean if tracked else None,
+            running_var=self.running_var if tracked else None,
+            momentum=momentum or 0.0,
+            eps=self.eps,
+            relu=True,
+            pool=self.pool,
+        )
+
+    def extra_repr(self) -> str:
+        """Arguments, for printing."""
+        return f"{super().extra_repr()}, pool={self.pool}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l2g_meta import data
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.checkpoint import load_weights, read_info
 from l2g_meta.config import Config
@@ -20,7 +21,7 @@ from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.data.relation import Disjoint, Far, Relation, Sharing
+from l2g_meta.data.relation import Disjoint, Far, Relation
 from l2g_meta.encoders import LIBRARIES
 from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
 from l2g_meta.heads import HEADS
@@ -31,7 +32,6 @@ from l2g_meta.objectives import OBJECTIVES, Objective, episodic
 from l2g_meta.options import parsed_options
 from l2g_meta.settings import LEARNERS, SUPERVISED
 from l2g_meta.supervised import LinearHead
-from l2g_meta.wrapper import L2GWrapper
 
 
 def build_device(name: str) -> torch.device:
@@ -75,8 +75,6 @@ def build_relation(config: Config, dataset: Any) -> Relation:
     Raises:
         L2GError: for tasks of different super-categories, if the data set has none.
     """
-    if config.shared_classes:
-        return Sharing(config.shared_classes)
     if not config.far_pairs:
         return Disjoint()
     find = getattr(data.dataset_module(config.data), "super_categories", None)
@@ -139,8 +137,6 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
         learn_inner_lr=config.learn_inner_lr or False,  # type: ignore[arg-type]
         inner_steps=config.inner_steps,
         mix=config.mix,
-        unit_step=config.unit_step,
-        recompute=config.recompute,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
 
@@ -166,15 +162,14 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
     augment = Augment(scale=scale) if config.augment else None
     if config.method == SUPERVISED:
         return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
-    parts = 2 if config.fresh_queries else 1  # split_queries halves them
     return TaskPairs(
         dataset,
         ways=config.ways,
         shots=config.shots,
-        queries=parts * config.queries,
+        queries=config.queries,
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
-        outer_queries=parts * (config.outer_queries or config.queries),
+        outer_queries=config.outer_queries,
         relation=build_relation(config, dataset),
         seed=config.seed,
         augment=augment,
@@ -187,7 +182,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
 
     Args:
         run: folder made by ``l2g train``.
-        checkpoint: ``"best"`` on validation, or ``"last"``.
+        checkpoint: ``"best"`` on validation, ``"last"``, ``"average"``, or ``"after-N"``, see ``Config``.
         device: another device than the config's.
 
     Raises:

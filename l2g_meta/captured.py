@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.augment import PerImage
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
@@ -23,7 +24,6 @@ from l2g_meta.objectives import Objective, UpdateStats, accumulate, episodic
 from l2g_meta.state import generators
 from l2g_meta.task import Task
 from l2g_meta.updates import Update, all_finite
-from l2g_meta.wrapper import L2GWrapper
 
 Arrange = Callable[[list[tuple[Task, Task]]], list[tuple[Task, ...]]]
 WARM_UPS = 3  # before a graph is recorded: kernels are compiled and chosen, memory is reserved

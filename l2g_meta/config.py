@@ -21,6 +21,11 @@ PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_
 
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
 Names = tuple[str, ...]
+# Fields of runs up to LAST_WITH that are no more, each with the value at which the run is what it is without them.
+REMOVED: dict[str, Any] = {
+    "inner_on": "queries", "fresh_queries": False, "shared_classes": None, "unit_step": False, "recompute": False,
+}  # fmt: skip
+LAST_WITH = "0.1.0"
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
 
 
@@ -75,9 +80,6 @@ class Config:
     outer_shots: Sizes = _flag(None, "supports per class of T_j, one or several")
     outer_queries: int | None = _flag(None, "queries per class of T_j")
 
-    shared_classes: int | None = _flag(
-        None, "classes that T_j has in common with T_i, with other images (default: none)"
-    )
     far_pairs: bool = _flag(False, "T_i and T_j from different super-categories (glyphs: scripts; tiered-imagenet)")
     train_classes: int | None = _flag(None, "train on that many of the classes, drawn by --split-seed (default: all)")
 
@@ -88,20 +90,11 @@ class Config:
     first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
-    inner_on: str = _flag("queries", "l2g, maml: what the inner loss is of; Algorithm 1: queries",
-                          choices=("queries", "supports"))  # fmt: skip
     mix: float = _flag(None, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time "
                        "(default: l2g 0.5, maml 0); Algorithm 1 of the paper: 0")  # fmt: skip
-    unit_step: bool = _flag(False, "l2g, maml: divide the inner gradient by its norm: θ' lies at the distance α")
     adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
                                 "example encoder.blocks.3 'head.*' (default: all)",
                                 nargs="+", metavar="NAME")  # fmt: skip
-    recompute: bool = _flag(
-        False,
-        "evaluate the inner loss a second time instead of keeping its graph; saves memory for "
-        "some models, see docs/speed.md",
-    )
-    fresh_queries: bool = _flag(False, "maml: other queries for the outer loss than for the inner")
 
     batch: int | None = _flag(None, "supervised: images of a batch (default: 128)")
     optimizer: str = _flag(
@@ -127,6 +120,9 @@ class Config:
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
     cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
     deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
+    average: bool = _flag(False, "also keep an average of the weights over the last part of training, as "
+                          "average.safetensors; it moves no update")  # fmt: skip
+    keep_weights: bool = _flag(False, "keep the weights of each validation, as after-N.safetensors")
     skip_nonfinite: bool = _flag(False, "leave updates out whose loss or gradient is not finite, and count them")
     save_every: int = _flag(None, "updates between states to resume from (default: as --eval-every)")
     keep: int = _flag(2, "how many of those states stay; the older ones serve if the newest is damaged")
@@ -232,6 +228,20 @@ class Config:
 
     @classmethod
     def of(cls, values: Any) -> Config:
-        """A config from a run's JSON: lists become tuples; a run from before ``mix`` had none."""
+        """A config from a run's JSON: lists become tuples; a run from before ``mix`` had none.
+
+        Raises:
+            L2GError: if the run used a field of ``REMOVED``.
+
+        Example:
+            >>> Config.of({"method": "maml", "fresh_queries": False}).method
+            'maml'
+        """
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        for name, default in REMOVED.items():
+            if (value := found.pop(name, default)) != default:
+                raise L2GError(
+                    f"need a run without {name}, which is no more, got {name} = {value!r}; l2g-meta {LAST_WITH} is the "
+                    "last version that knows it: use that, or train without it"
+                )
         return cls(**{"mix": 0.0} | found)

@@ -12,12 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from l2g_meta.conv import convert_conv
-from l2g_meta.convert import convert
 from l2g_meta.errors import FitError, L2GError
-from l2g_meta.norm import convert_batchnorm
 
 # Not to be set by a config, which may be somebody else's: where weights come from, and what is set here.
 OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "model_name", "checkpoint_path",
@@ -25,7 +21,7 @@ OWN = {"weights", "weights_backbone", "progress", "num_classes", "in_chans", "mo
 
 
 def timm_encoder(name: str, in_channels: int, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """A model of timm without its classification layer, with the fast double backward where there is one.
+    """A model of timm without its classification layer.
 
     Args:
         name: one of ``timm.list_models()`` or ``timm.list_pretrained()``; none that loads code or files (``hf-hub:``).
@@ -47,11 +43,11 @@ def timm_encoder(name: str, in_channels: int, options: Mapping[str, Any], *, pre
     ))  # fmt: skip
     classifier = net.pretrained_cfg.get("classifier") or ()
     net.left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return convert_layers(net)
+    return net
 
 
 def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
-    """A classification model of torchvision without its last layer, with the fast double backward where there is one.
+    """A classification model of torchvision without its last layer.
 
     Args:
         name: one of ``torchvision.models.list_models(module=torchvision.models)``.
@@ -83,33 +79,7 @@ def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any])
     net.left_out = (layers[-1], "AuxLogits", "aux1", "aux2")
     if in_channels == 1:
         net.register_forward_pre_hook(_repeat_grey)
-    return convert_layers(net)
-
-
-class Hardsigmoid(nn.Hardsigmoid):
-    """``nn.Hardsigmoid`` with a second derivative, which PyTorch's operator lacks (in MobileNetV3).
-
-    Example:
-        >>> import torch
-        >>> Hardsigmoid()(torch.tensor([-4.0, 0.0, 4.0])).tolist()
-        [0.0, 0.5, 1.0]
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """relu6(x + 3) / 6."""
-        return F.relu6(input + 3) / 6
-
-
-def convert_layers(model: nn.Module) -> nn.Module:
-    """Makes a model of PyTorch's layers ready for an inner step, in place; returns it.
-
-    ``convert_batchnorm`` and ``convert_conv``, and a ``nn.Hardsigmoid`` that can be differentiated twice.
-
-    Example:
-        >>> type(convert_layers(nn.Sequential(nn.Hardsigmoid()))[0])
-        <class 'l2g_meta.encoders.Hardsigmoid'>
-    """
-    return convert_conv(convert_batchnorm(convert(model, {nn.Hardsigmoid: Hardsigmoid})))
+    return net
 
 
 LIBRARIES: dict[str, Callable[[str, int, Mapping[str, Any]], nn.Module]] = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2g_meta import functional as f
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, listed
 from l2g_meta.data.placement import placed
@@ -20,8 +21,7 @@ from l2g_meta.data.sources import IndexedSource, TaskRows
 from l2g_meta.distributed import World, gathered
 from l2g_meta.errors import L2GError
 from l2g_meta.model import MetricModel
-from l2g_meta.norm import Policy, batchnorm_policy
-from l2g_meta.wrapper import L2GWrapper
+from l2g_meta.models.batchnorm_policy import Policy, batchnorm_policy
 
 EMBED_BATCH = 256  # images in one forward pass
 EMBED_BYTES = 4 * 2**30  # features kept at once; beyond, each episode is embedded on its own

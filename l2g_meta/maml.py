@@ -9,14 +9,18 @@ cross-entropy of the scores over tasks, differentiated through the T steps.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.clone import learn2learn_maml, own_buffers
+from l2g_meta.algorithm import L2GWrapper, Learner
+from l2g_meta.inner.clone import learn2learn_maml, own_buffers
+from l2g_meta.inner.compiled import uncompiled
+from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.model import check_trainable, check_ways
-from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
+from l2g_meta.task import Task, TaskLike
 
 
 class SoftmaxMAML(nn.Module):
@@ -64,18 +68,21 @@ class SoftmaxMAML(nn.Module):
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.first_order = first_order
 
-    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
+    def forward(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
         """Logits of the queries under θ_T."""
+        task = Task.of(task)
         check_ways(task, self.n_way)
-        first_order = self.first_order or not torch.is_grad_enabled()
-        with torch.enable_grad():  # the steps need gradients at test, too
+        exact = not self.first_order and torch.is_grad_enabled()
+        with torch.enable_grad():  # the steps need gradients at test as well
+            classifier = uncompiled(self.classifier)
             algorithm = learn2learn_maml() or L2GWrapper
-            learner = algorithm(self.classifier, self.inner_lr, first_order=first_order).clone()
+            learner = algorithm(classifier, self.inner_lr, first_order=not exact).clone()
             for step in range(self.inner_steps if self.training else self.test_steps):
-                logits = learner.module(task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
+                with twice_differentiable() if exact else nullcontext():
+                    logits = learner.module(task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
                 loss = F.cross_entropy(logits, task.support_y)  # L(θ_t; S)
-                if step == 0 and not isinstance(learner, L2GWrapper):  # which does so itself
-                    own_buffers(self.classifier, learner.module)
+                if step == 0 and not isinstance(learner, Learner):  # which does so itself
+                    own_buffers(classifier, learner.module)
                 learner.adapt(loss)
         return learner.module(task.query_x)[:, : task.n_way]
 

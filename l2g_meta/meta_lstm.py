@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from l2g_meta.clone import trainable_parameters
+from l2g_meta.inner.clone import trainable_parameters
 from l2g_meta.model import check_trainable, check_ways
-from l2g_meta.task import Task
+from l2g_meta.task import Task, TaskLike
 
 
 def preprocess(x: Tensor, *, p: float = 10.0) -> Tensor:  # (...) -> (..., 2)
@@ -82,8 +82,9 @@ class MetaLSTM(nn.Module):
         nn.init.uniform_(self.input_gate.bias, -5, -4)
         nn.init.uniform_(self.forget_gate.bias, 4, 6)
 
-    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
+    def forward(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
         """Logits of the queries under θ_T."""
+        task = Task.of(task)
         check_ways(task, self.n_way)
         theta = torch.cat([p.flatten() for p in trainable_parameters(self.classifier).values()])  # (n,)
         i, f = torch.zeros_like(theta), torch.ones_like(theta)

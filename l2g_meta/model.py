@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
-from l2g_meta.norm import batchnorm_policy
-from l2g_meta.task import Task
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
+from l2g_meta.task import Task, TaskLike
 
 
 class MetricModel(nn.Module):
@@ -32,7 +32,7 @@ class MetricModel(nn.Module):
         task -> scores (n_query, n_way), higher is closer.
 
     Raises:
-        FitError: if encoder and head do not fit.
+        FitError: if encoder and head do not fit, or are no modules.
 
     Example:
         >>> from l2g_meta import Conv4, PrototypicalHead
@@ -44,6 +44,9 @@ class MetricModel(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, *, image_shape: tuple[int, ...] | None = None):
         super().__init__()
+        for part, value in (("encoder", encoder), ("head", head)):
+            if not isinstance(value, nn.Module):
+                raise FitError(f"need a module as {part}, got {value!r}; {_remedy(part, value)}")
         self.encoder, self.head = encoder, head
         if image_shape is not None:
             shape = feature_shape(encoder, image_shape)
@@ -51,8 +54,9 @@ class MetricModel(nn.Module):
                 features = zeros(2, *shape)
                 self.score(features, torch.arange(2, device=features.device), features, 2)
 
-    def forward(self, task: Task) -> Tensor:  # (n_query, n_way)
-        """Scores of the task's queries."""
+    def forward(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
+        """Scores of the task's queries; a plain tuple is taken as ``Task.of`` does."""
+        task = Task.of(task)
         x = torch.cat([task.support_x, task.query_x])
         features = self.encoder(x).to(x.dtype)  # under autocast: distances are compared in full precision
         support, query = features[: len(task.support_x)], features[len(task.support_x) :]
@@ -83,6 +87,12 @@ class MetricModel(nn.Module):
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The head's loss, else cross-entropy."""
         return getattr(self.head, "loss_fn", nn.functional.cross_entropy)
+
+
+def _remedy(part: str, value: Any) -> str:
+    if isinstance(value, type):
+        return f"make one of the class: {value.__name__}(...)"
+    return f"give the {part} itself; `l2g train --{'backbone' if part == 'encoder' else part}` takes names"
 
 
 class SoftmaxClassifier(nn.Module):

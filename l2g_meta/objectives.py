@@ -1,16 +1,4 @@
-r"""Algorithm 1 of L2G, and what it is compared with, on one screen.
-
-::
-
-    for each of B = 5 pairs:                                 # Algorithm 1 (Lee et al., arXiv 1908.01457)
-        T_i, T_j ~ tasks with disjoint classes
-        θ'  = θ − α ∇_θ L(θ; T_i)                            # eq. 3, one differentiable step
-        (L(θ'; T_j) / B).backward()                          # eq. 4, prototypes and queries under θ'; frees the graph
-    θ ← Adam(θ, β = 1e-3)                                    # eq. 5
-
-An objective maps (wrapper, tasks) to an ``Outcome``; ``meta_gradient`` is the loop over pairs up to eq. 5. With one
-inner step the gradient is exactly  g_j − α H_i g_j,  g_j = ∇L(θ'; T_j), H_i = ∇²L(θ; T_i).
-"""
+"""What a training descends: L2G, and what it is compared with, as functions from (wrapper, tasks) to an ``Outcome``."""
 
 from __future__ import annotations
 
@@ -20,35 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l2g_meta.algorithm import L2GWrapper, Learner, Outcome
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
-
-
-class Outcome(NamedTuple):
-    """What one pair gives: the loss to descend, and for bilevel methods the learner at θ' and the loss there."""
-
-    loss: Tensor  # ()
-    learner: L2GWrapper | None = None
-    outer: Tensor | None = None  # (), L(θ'; T_j)
-
 
 Objective = Callable[..., Outcome]
 
 
 def l2g(wrapper: L2GWrapper, task_i: Task, task_j: Task) -> Outcome:
-    r"""L2G (eq. 3 and 4): :math:`L(\theta - \alpha \nabla L(\theta; T_i); T_j)`, T_i and T_j without a common class."""
-    learner = wrapper.adapted(task_i)  # θ' = θ − α ∇L(θ; T_i)
-    outer = learner.loss(task_j)  # L(θ'; T_j)
-    return Outcome(learner.mixed(outer), learner, outer)
+    """Algorithm 1, T_i and T_j without a common class; see ``L2GWrapper.outcome``."""
+    return wrapper.outcome(task_i, task_j)
 
 
-def maml(wrapper: L2GWrapper, task: Task, fresh: Task | None = None) -> Outcome:
+def maml(wrapper: L2GWrapper, task: Task) -> Outcome:
     r"""MAML + X of the paper's tables: :math:`L(\theta - \alpha \nabla L(\theta; T); T)`, both losses on one task.
 
-    The inner loss uses queries, as Algorithm 1 does (on 1-shot supports alone a metric loss is degenerate); ``fresh``
-    is the same task with other queries for the outer loss.
+    The inner loss uses queries, as Algorithm 1 does (on 1-shot supports alone a metric loss is degenerate).
     """
-    return l2g(wrapper, task, task if fresh is None else fresh)
+    return wrapper.outcome(task, task)
 
 
 def episodic(wrapper: L2GWrapper, *tasks: Task) -> Outcome:
@@ -102,18 +78,18 @@ def accumulate(
     """
     of, totals = of or len(batch), [] if batch else [next(wrapper.parameters()).new_zeros(3)]
     for tasks in batch:
-        loss, learner, outer = objective(wrapper, *tasks)
+        loss, inner, outer, learner = objective(wrapper, *tasks)
         products = _watch_alignment(learner)
         (loss / of).backward()
         unknown = torch.full_like(loss, torch.nan)
-        inner = unknown if learner is None or learner.inner_loss is None else learner.inner_loss
+        inner = unknown if inner is None else inner
         there = loss if outer is None else (1 - wrapper.mix) * outer  # what has a gradient at θ'
         alignment = sum(products) * of / there if products else unknown
         totals.append(torch.stack([loss, inner, alignment]).detach())
     return torch.stack(totals).sum(0) / of
 
 
-def _watch_alignment(learner: L2GWrapper | None) -> list[Tensor]:
+def _watch_alignment(learner: Learner | None) -> list[Tensor]:
     """Filled by the backward pass with −(θ' − θ)·g_j of each parameter, g_j at θ'."""
     products: list[Tensor] = []
     if learner is None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.pairs import Episodes
 from l2g_meta.errors import FitError, L2GError
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 
 def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequence[str] | None = None) -> Path:

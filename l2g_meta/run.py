@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from l2g_meta import state
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
 from l2g_meta.config import Config
 from l2g_meta.data.identity import changes
@@ -27,7 +28,6 @@ from l2g_meta.options import flag
 from l2g_meta.signals import Signals, Stopped, requeue
 from l2g_meta.update_tasks import positions_of_update
 from l2g_meta.updates import all_finite
-from l2g_meta.wrapper import L2GWrapper
 
 
 def holds_run(out: Path) -> bool:
@@ -45,13 +45,14 @@ class Run:
         out: the directory.
         config: of the run, resolved.
         world: the processes that train together.
+        average: of the weights, if the run keeps one.
 
     Raises:
         CheckpointError: on entering, if the folder cannot be written or another process trains in it.
     """
 
-    def __init__(self, out: Path, config: Config, world: World):
-        self.out, self.config, self.world = out, config, world
+    def __init__(self, out: Path, config: Config, world: World, average: AveragedModel | None = None):
+        self.out, self.config, self.world, self.average = out, config, world, average
         self.signals = Signals(str(out))
         self.stack = ExitStack()
         self.rows: RunLog | None = None
@@ -101,7 +102,7 @@ class Run:
             )
         make_folder(self.out, "a folder for the run", "choose another --out")
         self._claim()
-        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
 
     def resume(
@@ -153,7 +154,7 @@ class Run:
                 f"need the data that {self.out} was trained on so far, got {other}; restore them, begin another "
                 "run, or go on with these by --force (train(..., force=True))"
             )
-        state.restore(tensors, wrapper, optimizer, path)
+        state.restore(tensors, wrapper, optimizer, path, self.average)
         wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
         config = self.config
         learned = {"inner_lr": config.learn_inner_lr, "temperature": config.learn_temperature, "weights": True}
@@ -195,7 +196,7 @@ class Run:
             )
         if self.rows is not None:
             self.rows.sync()
-            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep)
+            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
 
     def save(
         self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], result: Evaluation
@@ -206,6 +207,10 @@ class Run:
             info |= {"best": result.accuracy_mean, "best_iteration": info["iteration"]}
             if self.world.main:
                 save_tensors(self.out / "best.safetensors", wrapper.state_dict(), info)
+        if self.config.keep_weights and self.world.main:
+            kept = {"": wrapper} if self.average is None else {"": wrapper, "-average": self.average.module}
+            for which, module in kept.items():
+                save_tensors(self.out / f"after-{info['iteration']}{which}.safetensors", module.state_dict(), info)
         self.save_state(wrapper, optimizer, info)
         return info
 
@@ -222,37 +227,32 @@ class Run:
         self.world.wait()  # for the main process, which saved
         raise Stopped(self._stopped(iteration), asked, str(self.out))
 
-    def not_finite(
-        self,
-        k: int,
-        stats: UpdateStats,
-        wrapper: L2GWrapper,
-        optimizer: torch.optim.Optimizer,
-        generators: Mapping[str, Tensor],
-        info: Mapping[str, Any],
-    ) -> None:
+    def not_finite(self, k: int, stats: UpdateStats, wrapper: L2GWrapper) -> None:
         """Ends a run whose update k found a number that is not finite, unless such updates are to be left out.
 
         Raises:
-            NotFiniteError: with the update, its tasks and the command that replays it.
+            NotFiniteError: with the update, its tasks, and which number it is.
         """
         if self.config.skip_nonfinite:
             return
         positions = positions_of_update(self.config, k)
-        path = self.out / f"failed-{k}.safetensors"
-        replay = f"`l2g train --replay {self.out}` runs this update again and shows where"
-        if self.world.main:
-            try:
-                save_tensors(path, state.collect(wrapper, optimizer) | dict(generators), {**info, "pending": None})
-            except CheckpointError as error:
-                replay = f"it cannot be replayed ({error})"
-        inner = "" if math.isnan(stats.inner_loss) else f", inner loss {stats.inner_loss}"
         raise NotFiniteError(
             f"update {k} (pairs {positions.start} to {positions.stop - 1} of the stream of seed {self.config.seed}) "
-            f"found a number that is not finite: loss {stats.loss}{inner}, or a gradient or weight; nothing was "
-            f"changed. {replay}; then lower --inner-lr or --lr, use --dims mean, or leave such updates out with "
-            "--skip-nonfinite"
+            f"found a number that is not finite: {self._culprit(stats, wrapper)}; nothing was changed. Lower "
+            "--inner-lr or --lr, use --dims mean, or leave such updates out with --skip-nonfinite"
         )
+
+    def _culprit(self, stats: UpdateStats, wrapper: L2GWrapper) -> str:
+        """What is not finite, nearest to the cause: weights, else losses, else gradients."""
+        tensors = dict(wrapper.named_parameters())
+        if weights := [name for name, p in tensors.items() if not all_finite([p])]:
+            return f"weight {_some(weights)}"
+        losses = {"inner loss": stats.inner_loss} if self.config.method in ("l2g", "maml") else {}
+        losses["loss"] = stats.loss
+        if found := [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]:
+            return ", ".join(found)
+        given = {name: p.grad for name, p in tensors.items() if p.grad is not None}
+        return f"gradient of {_some([name for name, g in given.items() if not all_finite([g], squared=True)])}"
 
     def _claim(self) -> None:
         if not self.stack.enter_context(claim(self.out / ".lock")):
@@ -265,10 +265,10 @@ class Run:
     def _share(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> None:
         if self.world.size > 1:  # other machines may not see the folder, and a given model may differ
             tensors = self.world.from_main(
-                lambda: {name: t.cpu() for name, t in state.collect(wrapper, optimizer).items()}
+                lambda: {name: t.cpu() for name, t in state.collect(wrapper, optimizer, self.average).items()}
             )
             if not self.world.main:
-                state.restore(tensors, wrapper, optimizer, self.out)
+                state.restore(tensors, wrapper, optimizer, self.out, self.average)
 
     def _mend_last(self, wrapper: L2GWrapper, info: Mapping[str, Any]) -> None:
         try:
@@ -304,3 +304,9 @@ class Run:
 
     def _stopped(self, iteration: int) -> str:
         return f"stopped after update {iteration} of {self.config.iterations}, saved"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, as the model's own ``named_parameters`` has them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix("module.") for name in names[:3]) + more

@@ -15,8 +15,8 @@ SUPERVISED = "supervised"  # the encoder with a linear classifier of the trainin
 METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt", "recompute",
-    "fresh_queries", "pairs", "cuda_graph", "mix", "unit_step", "shared_classes", "far_pairs",
+    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt",
+    "pairs", "cuda_graph", "mix", "far_pairs",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 TYPES: dict[str, tuple[type, ...]] = {
@@ -42,7 +42,7 @@ def check(config: Any) -> None:
             raise L2GError(f"need {flag(f.name)} to be of type {kind}, got {value!r}")
         if choices and value is not None and value not in choices:
             raise L2GError(f"need {flag(f.name)} to be one of {', '.join(choices)}; got {value!r}")
-        counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed", "inner_steps")
+        counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed")
         sizes = value if isinstance(value, tuple) else (value,)
         if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
             raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
@@ -50,8 +50,8 @@ def check(config: Any) -> None:
         raise L2GError("need --seed and --split-seed below 2**63")
     if "\0" in (config.root or ""):
         raise L2GError("need --root to be a path, got one with a zero byte")
-    if config.seed < 0 or config.split_seed < 0 or config.inner_steps < 0:
-        raise L2GError("need --seed, --split-seed and --inner-steps to be at least 0")
+    if config.seed < 0 or config.split_seed < 0:
+        raise L2GError("need --seed and --split-seed to be at least 0")
     if config.temperature is not None and not 0 < config.temperature < math.inf:
         raise L2GError(f"need --temperature above 0 and finite, got {config.temperature}")
     if not 0 < config.rank_timeout < math.inf:
@@ -67,9 +67,8 @@ def check(config: Any) -> None:
         raise L2GError(f"--cuda-graph does not clip, got --clip-norm {config.clip_norm:g}{by_default}; leave one out")
     if not 0 <= config.mix < 1:
         raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")
-    bilevel = config.mix or config.unit_step or config.inner_on == "supports"
-    if config.method not in ("l2g", "maml") and bilevel:
-        raise L2GError(f"--mix, --unit-step and --inner-on belong to l2g and maml, got --method {config.method}")
+    if config.method not in ("l2g", "maml") and config.mix:
+        raise L2GError(f"--mix belongs to l2g and maml, got --method {config.method}")
     if not 0 <= config.weight_decay < math.inf:
         raise L2GError(f"need --weight-decay of at least 0 and finite, got {config.weight_decay}")
     if config.resized_crop is not None and not (config.augment and 0 < config.resized_crop <= 1):
@@ -82,10 +81,6 @@ def check(config: Any) -> None:
         raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
     if config.cuda_graph and (config.tasks_per_update or 0) % 2:
         raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {config.tasks_per_update}")
-    if config.far_pairs and config.shared_classes:
-        raise L2GError("need --far-pairs or --shared-classes, got both; leave one out")
-    if config.fresh_queries and config.method != "maml":
-        raise L2GError(f"--fresh-queries belongs to --method maml, got --method {config.method}")
 
 
 def _check_names(config: Any) -> None:
@@ -128,8 +123,8 @@ def _check_learner(config: Any) -> None:
     if given:
         flags = ", ".join(map(flag, given))
         raise L2GError(f"--method {config.method} does not take {flags}; leave them out")
-    if config.learn_inner_lr or config.recompute:
-        raise L2GError(f"--learn-inner-lr and --recompute belong to l2g and maml, got --method {config.method}")
+    if config.learn_inner_lr:
+        raise L2GError(f"--learn-inner-lr belongs to l2g and maml, got --method {config.method}")
     for name in ("ways", "outer_ways"):
         if getattr(config, name) != config.ways or not isinstance(config.ways, int):
             raise L2GError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from l2g_meta.checkpoint import load_tensors, put, save_tensors
 from l2g_meta.config import Config
@@ -22,13 +23,18 @@ from l2g_meta.errors import CheckpointError
 from l2g_meta.logs import COLUMNS
 
 PREFIX = "resume"
+AVERAGE = "average"
 
 
-def collect(wrapper: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def collect(
+    wrapper: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None = None
+) -> dict[str, Tensor]:
     """All tensors of a run's state, by name; not copies."""
     tensors = {f"wrapper.{name}": t for name, t in wrapper.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    if average is not None:
+        tensors |= {f"{AVERAGE}.{name}": t for name, t in average.state_dict().items()}
     return tensors | generators(_device(wrapper))
 
 
@@ -38,13 +44,22 @@ def generators(device: torch.device) -> dict[str, Tensor]:
     return found | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Puts what ``collect`` found back; ``path`` is where it was stored.
+def restore(
+    tensors: Mapping[str, Tensor],
+    wrapper: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    average: AveragedModel | None = None,
+) -> None:
+    """Puts what ``collect`` found back; ``path`` is where it was stored. An average that was not kept begins here.
 
     Raises:
         CheckpointError: if it belongs to another model.
     """
     put(_of_wrapper(tensors), wrapper, path)
+    kept = {name.removeprefix(f"{AVERAGE}."): t for name, t in tensors.items() if name.startswith(f"{AVERAGE}.")}
+    if average is not None and kept:
+        put(kept, average, path)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     try:
@@ -68,9 +83,15 @@ def restore(tensors: Mapping[str, Tensor], wrapper: nn.Module, optimizer: torch.
 
 
 def save(
-    folder: Path, wrapper: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], *, keep: int = 2
+    folder: Path,
+    wrapper: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    info: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    average: AveragedModel | None = None,
 ) -> None:
-    """Saves the state after ``info["iteration"]`` updates, and the weights alone as ``last.safetensors``.
+    """Saves the state after ``info["iteration"]`` updates; weights alone also as ``last`` and ``average.safetensors``.
 
     The newest ``keep`` states stay; older ones go when this one is on the disk.
 
@@ -78,8 +99,10 @@ def save(
         CheckpointError: if the disk is full or the folder cannot be written; older files are untouched.
     """
     n = info["iteration"]
-    save_tensors(_path(folder, n), collect(wrapper, optimizer), info)
+    save_tensors(_path(folder, n), collect(wrapper, optimizer, average), info)
     save_tensors(folder / "last.safetensors", wrapper.state_dict(), info)
+    if average is not None:
+        save_tensors(folder / f"{AVERAGE}.safetensors", average.module.state_dict(), info)
     there = numbers(folder)
     for old in set(there) - set([k for k in there if k <= n][-keep:]):  # later ones were passed over as damaged
         _path(folder, old).unlink(missing_ok=True)

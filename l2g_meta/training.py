@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.averaging import averaged
 from l2g_meta.build import (
     build_data,
     build_device,
@@ -23,7 +25,6 @@ from l2g_meta.build import (
     set_precision,
 )
 from l2g_meta.captured import StaticUpdate
-from l2g_meta.clone import backend
 from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.identity import identity
@@ -32,6 +33,7 @@ from l2g_meta.data.sources import task_source
 from l2g_meta.distributed import World, join
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.evaluation import Evaluation, evaluate
+from l2g_meta.inner.clone import backend
 from l2g_meta.logs import require_tensorboard
 from l2g_meta.plots import learning_curve
 from l2g_meta.run import Run
@@ -39,7 +41,6 @@ from l2g_meta.settings import SUPERVISED
 from l2g_meta.update_tasks import arrange, positions_of_update
 from l2g_meta.updates import EagerUpdate, seed_update
 from l2g_meta.weights import initialise
-from l2g_meta.wrapper import L2GWrapper
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
 
@@ -60,7 +61,8 @@ def train(
     Args:
         config: the run.
         out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``, and
-            ``resume-N.safetensors``, from which it goes on.
+            ``resume-N.safetensors``, from which it goes on; ``average.safetensors`` and ``after-N.safetensors``, if the
+            config asks for them.
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
@@ -97,6 +99,7 @@ def train(
         initialise(wrapper.module, config)
     wrapper = wrapper.to(device)
     optimizer = build_optimizer(config, wrapper, device)
+    average = averaged(wrapper) if config.average else None
     update = build_update(config, wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     known = {"train": identity(data), "validation": identity(validation)} if world.main else {}
@@ -105,7 +108,7 @@ def train(
     if config.method not in ("episodic", SUPERVISED):
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world) as run:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world, average) as run:
         if resume:
             info = run.resume(wrapper, optimizer, given, known, force=force)
         else:
@@ -134,8 +137,10 @@ def train(
             stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
             if world.size == 1:
                 asked = run.signals.asked  # also what came meanwhile; several ranks notice that in the next update
+            if finite and average is not None:
+                average.update_parameters(wrapper)
             if not finite:
-                run.not_finite(k, stats, wrapper, optimizer, update.generators, info)
+                run.not_finite(k, stats, wrapper)
             row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": max(0.0, time.perf_counter() - began)}
 

@@ -9,7 +9,7 @@ from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.settings import SUPERVISED
-from l2g_meta.task import Task, split_queries
+from l2g_meta.task import Task
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def calls_of_update(config: Config, k: int) -> list[tuple[Place, ...]]:
     if config.method == SUPERVISED:
         return [((position, 0),) for position in positions_of_update(config, k)]
     skip = k * (config.tasks_per_update or 0) % 2  # of a pair that the update before began
-    return _select(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
+    return arrange(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
 
 
 def tasks_of_calls(
@@ -45,7 +45,7 @@ def tasks_of_calls(
     """The tasks of some calls of the objective; their images in one gather."""
     positions = sorted({position for call in calls for position, _ in call})
     found: dict[int, tuple[Task, ...]] = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}
-    return [_prepared(config, tuple(found[position][member] for position, member in call)) for call in calls]
+    return [tuple(found[position][member] for position, member in call) for call in calls]
 
 
 def positions_of_update(config: Config, k: int) -> range:
@@ -56,12 +56,7 @@ def positions_of_update(config: Config, k: int) -> range:
     return range(k * n // 2, (k * n + n + 1) // 2)
 
 
-def arrange(config: Config, batch: Sequence[tuple[Task, Task]]) -> list[tuple[Task, ...]]:
-    """The tasks of each call of the objective, from an update's pairs."""
-    return [_prepared(config, call) for call in _select(config, batch)]
-
-
-def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list[tuple[T, ...]]:
+def arrange(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list[tuple[T, ...]]:
     """What each call of the objective takes of an update's pairs; ``skip`` tasks belong to the update before."""
     n = config.tasks_per_update
     if n is None and config.method == "l2g":
@@ -72,13 +67,3 @@ def _select(config: Config, batch: Sequence[tuple[T, T]], skip: int = 0) -> list
     elif config.method == "maml":
         tasks = tasks[0::2]
     return [(task,) for task in tasks]
-
-
-def _prepared(config: Config, call: tuple[Task, ...]) -> tuple[Task, ...]:
-    """The tasks of a call of the objective, the inner one with what its loss is of."""
-    if config.fresh_queries:
-        call = split_queries(call[0])
-    if config.inner_on == "supports":
-        task_i, task_j = call if len(call) > 1 else (call[0], call[0])
-        return task_i._replace(query_x=task_i.support_x, query_y=task_i.support_y), task_j
-    return call

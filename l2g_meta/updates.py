@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
@@ -18,7 +19,6 @@ from l2g_meta.objectives import Objective, UpdateStats, accumulate
 from l2g_meta.signals import SIGNALS
 from l2g_meta.state import generators
 from l2g_meta.update_tasks import calls_of_update, tasks_of_calls
-from l2g_meta.wrapper import L2GWrapper
 
 
 class Update(NamedTuple):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta import clone
+from l2g_meta.inner import clone
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,9 @@
 """`l2g bench` in small: every variant computes the same gradient, the table and the JSON hold what they say."""
 
-import itertools
 import json
 import random
 import re
-import statistics
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,18 +11,14 @@ from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, ResNet12
 from l2g_meta.bench import run
-from l2g_meta.bench.batching import WAYS
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.concatenated import task_gradients
 from l2g_meta.bench.floor import Layer, Machine, floor, layers, passes
-from l2g_meta.bench.norms import NORMS, second
-from l2g_meta.bench.norms import first as first_derivatives
 from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
 from l2g_meta.bench.run import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS
 from l2g_meta.cli import main
 from l2g_meta.errors import L2GError
-from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.plots import bench_plot, scaling_plot
 
@@ -86,13 +79,8 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 8", r"Conv4 does not take images of shape \(3, 8, 8\).*; use larger images"),
         ("--image-size 8 --backbone resnet12", r"ResNet12 does not take images of shape \(3, 8, 8\).*; use larger"),
         ("--image-size 3 --head relation", r"Conv4 does not take images of shape \(3, 3, 3\).*; use larger images"),
-        ("--image-size 8 --batching", r"Conv4 does not take images of shape \(3, 8, 8\)"),
         ("--ways 1", "need --ways of at least 2, got 1"),
-        ("--norms --variants l2g", "need --variants for the table, --scaling or --batching, got it with another"),
-        ("--norms --pairs 2", "--norms and --storage time no model, got --pairs; leave it out"),
-        ("--batching --variants vmp", "need variants of one after the other; .*; got 'vmp'"),
-        ("--norms --head relation", "--norms and --storage time no model, got --head; leave it out"),
-        ("--ways 1 --norms", "need --ways of at least 2, got 1"),
+        ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
         ("--head foo", "need --backbone conv4 or resnet12 and --head prototypical or relation, got conv4 and foo"),
@@ -108,64 +96,6 @@ def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
     assert error.startswith("l2g: ") and error.count("\n") == 1 and re.search(message, error), error
 
 
-def test_batching_times_every_way(tmp_path, capsys):
-    path = tmp_path / "batching.json"
-    flags = "--batching --pairs 2 --image-size 20 --ways 2 --queries 2 --repeats 2 --device cpu".split()
-    assert main(["bench", *flags, "--json", str(path)]) == 0
-    result, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert list(result["seconds"]) == list(result["all_seconds"]) == list(WAYS)
-    for name, seconds in result["seconds"].items():
-        assert seconds == statistics.median(result["all_seconds"][name]) > 0 and re.search(
-            rf"^{re.escape(name)} ", printed, re.M
-        )
-
-
-def small_resnet() -> MetricModel:
-    return MetricModel(ResNet12(3, (4, 4, 6, 8)), PrototypicalHead())
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(build, SMALL, layers="fused"),
-        partial(build, replace(SMALL, head="relation"), layers="fused"),
-        small_resnet,
-    ],
-    ids=["conv4", "relation", "resnet12"],
-)
-def test_one_pass_gives_each_task_its_own_gradient_and_hessian_vector_product(make):
-    stream = task_stream(SMALL)
-    tasks = [
-        task._replace(support_x=task.support_x.double(), query_x=task.query_x.double())
-        for task in (stream[k][0] for k in range(3))
-    ]
-    model, together = (make().double() for _ in range(2))
-    together.load_state_dict(model.state_dict())
-    gradients = task_gradients(together, tasks)
-    generator = torch.Generator().manual_seed(0)
-    v = {name: torch.randn(g.shape, dtype=g.dtype, generator=generator) for name, g in gradients.items()}
-    products = torch.autograd.grad(list(gradients.values()), list(together.parameters()), list(v.values()))
-    expected = [torch.zeros_like(p) for p in model.parameters()]
-    for t, task in enumerate(tasks):
-        loss = model.loss_fn(model(task), task.query_y)
-        own = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-        for g, (name, all_tasks) in zip(own, gradients.items(), strict=True):
-            torch.testing.assert_close(all_tasks[t], g, rtol=1e-9, atol=1e-9 * g.abs().max().item() + 1e-14, msg=name)
-        for total, product in zip(
-            expected, torch.autograd.grad(own, list(model.parameters()), [v[name][t] for name in v]), strict=True
-        ):
-            total += product
-    for product, total in zip(products, expected, strict=True):
-        torch.testing.assert_close(product, total, rtol=1e-8, atol=1e-9 * total.abs().max().item() + 1e-14)
-
-
-@pytest.mark.parametrize("flags", list(itertools.combinations(["--batching", "--scaling", "--norms", "--storage"], 2)))
-def test_one_thing_is_measured_at_a_time(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", *flags])
-    assert stop.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
-
-
 def test_json_has_null_where_a_number_is_unknown(tmp_path, monkeypatch):
     """An inner step that overshoots: the gradient and its error are not finite."""
     path = tmp_path / "bench.json"
@@ -173,58 +103,6 @@ def test_json_has_null_where_a_number_is_unknown(tmp_path, monkeypatch):
     assert main(["bench", *flags, "--variants", "l2g", "--json", str(path)]) == 0
     (row,) = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))["rows"]
     assert row["gradient_error"] is None and row["seconds"] > 0
-
-
-def test_storage(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("l2g_meta.bench.storage.SIZES", {"small": (60, 6), "large": (900, 30)})
-    path = tmp_path / "storage.json"
-    flags = "--storage --image-size 12 --ways 2 --queries 2 --repeats 2 --device cpu".split()
-    assert main(["bench", *flags, "--json", str(path)]) == 0
-    small, large = json.loads(path.read_text())["rows"]
-    assert small["ratio"] == 1 and large["ratio"] == large["seconds"] / small["seconds"] > 0
-    assert large["bytes"] == 900 * 12 * 12 * 3 and [len(run) for run in large["all_seconds"]] == [10, 10, 10]
-    assert "ms/update: first    later   ratio\nsmall                    60    0.0" in capsys.readouterr().out
-
-
-def test_ranks_on_paper(tmp_path, capsys):
-    """One rank is what was measured; five pairs end at five ranks; the buffer's share moves over each link."""
-    path = tmp_path / "ranks.json"
-    flags = "--ranks --image-size 16 --ways 2 --queries 1 --pairs 5 --repeats 1 --device cpu".split()
-    assert main(["bench", *flags, "--json", str(path)]) == 0
-    result = json.loads(path.read_text())
-    rows = {(row["pairs"], row["ranks"]): row for row in result["rows"] if "Ethernet" in row["link"]}
-    assert rows[5, 1]["efficiency"] == 1 and rows[5, 1]["bytes"] == 0
-    assert rows[5, 1]["seconds"] == pytest.approx(result["fixed_seconds"] + 5 * result["pair_seconds"])
-    assert rows[5, 8]["seconds"] > rows[5, 5]["seconds"] and rows[5, 2]["bytes"] == result["buffer_bytes"]
-    assert "5 pairs an update, 10 Gbit/s Ethernet, on paper" in capsys.readouterr().out
-
-
-def test_norms(tmp_path, capsys):
-    path = tmp_path / "norms.json"
-    flags = "--norms --image-size 12 --ways 2 --queries 1 --repeats 1 --device cpu".split()
-    assert main(["bench", *flags, "--json", str(path)]) == 0
-    result, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert result["shape"] == [4, 64, 12, 12] and [row["name"] for row in result["rows"]] == list(NORMS)
-    for row in result["rows"]:
-        assert row["ratio"] == pytest.approx(row["double_backward"] / row["forward_and_backward"])
-        assert f"{row['ratio']:8.2f}" in printed
-
-
-@pytest.mark.parametrize("kind", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm", "LayerNorm"])
-def test_what_is_timed_of_ours_is_what_is_timed_of_pytorchs(kind):
-    """First and second derivatives, twice, since the graph is used again and again."""
-    x, g, v = torch.randn(3, 2, 8, 4, 4, dtype=torch.float64)
-    found = []
-    for whose in ("PyTorch", "ours"):
-        norm = NORMS[f"{kind}, {whose}"](8, 4).double()
-        step = second(norm, x, g, v)
-        found.append([*first_derivatives(norm, x, g)[1], *step(), *step()])
-    for f, e in zip(*found, strict=True):
-        if kind == "GroupNorm" and e is None:  # of the bias, whose zeros PyTorch writes out
-            e = torch.zeros_like(f)
-        assert (f is None) == (e is None)
-        if e is not None:
-            torch.testing.assert_close(f, e)
 
 
 class TestUpdates:

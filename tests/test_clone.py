@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import Conv4, clone
+from l2g_meta import Conv4
+from l2g_meta.inner import clone
 
 
 class Tied(nn.Module):
@@ -95,7 +96,7 @@ def test_import_loads_nothing_heavy_and_prints_nothing():
 
 def test_gyms_banner_stays_unseen():
     pytest.importorskip("learn2learn")
-    code = "from l2g_meta.clone import backend; backend()"
+    code = "from l2g_meta.inner.clone import backend; backend()"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert "Gym" not in done.stdout + done.stderr
 

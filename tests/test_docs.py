@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 
 # Modules that are parts of others, not for use from outside. Each other one has something in docs/api.
-COMMANDS = ("l2g_meta.commands", "l2g_meta.doctor", "l2g_meta.report.")  # they explain themselves: --help
+COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
     "cli", "convert",
     "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",

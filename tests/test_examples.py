@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from l2g_meta.clone import has_learn2learn
+from l2g_meta.inner.clone import has_learn2learn
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "quickstart")

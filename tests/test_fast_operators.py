@@ -10,11 +10,10 @@ from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.blocks import ConvBlock
-from l2g_meta.conv import Conv2d, Geometry, conv2d, convert_conv
 from l2g_meta.errors import FitError
 from l2g_meta.heads import HEADS
 from l2g_meta.model import build_head, feature_shape
-from l2g_meta.norm import (
+from l2g_meta.models.batchnorm_policy import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNormReLU2d,
@@ -29,6 +28,7 @@ from l2g_meta.norm import (
     layer_norm,
 )
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.operators.convolution import Conv2d, Geometry, conv2d, convert_conv
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS = [(3, 2, 4, 4), (2, 2, 5, 3)]
@@ -126,7 +126,7 @@ class TestBatchNorm:
         """Values, gradients, running statistics over several passes, evaluation mode, state dict."""
         stock = copy.deepcopy(stock).double()
         fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
         for scale in (1.0, 3.0, 0.5):
             a, b = ((scale * x.double() + scale).requires_grad_() for _ in range(2))
             torch.testing.assert_close(fast(a), stock(b))
@@ -255,7 +255,7 @@ class TestInstanceNorm:
         for p in stock.parameters():
             nn.init.uniform_(p, 0.5, 2.0)
         fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
         x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
         for scale, training in ((1.0, True), (3.0, True), (0.5, False)):
             found = []
@@ -330,7 +330,7 @@ class TestLayerNorm:
         for p in stock.parameters():
             nn.init.uniform_(p, 0.5, 2.0)
         fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
         x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
         found = []
         for norm in (fast, stock):
@@ -392,7 +392,7 @@ class TestGroupNorm:
         for p in stock.parameters():
             nn.init.uniform_(p, 0.5, 2.0)
         fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.norm" and repr(fast) == repr(stock)
+        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
         x = torch.randn(shape, dtype=torch.float64)
         x = x.contiguous(memory_format=FORMATS[layout])
         found = []

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,10 @@ from l2g_meta.testing import LAWS, check_head
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_every_head_obeys_the_laws(head, either_backend):
-    assert len(check_head(head)) == len(LAWS)
+    report = check_head(head)
+    untrained = {"a_support_is_known_again"} if head is RelationHead else set()
+    assert set(report.holds) == {law.__name__ for law in LAWS} - untrained
+    assert [finding.split(" ")[0] for finding in report.findings] == list(untrained)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,77 @@ class _Transposed(nn.Module):
         return -f.euclidean(f.prototypes(support.flatten(1), support_y, n_way), query.flatten(1))
 
 
+class _Farthest(nn.Module):
+    """The wrong sign: a distance is no score."""
+
+    def forward(self, support, support_y, query, n_way):
+        return f.euclidean(query.flatten(1), f.prototypes(support.flatten(1), support_y, n_way))
+
+
+class _Constant(nn.Module):
+    """Knows nothing, yet has gradients."""
+
+    def forward(self, support, support_y, query, n_way):
+        c = f.prototypes(support.flatten(1), support_y, n_way)
+        return query.flatten(1).square().sum(1, keepdim=True) + c.square().sum() + torch.zeros(n_way)
+
+
+class _SoftmaxTwice(nn.Module):
+    """Probabilities for cross-entropy, which takes the softmax itself."""
+
+    def forward(self, support, support_y, query, n_way):
+        return PrototypicalHead()(support, support_y, query, n_way).softmax(-1)
+
+
+class _SoftmaxTwiceSummed(_SoftmaxTwice):
+    def loss_fn(self, scores, query_y):
+        return F.cross_entropy(scores, query_y, reduction="sum")
+
+
+class _Probabilities(_SoftmaxTwice):
+    """Probabilities with their own likelihood, as they should be."""
+
+    def loss_fn(self, scores, query_y):
+        return F.nll_loss(scores.log(), query_y)
+
+
+class _DotProduct(nn.Module):
+    def forward(self, support, support_y, query, n_way):
+        return query.flatten(1) @ f.prototypes(support.flatten(1), support_y, n_way).T
+
+
+class _CentredOnQueries(nn.Module):
+    """Transductive: all queries of the episode move the origin."""
+
+    def forward(self, support, support_y, query, n_way):
+        mean = query.flatten(1).mean(0)
+        return PrototypicalHead(distance="cosine")(support.flatten(1) - mean, support_y, query.flatten(1) - mean, n_way)
+
+
+class _LearnedFarthest(_Farthest):
+    """The wrong sign, which a weight could turn round: it may learn to be right."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, support, support_y, query, n_way):
+        return self.weight * super().forward(support, support_y, query, n_way)
+
+
+def test_findings_do_not_fail():
+    names = {law.__name__ for law in LAWS}
+    for sound in (_DotProduct, _Probabilities):
+        assert check_head(sound) == (tuple(law.__name__ for law in LAWS), ())
+        assert check_head(sound, feature_shape=(6,)).findings == ()
+    report = check_head(_CentredOnQueries)
+    assert set(report.holds) == names - {"queries_are_scored_apart"}
+    assert re.match(r"queries_are_scored_apart \(advisory\): transductive: .* change a query's", report.findings[0])
+    report = check_head(_LearnedFarthest)
+    assert set(report.holds) == names - {"a_support_is_known_again"} and len(report.findings) == 1
+    assert report.findings[0].startswith("a_support_is_known_again (advisory): need the highest score")
+
+
 @pytest.mark.parametrize(
     ("head", "complaint"),
     [
@@ -233,6 +309,10 @@ class _Transposed(nn.Module):
         (_Detached, "task_loss_is_twice_differentiable: .*Jacobian"),
         (_Sorted, "relabelling_permutes_columns"),
         (_Cusp, "derivatives_exist_at_a_support: .*not finite where a query equals a support"),
+        (_Farthest, "a_support_is_known_again: need the highest score .*check the sign"),
+        (_Constant, "a_support_is_known_again"),
+        (_SoftmaxTwice, "cross_entropy_gets_no_probabilities: .*leave the softmax out"),
+        (_SoftmaxTwiceSummed, "cross_entropy_gets_no_probabilities"),
         (_Transposed, r"need scores \(n_query, n_way\)"),
     ],
 )

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from l2g_meta.clone import has_learn2learn, require_learn2learn
 from l2g_meta.data import TaskPairs
 from l2g_meta.data.learn2learn import MAX_REDRAWS, isolated_random
 from l2g_meta.errors import DataError
+from l2g_meta.inner.clone import has_learn2learn, require_learn2learn
 
 pytestmark = pytest.mark.skipif(not has_learn2learn(), reason="learn2learn is not installed")
 SHAPE = dict(ways=3, shots=1, queries=2)

@@ -3,11 +3,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
 from l2g_meta.data.pairs import generator
-from l2g_meta.data.relation import Far, Sharing
+from l2g_meta.data.relation import Far
 from l2g_meta.errors import DataError
 
 
@@ -171,18 +172,6 @@ def test_channels_come_last_in_uint8_images():
         ClassDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [0, 0, 1])
 
 
-@pytest.mark.parametrize("shared", [0, 2, 5])
-def test_shared_classes_have_other_images(shared):
-    pairs = TaskPairs(numbered(10, 8), ways=5, shots=2, queries=2, relation=Sharing(shared))
-    for k in range(30):
-        (task_i, task_j), (rows_i, rows_j) = pairs[k], pairs.draw([k])[0]
-        assert len({*rows_i.classes.tolist()} & {*rows_j.classes.tolist()}) == shared
-        assert len({*rows_i.classes.tolist()}) == len({*rows_j.classes.tolist()}) == 5
-        drawn = [{*r.support.tolist(), *r.query.tolist()} for r in (rows_i, rows_j)]
-        assert len(drawn[0]) == len(drawn[1]) == 20 and not drawn[0] & drawn[1]
-        assert task_i.n_way == task_j.n_way == 5
-
-
 def test_far_pairs_share_no_super_category():
     categories = list("aaabbbcccddd")
     pairs = TaskPairs(numbered(12, 4), ways=4, shots=1, queries=1, relation=Far(categories))
@@ -198,12 +187,71 @@ def test_far_pairs_share_no_super_category():
         TaskPairs(numbered(12, 4), ways=2, shots=1, queries=1, relation=Far(list("ab")))[0]
 
 
-def test_relations_that_need_more_than_there_is():
-    with pytest.raises(DataError, match="a disjoint pair needs 8 classes, the split has 7"):
-        TaskPairs(numbered(7, 8), ways=5, shots=1, queries=1, relation=Sharing(2))
-    with pytest.raises(DataError, match="needs 8 examples of every class"):
-        TaskPairs(numbered(8, 6), ways=5, shots=2, queries=2, relation=Sharing(2))
-    with pytest.raises(DataError, match="tasks of at least 3 ways to share as many classes, got 2 and 5"):
-        TaskPairs(numbered(9, 8), ways=2, outer_ways=5, shots=1, queries=1, relation=Sharing(3))[0]
+def test_some_classes_are_part_of_more():
     some = numbered(9, 4).some(4, seed=1)
     assert some.n_classes == 4 and set(some.class_names) < set(numbered(9, 4).some(6, seed=1).class_names)
+
+
+OPTIONS = dict(ways=2, shots=1, queries=2, seed=5)
+STREAMS = pytest.mark.parametrize("stream", [TaskPairs, Episodes])
+
+
+def rows(item):
+    """Which rows of the data set a task, or a pair of them, holds."""
+    tasks = [item] if isinstance(item, Task) else item
+    return [x.flatten().tolist() for task in tasks for x in (task.support_x, task.query_x)]
+
+
+@STREAMS
+def test_with_a_length_a_stream_is_a_sequence(stream):
+    endless, seven = (stream(numbered(8, 6), **OPTIONS, length=length) for length in (None, 7))
+    expected = [rows(endless[k]) for k in range(7)]
+    assert len(seven) == 7
+    assert [rows(item) for item in seven] == [rows(item) for item in seven] == expected  # it ends, and begins again
+    assert [rows(item) for item in seven[2:5]] == expected[2:5] and isinstance(seven[2:5], list)
+    assert [rows(item) for item in seven[-2::-3]] == expected[-2::-3] and seven[5:2] == [] and len(seven[5:99]) == 2
+    assert rows(seven[-1]) == rows(seven[np.int64(6)]) == expected[6] and rows(seven[-7]) == expected[0]
+    for k in (7, -8):
+        with pytest.raises(IndexError, match=f"need a position in -7 … 6, got {k}; raise length"):
+            seven[k]
+    assert rows(seven.batch([9])[0]) == rows(endless[9])  # the stream goes on
+    for length in (0, -1, 2.5):
+        with pytest.raises(DataError, match=f"length to be a positive integer or None, got {length}"):
+            stream(numbered(8, 6), **OPTIONS, length=length)
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "use", [len, iter, list, lambda s: s[1:3], lambda s: s.loader(), lambda s: list(DataLoader(s))]
+)
+def test_without_a_length_there_is_no_end(stream, use):
+    with pytest.raises(TypeError, match=rf"need a length .*; give {stream.__name__}\(..., length=N\)"):
+        use(stream(numbered(8, 6), **OPTIONS))
+    with pytest.raises(IndexError, match="a position of at least 0, got -1"):
+        stream(numbered(8, 6), **OPTIONS)[-1]
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "options", [{}, {"workers": 2}, {"workers": 1, "persistent_workers": True, "prefetch_factor": 4}], ids=str
+)
+def test_a_loader_gives_unbatched_items_of_each_epoch(stream, options):
+    endless, five = (stream(numbered(8, 6), **OPTIONS, length=length) for length in (None, 5))
+    loader = five.loader(**options)
+    assert len(loader) == 5
+    for epoch in (0, 1, 3, 0):
+        loader.sampler.set_epoch(epoch)
+        items = list(loader)
+        assert [rows(item) for item in items] == [rows(endless[5 * epoch + k]) for k in range(5)]
+        for item in items:
+            for task in [item] if stream is Episodes else item:
+                assert type(task) is Task and type(task.n_way) is int and task.check() is task
+    assert [rows(item) for item in loader] == [rows(item) for item in five]  # the epoch stays until it is set
+
+
+def test_workers_need_tasks_on_the_cpu():
+    pairs = TaskPairs(numbered(8, 6), **OPTIONS, length=3)
+    pairs.device = "cuda:0"  # as where the data is there, too
+    with pytest.raises(DataError, match="got device=cuda:0; leave device out and move each task"):
+        pairs.loader(workers=1)
+    assert len(pairs.loader()) == 3

@@ -1,13 +1,15 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from l2g_meta.cli import main
 from l2g_meta.commands.parser import build_parser
-from l2g_meta.config import Config
+from l2g_meta.commands.train import new_run
+from l2g_meta.config import REMOVED, Config
 from l2g_meta.presets import PRESETS, preset
 from l2g_meta.reproduce.plan import plan
-from l2g_meta.sweep import run_of
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,9 +45,22 @@ def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_no
     assert Config.of(older).resolved().mix == 0.0
 
 
+def test_removed_fields_are_dropped_at_their_old_default_and_refused_otherwise(tmp_path, capsys):
+    config = Config(method="maml").resolved()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(config) | REMOVED))  # as version 0.1.0 wrote it
+    assert Config.load(path) == config
+    for name, value in {"inner_on": "supports", "fresh_queries": True, "shared_classes": 2}.items():
+        path.write_text(json.dumps(asdict(config) | REMOVED | {name: value}))
+        assert main(["train", "--resume", str(tmp_path)]) == 2
+        shown = f"got {name} = {value!r}; l2g-meta 0.1.0 is the last version that knows it"
+        error = capsys.readouterr().err
+        assert shown in error and error.count("\n") == 1
+
+
 def test_flags_win(tmp_path, capsys):
     train = ["train", "--preset", "mini-28px-l2g-mix", "--root", str(tmp_path)]
-    config = run_of(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"])).config
+    config, _ = new_run(build_parser(["train"]).parse_args([*train, "--mix", "0.25", "--seed", "3"]))
     assert (config.mix, config.seed, config.pairs, config.image_size) == (0.25, 3, 2, 28)
     assert main(["train", "--preset", "mini-28px-l2g-mx"]) == 2
     assert "did you mean mini-28px-l2g-mix?" in capsys.readouterr().err

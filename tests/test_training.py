@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.build import build_model, build_pairs, load_run
+from l2g_meta.build import build_model, load_run
 from l2g_meta.checkpoint import load_tensors, save_tensors
 from l2g_meta.cli import main
 from l2g_meta.config import Config
@@ -55,7 +55,7 @@ def rows(out):
         ["--method", "l2g"],
         ["--method", "episodic"],
         ["--method", "episodic", "--tasks-per-update", "3"],
-        ["--method", "maml", "--fresh-queries"],
+        ["--method", "maml"],
         ["--method", "maml", "--tasks-per-update", "1", "--first-order"],
         ["--head", "relation", "--reduction", "sum", "--bn", "batch"],
         ["--head", "matching", "--learn-inner-lr", "element", "--temperature", "0.1", "--learn-temperature"],
@@ -186,8 +186,6 @@ def test_methods_share_one_stream():
     assert rows_of(Config(method="maml", pairs=2).resolved()) == [[tasks[0]] for tasks in l2g]
     singles = rows_of(Config(method="episodic", pairs=2, tasks_per_update=4).resolved())
     assert sum(singles, []) == sum(l2g, [])
-    fresh = tasks_of_update(Config(method="maml", pairs=2, fresh_queries=True).resolved(), pairs, 1)
-    assert all(len(tasks) == 2 and tasks[0].n_way == 2 for tasks in fresh)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +193,6 @@ def test_methods_share_one_stream():
     [
         (["--ways", "7"], "a disjoint pair needs 14 classes, the train split has 12; lower ways to 6 each, or add"),
         (["--tasks-per-update", "3"], "need --pairs for --method l2g"),
-        (["--fresh-queries"], "belongs to --method maml"),
         (["--pairs", "0"], "--pairs to be at least 1, got 0"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr above 0"),
@@ -238,7 +235,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     data = ClassDataset(torch.full((60, 1, 16, 16), float("nan")), torch.arange(60) // 6)
     config = Config(ways=3, queries=2, iterations=2, device="cpu")
     with pytest.raises(
-        L2GError, match=r"update 0 \(pairs 0 to 1 of the stream of seed 0\) found a number that is not finite: loss nan"
+        L2GError,
+        match=r"update 0 \(pairs 0 to 1 of the stream of seed 0\) found a number that is not finite: inner loss nan",
     ):
         train(config, tmp_path / "run", data=data, validation=data, progress=False)
 
@@ -439,14 +437,6 @@ def test_validation_is_on_tasks_like_t_j_and_names_its_ways(folder, tmp_path, ca
     assert "a disjoint pair needs 23 classes, the train split has 12" in capsys.readouterr().err
     assert main(flags(folder, tmp_path / "run", "--outer-ways", "4,9", "--outer-shots", "2", iterations=2)) == 0
     assert "(4/9-way 2-shot, BatchNorm running)" in capsys.readouterr().out
-
-
-def test_fresh_queries_of_both_tasks_are_halves():
-    data = ClassDataset(torch.arange(96.0)[:, None], torch.arange(96) // 12)
-    config = Config(method="maml", fresh_queries=True, tasks_per_update=2, queries=3, ways=2).resolved()
-    for inner, outer in tasks_of_update(config, build_pairs(config, data, torch.device("cpu")), 0):
-        assert inner.query_y.tolist() == outer.query_y.tolist() == [0, 0, 0, 1, 1, 1]
-        assert set(inner.query_x.flatten().tolist()).isdisjoint(outer.query_x.flatten().tolist())
 
 
 @pytest.mark.parametrize("method", ["l2g", "maml-softmax", "meta-lstm"])

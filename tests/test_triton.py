@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from l2g_meta import kernels
-from l2g_meta.kernels import aten
-from l2g_meta.norm import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
+from l2g_meta.operators.kernels import aten
 
 pytest.importorskip("triton", reason="Triton is not installed")
-fused = importlib.import_module("l2g_meta.kernels.triton")
+fused = importlib.import_module("l2g_meta.operators.kernels.triton")
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # is read when the kernels are defined

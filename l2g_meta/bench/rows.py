@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,12 @@ from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.conv import convert_conv
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
-from l2g_meta.norm import convert_batchnorm
-from l2g_meta.task import Task
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
 RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare
@@ -40,7 +37,9 @@ def available(
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
-    check_names(names or (), ROWS)
+    for name in names or ():
+        if name not in ROWS:
+            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}{did_you_mean(name, ROWS)}")
     chosen = {}
     for name in names or ROWS:
         row = ROWS[name]
@@ -59,17 +58,6 @@ def available(
     return chosen
 
 
-def check_names(names: Sequence[str], known: Collection[str]) -> None:
-    """That ``--variants`` are among those there are.
-
-    Raises:
-        L2GError: for an unknown name.
-    """
-    for name in names:
-        if name not in known:
-            raise L2GError(f"need variants of {'; '.join(known)}; got {name!r}{did_you_mean(name, known)}")
-
-
 def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
     """What is timed of a row: a step on the given pairs, or an update that draws from the stream.
 
@@ -80,14 +68,8 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     if isinstance(row, Update):
         return row.make(model, case, stream)
     if row.channels_last:
-        pairs = [(channels_last(task_i), channels_last(task_j)) for task_i, task_j in pairs]
+        model.to(memory_format=torch.channels_last)
     return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
-
-
-def channels_last(task: Task) -> Task:
-    """The task on images of the memory format that our operators prefer; data sets give contiguous ones."""
-    support, query = (x.contiguous(memory_format=torch.channels_last) for x in (task.support_x, task.query_x))
-    return task._replace(support_x=support, query_x=query)
 
 
 def task_stream(case: Case) -> TaskPairs:
@@ -118,6 +100,4 @@ def build(case: Case, *, layers: Layers) -> MetricModel:
             channels, *size = feature_shape(encoder, image_shape)
             head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
             model = MetricModel(encoder, head, image_shape=image_shape)
-    if layers == "converted":
-        convert_conv(convert_batchnorm(model))
     return model.to(case.device)

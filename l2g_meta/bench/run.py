@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import platform
 import resource
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
 from l2g_meta.bench.timing import interleaved, seconds
 from l2g_meta.bench.updates import LEARN2LEARN, Update
 from l2g_meta.bench.variants import VARIANTS, Pairs, float32_products
-from l2g_meta.doctor.machine import cpu_model
 from l2g_meta.errors import L2GError
 
 
@@ -159,7 +159,7 @@ def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
     size = min(case.image_size, max(28, case.small_image))
     small = replace(case, image_size=size, pairs=1, queries=min(case.queries, 5))
     stream = task_stream(small)
-    exact = _gradient(small, "l2g, stock layers", [stream[0]], torch.float64)
+    exact = _gradient(small, "l2g, own network, stock operators", [stream[0]], torch.float64)
     errors = {}
     for name in names:
         g = _gradient(small, name, [stream[0]], torch.float32)
@@ -231,6 +231,15 @@ def describe_machine(case: Case) -> str:
     level = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     return f"{cpu_model()} ({level}), {threads} thread{'s' if threads > 1 else ''}, PyTorch {torch.__version__}"
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or another processor's way to say it
+        return platform.processor() or platform.machine()
 
 
 def table(result: dict[str, Any]) -> str:

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import TensorDataset
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.variants import Layers, Pairs, Step, float32_products, wrapped
 from l2g_meta.bench.variants import learn2learn as learn2learn_step
 from l2g_meta.captured import StaticUpdate
-from l2g_meta.clone import require_learn2learn
 from l2g_meta.data.learn2learn import isolated_random
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.sources import indexed
 from l2g_meta.errors import L2GError
+from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.objectives import l2g
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 LR = 1e-3  # β, Adam's step size
 LEARN2LEARN = "learn2learn, own data path"

@@ -14,18 +14,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.build import set_precision
-from l2g_meta.clone import require_learn2learn
 from l2g_meta.errors import L2GError
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.inner.clone import require_learn2learn
+from l2g_meta.inner.second_order import twice_differentiable
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.task import Task
-from l2g_meta.wrapper import L2GWrapper
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
-# ConvBlock's; PyTorch's, converted by convert_batchnorm and convert_conv; PyTorch's as they are
-Layers = Literal["fused", "converted", "stock"]
+Layers = Literal["fused", "stock"]  # our ConvBlock's, or PyTorch's: a user's own network
 
 
 class Variant(NamedTuple):
@@ -33,11 +33,11 @@ class Variant(NamedTuple):
 
     make: Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
     layers: Layers = "stock"
-    channels_last: bool = False  # the memory format of the images
+    channels_last: bool = False  # the memory format of the weights
     exact: bool = True  # the exact meta-gradient
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
-    base: str = "episodic, stock layers"  # two plain episodes on the same layers, in the same precision
+    base: str = "episodic, own network"  # two plain episodes on the same layers, in the same precision
     mixed: bool = False  # T_i's own loss in it, which has another gradient
 
 
@@ -93,7 +93,9 @@ def identity(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
     def step(pairs: Pairs) -> None:
         for task_i, task_j in pairs:
-            g_i = torch.autograd.grad(_loss(model, task_i), parameters, create_graph=True)
+            with twice_differentiable():
+                loss_i = _loss(model, task_i)
+            g_i = torch.autograd.grad(loss_i, parameters, create_graph=True)
             moved = [(p - inner_lr * g).detach().requires_grad_() for p, g in zip(parameters, g_i, strict=True)]
             g_j = torch.autograd.grad(_functional_loss(model, names, moved, task_j), moved)
             products = torch.autograd.grad(g_i, parameters, g_j)
@@ -171,22 +173,20 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     return step
 
 
-_fused = partial(Variant, layers="fused", base="episodic")  # they choose their layout themselves
-_converted = partial(Variant, layers="converted", channels_last=True, base="episodic, converted layers")
-_channels_last = partial(Variant, channels_last=True, base="episodic, stock, channels-last")
+_fused = partial(Variant, layers="fused", base="episodic")
+_channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
+_own = partial(Variant, base="episodic, own network")
 VARIANTS: dict[str, Variant] = {
     "episodic": _fused(episodes(), exact=False),
-    "episodic, converted layers": _converted(episodes(), exact=False),
-    "episodic, stock layers": Variant(episodes(), exact=False),
-    "episodic, stock, channels-last": _channels_last(episodes(), exact=False),
+    "episodic, own network": _own(episodes(), exact=False),
+    "episodic, own network, channels-last": _channels_last(episodes(), exact=False),
     "l2g": _fused(wrapped()),
     "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
-    "l2g, recompute": _fused(wrapped(recompute=True)),
     "l2g, identity": _fused(identity),
     "l2g, first order": _fused(wrapped(first_order=True), exact=False),
-    "l2g, converted layers": _converted(wrapped()),
-    "l2g, stock layers": Variant(wrapped()),
-    "l2g, stock, channels-last": _channels_last(wrapped()),
+    "l2g, own network": _own(wrapped()),
+    "l2g, own network, channels-last": _channels_last(wrapped()),
+    "l2g, own network, stock operators": _own(wrapped(fast=False)),
     "episodic, TF32": _fused(in_tf32(episodes()), exact=False, cuda=True, base="episodic, TF32"),
     "l2g, TF32": _fused(in_tf32(wrapped()), cuda=True, base="episodic, TF32"),
     "episodic, bf16": _fused(episodes(autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.build import build_device, build_model, load_run, n_classes_of, set_precision
 from l2g_meta.checkpoint import load_tensors, put, read_info
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.images import Preparation
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
-from l2g_meta.wrapper import L2GWrapper
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
 FORMAT = 1  # of model.json; raised when an older version could not read it

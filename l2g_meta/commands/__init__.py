@@ -19,7 +19,6 @@ COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "report": "a page to look at, of one run or several",
     "bench": "what an exact meta-step costs",
     "reproduce": "the paper's tables and figures, ours beside theirs",
-    "submit": "many runs on a cluster",
     "doctor": "what is installed here, and whether it works",
     "completion": "a script that completes l2g's flags in your shell",
 }

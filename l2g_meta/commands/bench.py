@@ -10,7 +10,6 @@ from l2g_meta.bench.case import Case
 from l2g_meta.commands.output import add_output, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import METAVARS, TYPES, positive
-from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
 
 INTERRUPTED = "nothing was written; run it again"
@@ -40,48 +39,18 @@ def add(commands: Commands) -> None:
     how.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
     how.add_argument("--repeats", type=positive, metavar="N", default=5, help="timed steps of each (default: 5)")
     how.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    instead = bench.add_argument_group("instead of the table, one of").add_mutually_exclusive_group()
-    instead.add_argument("--scaling", action="store_true", help="along ways, shots, pairs, image size and inner steps")
-    instead.add_argument("--batching", action="store_true", help="the T_i of all pairs at once, against one by one")
-    instead.add_argument("--ranks", action="store_true", help="what several processes would take, on paper")
-    instead.add_argument("--norms", action="store_true", help="the double backward of each norm, on Conv4's first maps")
-    instead.add_argument("--storage", action="store_true", help="an update's tasks from memory maps of mini-ImageNet's "
-                         "and of tieredImageNet's size")  # fmt: skip
+    how.add_argument("--scaling", action="store_true", help="instead of the table: along ways, shots, pairs, image "
+                     "size and inner steps")  # fmt: skip
     add_output(bench, json="the results")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures."""
-    from l2g_meta.bench.batching import batching
-    from l2g_meta.bench.norms import norms
-    from l2g_meta.bench.ranks import ranks
     from l2g_meta.bench.run import bench, scaling
-    from l2g_meta.bench.storage import storage
     from l2g_meta.build import build_device
 
     case = Case(**{f.name: getattr(args, f.name) for f in fields(Case)})
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats} | ({"variants": args.variants} if args.variants else {})
-    if args.variants and (args.norms or args.storage or args.ranks):
-        raise L2GError(
-            "need --variants for the table, --scaling or --batching, got it with another measurement; leave it out"
-        )
-    unused = ("backbone", "head", "inner_steps", "inner_lr", "augment", *(("pairs",) if args.norms else ()))
-    given = [flag(f.name) for f in fields(Case) if getattr(args, f.name) != f.default and f.name in unused]
-    if given and (args.norms or args.storage):
-        raise L2GError(f"--norms and --storage time no model, got {', '.join(given)}; leave it out")
-    result: Any
-    if args.batching:
-        result = batching(case, **options)
-    elif args.norms:
-        result = norms(case, repeats=args.repeats)
-    elif args.ranks:
-        result = ranks(case, repeats=args.repeats)
-    elif args.storage:
-        result = storage(case, repeats=args.repeats)
-    elif args.scaling:
-        result = scaling(case, **options)
-    else:
-        result = bench(case, memory=not args.no_memory, **options)
-    emit(args, result)
+    emit(args, scaling(case, **options) if args.scaling else bench(case, memory=not args.no_memory, **options))
     return 0

@@ -18,8 +18,8 @@ from l2g_meta.distributed import World, join
 from l2g_meta.errors import L2GError
 
 if TYPE_CHECKING:
+    from l2g_meta.algorithm import L2GWrapper
     from l2g_meta.evaluation import Evaluation
-    from l2g_meta.wrapper import L2GWrapper
 
 INTERRUPTED = "nothing was written; the same command gives the same numbers"
 EXAMPLES = """\

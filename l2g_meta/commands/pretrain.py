@@ -28,5 +28,5 @@ def add(commands: Commands) -> None:
         usage="%(prog)s [FLAGS]",
     )
     add_config(pretrain, leave_out=NOT_SUPERVISED)
-    pretrain.set_defaults(method=SUPERVISED, replay=None, preset=None)
+    pretrain.set_defaults(method=SUPERVISED, preset=None)
     add_output(pretrain, json="the run's folder, its best validation accuracy and at which update")

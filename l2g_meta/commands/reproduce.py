@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from l2g_meta.cluster import EXECUTORS
-from l2g_meta.commands.jobs import add_jobs, slurm_options
 from l2g_meta.commands.output import STDOUT, add_output, complain, emit, errors_only, to_stderr
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import positive
@@ -19,7 +17,6 @@ INTERRUPTED = "the same command continues to the same bits"
 EXAMPLES = """\
 l2g reproduce table1 --data-root DIR --parallel 2
 l2g reproduce table1 --data-root DIR --rows proto-tasks l2g-proto --columns 5w1s
-l2g reproduce table1 --scale full --data-root DIR --submit slurm --slurm partition=gpu,time=720
 l2g reproduce figure2 --scale smoke                  # that everything runs; its numbers mean nothing"""
 
 
@@ -46,10 +43,7 @@ def add(commands: Commands) -> None:
     reproduce.add_argument("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     reproduce.add_argument("--runs", type=positive, metavar="N", help="trained seeds of each cell")
     reproduce.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
-    jobs = reproduce.add_argument_group("jobs")
-    jobs.add_argument("--submit", choices=EXECUTORS, help="hand the cells over as jobs: to Slurm, or to processes "
-                      "in the background; the same command without it prints what there is")  # fmt: skip
-    add_jobs(jobs)
+    reproduce.add_argument("--parallel", type=positive, metavar="N", default=1, help="cells side by side (default: 1)")
     add_output(reproduce, json="the files of the results, and which cells are done")
 
 
@@ -57,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     """Trains, tests, and prints the tables."""
     from l2g_meta.reproduce.cells import run_cells
     from l2g_meta.reproduce.figures import draw
-    from l2g_meta.reproduce.jobs import describe, submit_cells, submitted
     from l2g_meta.reproduce.plan import plan
     from l2g_meta.reproduce.report import write_tables
 
@@ -69,14 +62,7 @@ def run(args: argparse.Namespace) -> int:
     failed: list[str] = []
     tables = picture = None
     try:
-        if args.submit is not None:
-            submit_cells(what, args.submit, options=slurm_options(args), parallel=args.parallel)
-        else:
-            slurm_options(args)
-            with_job = submitted(what)  # theirs: a command that looks at them must not train on a login node
-            here = [cell for cell in what.cells if cell not in with_job]
-            failed = run_cells(what, cells=here, parallel=args.parallel or 1, progress=not args.quiet, say=say)
-            failed += [describe(cell, job) for cell, job in with_job.items()]
+        failed = run_cells(what, parallel=args.parallel, progress=not args.quiet, say=say)
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)

@@ -7,13 +7,13 @@ from functools import partial
 from l2g_meta.commands.types import Arguments, natural, positive
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
-from l2g_meta.norm import POLICIES
+from l2g_meta.models.batchnorm_policy import POLICIES
 
 
 def add_run(parser: Arguments) -> None:
     """Which weights of a run, where its data is, and where to compute."""
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="on validation, or after the "
-                        "last update (default: best)")  # fmt: skip
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last", "average"), help="on validation, "
+                        "after the last update, or the average of a run with --average (default: best)")  # fmt: skip
     parser.add_argument("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
 

@@ -18,7 +18,7 @@ from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
-from l2g_meta.presets import PRESETS
+from l2g_meta.presets import PRESETS, preset
 from l2g_meta.settings import SUPERVISED
 
 if TYPE_CHECKING:
@@ -40,18 +40,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "tasks: T_i takes the inner step, T_j is what it is judged by": (
         "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
-        "shared_classes", "far_pairs",
+        "far_pairs",
     ),
     "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "inner_on", "mix",
-        "unit_step", "adapt", "fresh_queries",
+        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix",
+        "adapt",
     ),
     "optimisation": (
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
     ),
     "validation": ("eval_every", "eval_episodes", "bn"),
-    "numerics": ("precision", "deterministic", "skip_nonfinite", "recompute", "cuda_graph", "device"),
-    "run": ("save_every", "keep", "rank_timeout", "tensorboard"),
+    "numerics": ("precision", "deterministic", "skip_nonfinite", "cuda_graph", "device"),
+    "run": ("save_every", "keep", "average", "keep_weights", "rank_timeout", "tensorboard"),
 }  # fmt: skip
 PLACES = {"root": "DIR"}  # metavars that the type does not give
 
@@ -64,7 +64,6 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_config(train)
     train.add_argument("--preset", metavar="NAME", help=f"settings by name, which flags change: {', '.join(PRESETS)}")
-    train.add_argument("--replay", type=Path, metavar="RUN", help="run a run's failed update again and show where")
     add_output(train, json="the run's folder, its best validation accuracy and at which update")
 
 
@@ -96,17 +95,11 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, goes on with a run, or replays its failed update."""
+    """Trains, or goes on with a run."""
     from l2g_meta.data.pairs import listed
-    from l2g_meta.replay import replay
     from l2g_meta.training import train
 
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.replay is not None:
-        if given.keys() - {"device", "root"} or args.out or args.resume or args.force or args.json is not None:
-            raise L2GError("need --replay RUN alone, or with --device and --root")
-        replay(args.replay, **given)
-        return 0
     config, out, resume = _what_to_train(args, given)
     train(config, out, resume=resume, force=args.force, progress=not args.quiet)
     if not World.here().main:
@@ -155,7 +148,6 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
     """Config, folder, and whether a run is there to go on with."""
     from l2g_meta.run import holds_run
     from l2g_meta.state import newest, numbers
-    from l2g_meta.sweep import run_of
 
     named = isinstance(args.resume, str)
     if args.preset is not None and named:
@@ -164,10 +156,12 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         raise L2GError("need --resume RUN, or --out RUN --resume; got two folders")
     if args.force and not args.resume:
         raise L2GError("--force belongs to --resume: it lets a run go on with another config")
-    run = None if named else run_of(args)
-    out = Path(args.resume) if run is None else run.out
-    if run is not None and not (args.resume and holds_run(out)):
-        return run.config, out, False
+    if named:
+        out = Path(args.resume)
+    else:
+        config, out = new_run(args)
+        if not (args.resume and holds_run(out)):
+            return config, out, False
     stored = None
     try:
         stored = Config.load(out / "config.json")
@@ -177,6 +171,14 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         complain(f"{error}; its states have the config, too")
     config = stored or Config.of(newest(out)[2]["config"])
     return replace(config, **given).resolved(), out, True
+
+
+def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Config and folder of the new run that the arguments describe."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    config = Config(**preset(args.preset) | given).resolved()
+    head = config.head.rpartition(":")[2]
+    return config, args.out or Path("runs") / f"{config.data}-{config.method}-{head}-seed{config.seed}"
 
 
 def _is_json(path: Path) -> bool:

@@ -18,7 +18,7 @@ from l2g_meta.task import Task
 class LabelledBatch(Task):
     """Labelled images as a task of all base classes without supports: its queries are to be told apart."""
 
-    def check(self) -> LabelledBatch:
+    def check(self, labels: bool | None = None) -> LabelledBatch:
         """The batch itself; its labels come from the data set's index, and are right by construction."""
         return self
 

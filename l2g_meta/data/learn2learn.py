@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2g_meta.clone import require_learn2learn
 from l2g_meta.data.classes import contiguous
 from l2g_meta.data.relation import Disjoint
 from l2g_meta.errors import DataError
+from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.task import Task
 
 MAX_REDRAWS = 1000

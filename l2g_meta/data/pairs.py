@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from l2g_meta.data.augment import Drawn, Variation
-from l2g_meta.data.relation import Disjoint, Relation, Sharing
-from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, indexed, task_source
+from l2g_meta.data.augment import Variation
+from l2g_meta.data.relation import Disjoint, Relation
+from l2g_meta.data.sources import Shapes, TaskRows, TaskSource, task_source
+from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -43,11 +44,12 @@ class TaskShape(NamedTuple):
         return ways, shots, queries
 
 
-class TaskPairs:
+class TaskPairs(Stream[tuple[Task, Task]]):
     """Pairs (T_i, T_j) of tasks without a common class, the input of L2G.
 
     ``pairs[k]`` depends on (seed, k) alone: resuming, the order of access and the number of workers change nothing, and
-    no global generator is used. Both tasks' classes are drawn as one set of distinct classes, then split.
+    no global generator is used. Both tasks' classes are drawn as one set of distinct classes, then split. Without a
+    length, every k ≥ 0 is a position; with one, pairs are a sequence, and ``loader`` makes a ``DataLoader`` of them.
 
     Args:
         dataset: a ``ClassDataset``, any map-style data set with ``targets`` or ``labels``, or learn2learn's
@@ -58,9 +60,10 @@ class TaskPairs:
         outer_ways: classes of T_j; as T_i's by default. So for the next two.
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
-        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it. ``Sharing(n)`` and
-            ``Far(categories)`` are for experiments.
+        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it;
+            ``Far(categories)`` is for experiments.
         seed: of the stream of pairs.
+        length: pairs of an epoch; by default there is no end. ``pairs[k]`` is the same with and without.
         augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
             torchvision v2, which gets one image (C, H, W) at a time; for uint8 ``ClassDataset``.
         device: where the tasks are wanted; a ``ClassDataset`` is moved there once, if it fits (see
@@ -89,6 +92,7 @@ class TaskPairs:
         outer_queries: Choice | None = None,
         relation: Relation | None = None,
         seed: int = 0,
+        length: int | None = None,
         augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: torch.device | str | None = None,
     ):
@@ -99,26 +103,13 @@ class TaskPairs:
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
         self.source = task_source(dataset, device, augment, relation)
-        self.seed, self.device = checked_seed(seed), device
+        self.seed, self.length, self.device = checked_seed(seed), checked_length(length), device
         check_enough(self.source, self.inner, self.outer, relation=relation or Disjoint())
-
-    def __getitem__(self, k: int) -> tuple[Task, Task]:
-        """The pair at position k ≥ 0 of the stream."""
-        (pair,) = self.batch([k])
-        return pair
 
     def batch(self, positions: Sequence[int]) -> list[tuple[Task, Task]]:
         """The pairs at these positions; their images in one gather, where the data is class-indexed."""
-        if isinstance(self.source, IndexedSource):
-            drawn = self.source.load(*self.draw(positions))
-        else:
-            drawn = [t for rng, own in self._shapes(positions) for t in self.source.draw(rng, own)]
-        tasks = [task.to(self.device) for task in drawn]
+        tasks = self._tasks(positions)
         return list(zip(tasks[0::2], tasks[1::2], strict=True))
-
-    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Drawn | None]:
-        """T_i, T_j, T_i, … of these positions as rows of a class-indexed data set, and how their images are varied."""
-        return indexed(self.source).draw_all(self._shapes(positions))
 
     @property
     def fixed(self) -> bool:
@@ -130,7 +121,7 @@ class TaskPairs:
         return [(rng, (self.inner.draw(rng), self.outer.draw(rng))) for rng in generators]
 
 
-class Episodes:
+class Episodes(Stream[Task]):
     """Single tasks, for evaluation and episodic training; ``episodes[k]`` depends on (seed, k) alone.
 
     Args:
@@ -139,6 +130,7 @@ class Episodes:
         shots: supports per class.
         queries: queries per class.
         seed: an integer or several (for example episode seed and run), of the stream.
+        length: as for ``TaskPairs``.
         device: as for ``TaskPairs``.
 
     Raises:
@@ -159,24 +151,26 @@ class Episodes:
         shots: Choice,
         queries: Choice,
         seed: int | Sequence[int] = 0,
+        length: int | None = None,
         device: torch.device | str | None = None,
     ):
         self.shape = TaskShape(ways, shots, queries).checked("")
         self.source = task_source(dataset, device)
-        self.seed, self.device = checked_seed(seed), device
+        self.seed, self.length, self.device = checked_seed(seed), checked_length(length), device
         check_enough(self.source, self.shape)
 
-    def __getitem__(self, k: int) -> Task:
-        """The task at position k ≥ 0 of the stream."""
-        rng = generator(self.seed, k)
-        (task,) = self.source.draw(rng, (self.shape.draw(rng),))
-        return task.to(self.device)
+    def batch(self, positions: Sequence[int]) -> list[Task]:
+        """The tasks at these positions; their images in one gather, where the data is class-indexed."""
+        return self._tasks(positions)
 
     def rows(self, k: int) -> TaskRows:
-        """The rows of ``self[k]``, for a class-indexed data set."""
-        rng = generator(self.seed, k)
-        (rows,) = indexed(self.source).rows(rng, (self.shape.draw(rng),))
+        """The rows of the task at position k, for a class-indexed data set."""
+        ((rows,), _) = self.draw([k])
         return rows
+
+    def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
+        generators = [generator(self.seed, k) for k in positions]
+        return [(rng, (self.shape.draw(rng),)) for rng in generators]
 
 
 def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Disjoint()) -> None:  # noqa: B008
@@ -197,8 +191,7 @@ def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Di
             f"{kind} needs {needed} classes, the {split + ' ' if split else ''}split has {len(sizes)}; "
             + (f"lower ways to {fit}{' each' if len(shapes) > 1 else ''}, or add classes" if fit > 1 else "add classes")
         )
-    each = [shape.largest[1] for shape in shapes]
-    examples = sum(each) if isinstance(relation, Sharing) else max(each)
+    examples = max(shape.largest[1] for shape in shapes)
     if sizes.min() < examples:
         small = int((sizes < examples).sum())
         raise DataError(

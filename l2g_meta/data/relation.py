@@ -1,4 +1,4 @@
-"""How the classes of T_i and T_j relate: none in common (L2G), some in common, or from different super-categories."""
+"""How the classes of T_i and T_j relate: none in common (L2G), or none of one super-category either."""
 
 from __future__ import annotations
 
@@ -42,31 +42,6 @@ class Disjoint:
     def needed(self, ways: Sequence[int]) -> int:
         """Those of all tasks."""
         return sum(ways)
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Two tasks with ``n`` common classes, of which each has other images.
-
-    Example:
-        >>> first, second = Sharing(2).draw(np.random.default_rng(0), 10, [5, 5])
-        >>> len({*first.tolist()} & {*second.tolist()})
-        2
-    """
-
-    n: int
-
-    def draw(self, rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
-        """Classes of both tasks."""
-        i, j = ways
-        if min(ways) < self.n:
-            raise DataError(f"need tasks of at least {self.n} ways to share as many classes, got {i} and {j}")
-        chosen = rng.choice(n_classes, i + j - self.n, replace=False)
-        return [chosen[:i], rng.permutation(chosen[i - self.n :])]
-
-    def needed(self, ways: Sequence[int]) -> int:
-        """Those of both tasks, common ones once."""
-        return sum(ways) - self.n
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from l2g_meta.data.augment import Drawn, Variation, variation
 from l2g_meta.data.classes import ClassDataset, MapDataset
 from l2g_meta.data.placement import placed
-from l2g_meta.data.relation import Disjoint, Relation, Sharing
+from l2g_meta.data.relation import Disjoint, Relation
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
@@ -43,8 +43,8 @@ class TaskRows(NamedTuple):
     classes: np.ndarray
 
 
-class TaskSource(Protocol):
-    """Draws tasks without a common class."""
+class DrawingSource(Protocol):
+    """Draws tasks without a common class one after the other, as learn2learn's do."""
 
     def draw(self, rng: np.random.Generator, shapes: Shapes) -> Sequence[Task]:
         """One task for each (ways, shots, queries)."""
@@ -67,13 +67,9 @@ class IndexedSource:
 
     def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common image, one for each (ways, shots, queries)."""
-        left = list(self.dataset.index)
-        tasks = []
+        index, tasks = self.dataset.index, []
         for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
-            drawn = np.stack([rng.choice(left[c], shots + queries, replace=False) for c in chosen])
-            if isinstance(self.relation, Sharing):
-                for c, taken in zip(chosen, drawn, strict=True):
-                    left[c] = np.setdiff1d(left[c], taken)
+            drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
             tasks.append(
                 TaskRows(
                     drawn[:, :shots].reshape(-1),
@@ -103,10 +99,6 @@ class IndexedSource:
         drawn = [self.augment.draw(rng, n, size) for rng, n in images]
         return tuple(map(np.concatenate, zip(*drawn, strict=True)))
 
-    def draw(self, rng: np.random.Generator, shapes: Shapes) -> list[Task]:
-        """One task for each (ways, shots, queries)."""
-        return self.load(*self.draw_all([(rng, shapes)]))
-
     def class_sizes(self) -> np.ndarray:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
@@ -126,6 +118,9 @@ class IndexedSource:
     def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
         """Supports' and queries' rows of one task after the other, (n,)."""
         return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
+
+
+TaskSource: TypeAlias = IndexedSource | DrawingSource
 
 
 class TaskLayout(NamedTuple):
@@ -161,8 +156,8 @@ def task_source(
     """The way to draw tasks from any supported data set.
 
     Raises:
-        DataError: if images are to be augmented that are not a ``ClassDataset``'s, or learn2learn's tasks are to share
-            classes.
+        DataError: if images are to be augmented that are not a ``ClassDataset``'s, or learn2learn's tasks are to have
+            another relation than ``Disjoint``.
     """
     if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
         raise DataError(

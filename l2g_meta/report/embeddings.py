@@ -11,7 +11,7 @@ from torch import nn
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import FitError
 from l2g_meta.model import MetricModel
-from l2g_meta.norm import batchnorm_policy
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.plots import flattened, require_tsne
 
 POINTS = 300  # drawn at most

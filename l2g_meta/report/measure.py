@@ -16,7 +16,7 @@ from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
 from l2g_meta.evaluation import Evaluation, evaluate
-from l2g_meta.norm import Policy
+from l2g_meta.models.batchnorm_policy import Policy
 from l2g_meta.report.runs import RunFolder
 
 

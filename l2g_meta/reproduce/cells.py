@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.alignment import alignment
 from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
@@ -32,7 +33,7 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate
 from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
-from l2g_meta.norm import POLICIES
+from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.objectives import OBJECTIVES
 from l2g_meta.reproduce.catalogue import COLUMNS, ROWS
 from l2g_meta.reproduce.equal_time import equal_time
@@ -46,7 +47,6 @@ WAIT = 5.0  # seconds between looks at cells that others hold
 def run_cells(
     plan: Plan,
     *,
-    cells: Sequence[Cell] | None = None,
     parallel: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -55,7 +55,6 @@ def run_cells(
 
     Args:
         plan: the experiment.
-        cells: those of its cells that are wanted; all by default.
         parallel: processes, each with its share of the cores.
         progress: show each run's progress bar, if there is one process.
         say: is told each cell's accuracy; a function that can be pickled.
@@ -64,7 +63,7 @@ def run_cells(
         L2GError: if the plan's folder cannot be written.
     """
     check(plan)
-    cells = plan.cells if cells is None else cells
+    cells = plan.cells
     if parallel == 1:
         failed = work(cells, progress=progress, say=say)
     else:
@@ -153,12 +152,39 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
     wrapper, _ = load_run(cell.folder, device=config.device)
     data = {split: build_data(config, split) for split in SPLITS}
     column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
-    tests = {}
+    log = read_log(cell.folder)
+    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
+    result = {
+        "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
+        "classes": {split: len(dataset.index) for split, dataset in data.items()},
+        "tests": _tests(cell, wrapper, data["test"], device),
+        "updates": len(log),
+        "tasks": sum(int(line["tasks"]) for line in log),
+        "seconds": sum(float(line["seconds"]) for line in log),
+        "machine": machine,
+        "equal_time": cell.decided,
+        "alignment": None if math.isnan(mean := statistics.fmean(inner)) else mean,
+    }
+    if scale.averaged:
+        average, _ = load_run(cell.folder, checkpoint="average", device=config.device)
+        result["average"] = _tests(cell, average, data["test"], device)
+    if scale.aligned and config.method in OBJECTIVES:
+        pairs = TaskPairs(data["test"], ways=column.ways[0], shots=column.shots[0], queries=scale.test_queries,
+                          seed=ALIGNED_SEED, device=device)  # fmt: skip
+        result["held_out"] = alignment(wrapper, pairs, scale.aligned)._asdict()
+    write_json(cell.folder / RESULT, result)
+    return result
+
+
+def _tests(cell: Cell, wrapper: L2GWrapper, dataset: Any, device: torch.device) -> dict[str, Any]:
+    """Accuracies of a cell's episodes under each BatchNorm policy."""
+    column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    tests: dict[str, Any] = {}
     for bn in POLICIES:
         settings = [
             evaluate(
-                wrapper, data["test"], ways=ways, shots=shots, queries=scale.test_queries,
-                episodes=scale.test_episodes, bn=bn, device=device,
+                wrapper, dataset, ways=ways, shots=shots, queries=scale.test_queries, episodes=scale.test_episodes,
+                bn=bn, device=device,
             )
             for ways in column.ways
             for shots in column.shots
@@ -169,25 +195,7 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
             "accuracies": [round(a, 4) for a in accuracies.tolist()],  # of an episode, the mean over settings
             "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
         }
-    log = read_log(cell.folder)
-    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
-    result = {
-        "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
-        "classes": {split: len(dataset.index) for split, dataset in data.items()},
-        "tests": tests,
-        "updates": len(log),
-        "tasks": sum(int(line["tasks"]) for line in log),
-        "seconds": sum(float(line["seconds"]) for line in log),
-        "machine": machine,
-        "equal_time": cell.decided,
-        "alignment": None if math.isnan(mean := statistics.fmean(inner)) else mean,
-    }
-    if scale.aligned and config.method in OBJECTIVES:
-        pairs = TaskPairs(data["test"], ways=column.ways[0], shots=column.shots[0], queries=scale.test_queries,
-                          seed=ALIGNED_SEED, device=device)  # fmt: skip
-        result["held_out"] = alignment(wrapper, pairs, scale.aligned)._asdict()
-    write_json(cell.folder / RESULT, result)
-    return result
+    return tests
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from l2g_meta.norm import Policy
+from l2g_meta.models.batchnorm_policy import Policy
 
 # Work of an update: one task; as many tasks as L2G has; B pairs (or, for MAML +, B tasks); MAML's own batch of tasks.
 Work = Literal["task", "tasks", "pairs", "batch"]

@@ -40,6 +40,7 @@ class Scale:
         timed: updates of each of two rows that are timed for equal wall time.
         pairs: of an update; the paper has 5.
         aligned: pairs of test tasks whose gradients are compared, see ``l2g_meta.alignment``.
+        averaged: whether runs keep averaged weights, and those of each validation; both are tested.
         columns: how many of an experiment's.
         data: instead of the experiment's.
     """
@@ -57,6 +58,7 @@ class Scale:
     timed: int
     pairs: int = 5
     aligned: int = 0
+    averaged: bool = False
     columns: int | None = None
     data: str | None = None
 
@@ -81,9 +83,17 @@ SCALES = {
         "1000 updates of 2 pairs, 28 px, 10 training queries",
         3, 1000, None, 28, 10, 15, 10, 200, 600, 7, pairs=2, aligned=100,
     ),
+    "spread": Scale(
+        "600 updates of 2 pairs, 28 px, 10 training queries, eight seeds: how much trained models differ",
+        8, 600, None, 28, 10, 15, 6, 200, 600, 7, pairs=2, averaged=True,
+    ),
+    "long": Scale(
+        "8000 updates of 2 pairs, 28 px, 15 training queries",
+        2, 8000, None, 28, 15, 15, 16, 600, 600, 15, pairs=2, aligned=100, averaged=True,
+    ),
     "smoke": Scale(
         "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
-        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, aligned=1, columns=1, data="glyphs",
+        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, aligned=1, averaged=True, columns=1, data="glyphs",
     ),
 }  # fmt: skip
 
@@ -231,6 +241,8 @@ class Cell:
             "eval_episodes": scale.validation_episodes,
             "lr_halve_every": HALVE_EVERY[row.family],
             "bn": row.published,
+            "average": scale.averaged,
+            "keep_weights": scale.averaged,
             "seed": self.seed,
             "device": self.plan.device,
         }

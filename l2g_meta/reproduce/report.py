@@ -13,7 +13,7 @@ import numpy as np
 
 from l2g_meta.functional import confidence_interval
 from l2g_meta.logs import read_log
-from l2g_meta.norm import POLICIES, Policy
+from l2g_meta.models.batchnorm_policy import POLICIES, Policy
 from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS, rows_beside
 from l2g_meta.reproduce.cells import write_json
 from l2g_meta.reproduce.plan import SCALES, Cell, Plan

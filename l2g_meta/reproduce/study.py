@@ -30,13 +30,8 @@ STEPS = {
     "l2g-0.1": _l2g("α = 0.1", inner_lr=0.1),
     "l2g-squared-1": _l2g("squared distance, mean, α = 1", ("proto-squared", *BASE), **SQUARED, inner_lr=1.0),
     "l2g-cosine-1": _l2g("cosine, α = 1", ("proto-cosine", *BASE), **COSINE, inner_lr=1.0),
-    "l2g-unit-0.1": _l2g("step of length 0.1", unit_step=True, inner_lr=0.1),
-    "l2g-unit-0.3": _l2g("step of length 0.3", unit_step=True, inner_lr=0.3),
 }
 PARTS = {
-    "l2g-shared-2": _l2g("2 of 5 classes in common", (*BASE, "l2g-proto"), shared_classes=2),
-    "l2g-shared-5": _l2g("all classes in common, other images", (*BASE, "l2g-proto"), shared_classes=5),
-    "l2g-supports": _l2g("inner loss on supports", (*BASE, "l2g-proto"), inner_on="supports"),
     "l2g-mix-0.25": _l2g("mix 0.25", (*BASE, "l2g-proto"), mix=0.25),
     "l2g-mix-0.5": _l2g("mix 0.5", (*BASE, "l2g-proto"), mix=0.5),
     "l2g-mix-0.5-0.1": _l2g("mix 0.5, α = 0.1", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.1),
@@ -62,7 +57,10 @@ FAR = {
 DEFAULT = {"l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003)}
 ROWS = STEPS | PARTS | BASES | CLASSES | FAR | DEFAULT
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
+LONG = ("proto", *BASE, "proto-time", "l2g-proto", *DEFAULT)
 STUDIES = {
+    "spread": Experiment("How much trained models differ", ("glyphs",), PLACE, (*BASE, "l2g-proto", *DEFAULT)),
+    "length": Experiment("To the end of training", MINI, ("5w1s", "5w5s"), LONG),
     "inner-step": Experiment(
         "How strong the inner step is", MINI, PLACE, (*BASE, "l2g-proto", "l2g-proto-meta-sgd", *STEPS)
     ),

@@ -168,15 +168,6 @@ def _shortened(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(".".join([*name.split(".")[:-1][:3], "*"]) for name in names))
 
 
-def hold(places: Sequence[tuple[nn.Module, str, Any]]) -> None:
-    """Puts tensors in the place of a clone's parameters, as (module that holds it, its name there, tensor)."""
-    for module, name, tensor in places:
-        module._parameters[name] = tensor
-    with _quiet():
-        for module in {id(module): module for module, _, _ in places}.values():
-            _reflatten(module)
-
-
 def _reflatten(module: nn.Module) -> nn.Module:
     # Recurrent layers keep their weights once more in a list, which `_apply` rebuilds.
     return module._apply(lambda t: t) if hasattr(module, "flatten_parameters") else module

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from l2g_meta.kernels.coefficients import of_backward, of_double_backward
-from l2g_meta.kernels.programs import apply_kernel, forward_kernel, statistics_kernel, sums_kernel
+from l2g_meta.operators.kernels.coefficients import of_backward, of_double_backward
+from l2g_meta.operators.kernels.programs import apply_kernel, forward_kernel, statistics_kernel, sums_kernel
 
 BLOCK = 32  # windows a program holds at once
 LOOPS = 8  # times it does so, for sums

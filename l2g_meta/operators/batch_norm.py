@@ -14,8 +14,8 @@ and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
     \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
 
 where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
-most of what an exact meta-step costs; ``l2g_meta.kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm
-only select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
+most of what an exact meta-step costs; ``kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm only
+select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from l2g_meta import kernels
-from l2g_meta.kernels.aten import per_channel
+from l2g_meta.operators import kernels
+from l2g_meta.operators.kernels.aten import per_channel
 
 
 def batch_norm(
@@ -79,41 +79,6 @@ def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
     """ReLU and 2×2 max-pooling, those that are asked for, by PyTorch's own operators."""
     y = y.relu() if relu else y
     return F.max_pool2d(y, 2) if pool else y
-
-
-def instance_norm(
-    x: Tensor,  # (n, c, ...)
-    w: Tensor | None = None,  # (c,)
-    b: Tensor | None = None,  # (c,)
-    *,
-    running_mean: Tensor | None = None,  # (c,)
-    running_var: Tensor | None = None,  # (c,)
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:  # (n, c, ...)
-    """Instance normalisation of (n, c, ...), which is batch normalisation of (1, n c, ...).
-
-    Running statistics that are given are updated in place, by the mean over the batch.
-
-    Example:
-        >>> instance_norm(torch.tensor([[[0.0, 2.0]], [[5.0, 9.0]]]), eps=0.0).tolist()
-        [[[-1.0, 1.0]], [[-1.0, 1.0]]]
-    """
-    n, c = x.shape[:2]
-    w, b, means, variances = (None if t is None else t.repeat(n) for t in (w, b, running_mean, running_var))  # (n c,)
-    y = batch_norm(
-        x.contiguous().view(1, n * c, *x.shape[2:]),
-        w,
-        b,
-        running_mean=means,
-        running_var=variances,
-        momentum=momentum,
-        eps=eps,
-    )
-    for running, each in ((running_mean, means), (running_var, variances)):
-        if running is not None and each is not None:
-            running.copy_(each.view(n, c).mean(0))
-    return y.view(x.shape)
 
 
 def _statistics(

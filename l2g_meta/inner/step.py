@@ -1,16 +1,19 @@
-"""Step sizes α of the inner step: one number, or learned (Meta-SGD, Li et al. 2017)."""
+r"""The inner step (eq. 3): which parameters it changes, how far, and whether it is differentiated.
+
+Step sizes α are one number, or learned (Meta-SGD, Li et al. 2017).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.clone import adapted_names, trainable_parameters
 from l2g_meta.errors import FitError
+from l2g_meta.inner.clone import adapted_names, trainable_parameters
 
 LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
 
@@ -88,3 +91,67 @@ class StepSizes(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for printing."""
         return f"learn={self.learn!r}"
+
+
+class InnerStep:
+    r"""One step of gradient descent, :math:`\theta' - \theta = -\alpha \nabla_\theta L` (eq. 3), by parameter.
+
+    Args:
+        alpha: how far.
+        adapt: which parameters, see ``L2GWrapper``.
+        first_order: treat the gradient as a constant.
+        whole: under ``first_order``, find the gradient of all trainable parameters, for ``linearised``.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> step = InnerStep(StepSizes(layer, 0.5))
+        >>> step.updates(step.gradients((3 * layer.weight).sum(), layer), layer)["weight"].item()
+        -1.5
+    """
+
+    def __init__(
+        self,
+        alpha: StepSizes,
+        *,
+        adapt: Sequence[str] | None = None,
+        first_order: bool = False,
+        whole: bool = False,
+    ):
+        self.alpha, self.adapt, self.first_order, self.whole = alpha, adapt, first_order, whole
+
+    def gradients(self, loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+        """The gradient of a loss by name; parameters that the loss does not depend on are left out.
+
+        Raises:
+            FitError: if the loss has no graph, or depends on none of the parameters.
+        """
+        if not loss.requires_grad:
+            raise FitError(
+                "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
+                "learner (learner.loss(task)), with gradients enabled, and leave some parameter trainable"
+            )
+        parameters = trainable_parameters(module)
+        names = list(parameters) if self.first_order and self.whole else adapted_names(module, self.adapt)
+        found = torch.autograd.grad(
+            loss, [parameters[name] for name in names], create_graph=not self.first_order, allow_unused=True
+        )
+        return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+
+    def updates(self, g: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """θ' − θ of each parameter that is adapted, from their gradients.
+
+        Raises:
+            FitError: if there are none.
+        """
+        updates = {name: -self.alpha(name) * g[name] for name in adapted_names(module, self.adapt) if name in g}
+        if not updates:
+            raise FitError("need a loss computed with this learner, got one that depends on none of its parameters")
+        return updates
+
+    def linearised(self, loss: Tensor, g: Mapping[str, Tensor], module: nn.Module) -> Tensor:  # ()
+        """The loss with a graph: its own, or under ``first_order``, which has freed that, g in place of it."""
+        if not self.first_order or not self.whole:
+            return loss
+        parameters = trainable_parameters(module)
+        slope = torch.stack([(g[name] * parameters[name]).sum() for name in g]).sum()
+        return loss.detach() + (slope - slope.detach())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2g_meta.kernels.coefficients import of_backward, of_double_backward
+from l2g_meta.operators.kernels.coefficients import of_backward, of_double_backward
 
 aten = torch.ops.aten
 

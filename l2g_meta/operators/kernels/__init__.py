@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from l2g_meta.kernels import aten
+from l2g_meta.operators.kernels import aten
 
 
 def of(x: Tensor) -> ModuleType:
@@ -25,6 +25,6 @@ def of(x: Tensor) -> ModuleType:
 def _triton() -> ModuleType | None:
     if os.environ.get("L2G_KERNELS") == "aten" or importlib.util.find_spec("triton") is None:
         return None
-    from l2g_meta.kernels import triton
+    from l2g_meta.operators.kernels import triton
 
     return triton

@@ -14,10 +14,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
-
-from l2g_meta.convert import convert
 
 
 class Geometry(NamedTuple):
@@ -27,27 +25,6 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
-
-
-class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` with a fast double backward: same arguments, same state dict, same values.
-
-    Exact to any order. Padding by name, padding modes other than zeros, complex numbers and images without a batch
-    dimension are PyTorch's own. Neither ``vmap`` nor forward mode (``jvp``).
-
-    Shapes:
-        (n, in_channels, H, W) -> (n, out_channels, H', W').
-
-    Example:
-        >>> layer = Conv2d(3, 8, 3, padding=1)
-        >>> layer(torch.randn(2, 3, 10, 10)).shape
-        torch.Size([2, 8, 10, 10])
-    """
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.padding, str) or self.padding_mode != "zeros" or input.ndim != 4:
-            return super()._conv_forward(input, weight, bias)
-        return conv2d(input, weight, bias, Geometry(self.stride, self.padding, self.dilation, self.groups))
 
 
 def conv2d(
@@ -137,18 +114,3 @@ class _ConvBackward(Function):
         if any(wanted):
             bar_x, bar_w, _ = conv2d_backward(g, x if vx is None else vx, w if vw is None else vw, ctx.geometry, wanted)
         return bar_g, bar_x, bar_w, None, None
-
-
-def convert_conv(model: nn.Module) -> nn.Module:
-    """Gives every ``nn.Conv2d`` of a model the fast double backward, in place; returns the model.
-
-    Parameters, hooks and the state dict stay as they are; subclasses of ``nn.Conv2d`` are left alone.
-
-    Raises:
-        FitError: for a lazy layer that has not seen its input yet.
-
-    Example:
-        >>> type(convert_conv(nn.Sequential(nn.Conv2d(3, 8, 3)))[0])
-        <class 'l2g_meta.conv.Conv2d'>
-    """
-    return convert(model, {nn.Conv2d: Conv2d})

@@ -1,0 +1,76 @@
+"""Networks that ``torch.compile`` has wrapped: differentiable copies run without it, under the names that users know.
+
+Compiled code is bound to the module that was compiled. A copy that called it would use the original's parameters and
+drop out of the inner step in silence. PyTorch does not differentiate compiled code twice either (pytorch#91469).
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from l2g_meta.errors import FitError
+
+WRAPPED = "_orig_mod."  # what torch.compile puts into names
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself if nothing in it is compiled, else the same tree without compilation; tensors are shared.
+
+    Raises:
+        FitError: if an instance's ``forward`` was replaced, which would run on the original's parameters.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> uncompiled(layer) is layer
+        True
+    """
+    modules = list(module.modules())
+    for m in modules:
+        if "forward" in vars(m) and not _is_wrapper(m):
+            raise FitError(
+                f"need the forward of {type(m).__name__} to be its class's, got one that was set on the instance and "
+                "calls the original, not its copy in the inner step; compile the module, or override forward in a class"
+            )
+    if any(_is_wrapper(m) or vars(m).get("_compiled_call_impl") is not None for m in modules):
+        return _without(module, {})
+    return module
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    frames = sys.modules.get("torch._dynamo.eval_frame")  # imported by whoever compiles
+    return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+def _without(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    if _is_wrapper(module):
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    if id(module) not in memo:
+        memo[id(module)] = bare = module.__new__(type(module))
+        bare.__dict__ = module.__dict__ | {"_compiled_call_impl": None}
+        bare._modules = {name: m if m is None else _without(m, memo) for name, m in module._modules.items()}
+    return memo[id(module)]
+
+
+def plain_names(module: nn.Module) -> None:
+    """Has a module's state dict name parameters as if nothing were compiled, and load such names."""
+    module._register_state_dict_hook(_plain)
+    module.register_load_state_dict_pre_hook(_as_they_are)
+
+
+def _plain(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    for name in [name for name in state if WRAPPED in name]:
+        state[name.replace(WRAPPED, "")] = state.pop(name)
+
+
+def _as_they_are(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    tensors: chain[tuple[str, Tensor]] = chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    )
+    for name, _tensor in tensors:
+        plain = prefix + name.replace(WRAPPED, "")
+        if WRAPPED in name and plain in state:
+            state[prefix + name] = state.pop(plain)

@@ -1,0 +1,143 @@
+"""Passes that are differentiated twice: operators with a fast second derivative, for any network as it is.
+
+An exact inner step differentiates the backward pass of T_i. PyTorch's double backward of batch norm takes some fifty
+element-wise passes, that of convolution copies channels-last maps, fused attention has none. While a pass runs under
+``twice_differentiable()``, these operators are replaced by those of ``l2g_meta.operators``: the same values, the same
+derivatives of any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from l2g_meta.operators.batch_norm import batch_norm
+from l2g_meta.operators.convolution import Geometry, conv2d
+from l2g_meta.operators.group_norm import group_norm
+
+Pair = int | tuple[int, ...]
+
+
+@contextmanager
+def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
+    """While entered, what a network computes has an exact second derivative, and a fast one.
+
+    ``L2GWrapper`` enters it for each pass of a learner. A pass that you run yourself (``learner.module(x)``, a loop
+    around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
+    group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
+    ``hardsigmoid`` as ``relu6``. Inside functorch transforms, forward-mode differentiation, compiled, exported or
+    traced regions and ``torch.utils.checkpoint``, PyTorch's own operators run.
+
+    Args:
+        fast: whether to replace operators whose second derivative PyTorch has, but slowly.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(1, 1, 3, 4, requires_grad=True)
+        >>> with twice_differentiable():
+        ...     y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> (g,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+        >>> torch.autograd.grad(g.sum(), q)[0].shape
+        torch.Size([1, 1, 3, 4])
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
+        yield
+
+
+class _Operators(TorchFunctionMode):
+    """Calls one function in place of another, where that function takes the arguments."""
+
+    def __init__(self, table: dict[Callable[..., Any], Callable[..., Any]]):
+        super().__init__()
+        self.table = table
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        ours = self.table.get(function)
+        if ours is not None and all(kind in PLAIN for kind in types) and not _transformed():
+            result = ours(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return function(*args, **kwargs)
+
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _transformed() -> bool:
+    """Whether something else than eager reverse-mode autograd sees the operators."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        # Checkpointing runs the pass again, outside of this mode, and wants the same tensors to be saved.
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
+
+
+def _taken(x: Tensor, dims: int = 2) -> bool:
+    return x.is_floating_point() and x.ndim >= dims and x.numel() > 0 and x.device.type in ("cpu", "cuda")
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training or not _taken(input):
+        return NotImplemented
+    return batch_norm(
+        input, weight, bias, running_mean=running_mean, running_var=running_var, momentum=momentum, eps=eps
+    )
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    fits = _taken(input) and input.shape[1] % num_groups == 0 and input.shape[1:].numel() > num_groups
+    return group_norm(input, num_groups, weight, bias, eps=eps) if fits else NotImplemented
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.ndim != 4 or not _taken(input):
+        return NotImplemented
+    return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
+
+
+def _pair(n: Pair) -> tuple[int, ...]:
+    n = (n,) if isinstance(n, int) else tuple(n)
+    return n * 2 if len(n) == 1 else n
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
+
+
+Table = dict[Callable[..., Any], Callable[..., Any]]
+FAST: Table = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm, F.group_norm: _group_norm}
+MISSING: Table = {F.hardsigmoid: _hardsigmoid}  # whose second derivative PyTorch lacks

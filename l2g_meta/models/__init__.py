@@ -1,0 +1,1 @@
+"""Metric-based models: encoders, heads, and how they are evaluated."""
