@@ -224,6 +224,7 @@ def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
         ("l2g, own network, stock operators", nn.BatchNorm2d, True, set()),
         ("episodic, own network", nn.BatchNorm2d, True, set()),
         ("episodic, own network, channels-last", nn.BatchNorm2d, False, set()),
+        ("torch.func", nn.BatchNorm2d, True, set()),
         ("l2g", BatchNormReLU2d, False, {"_ConvBackward", "_NormBackward"}),
         ("l2g, first order", BatchNormReLU2d, False, {"_NormBackward"}),  # of the fused layers themselves
     ]:

@@ -23,7 +23,7 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
     "cli", "inner.compiled", "inner.scores",
-    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images", "data.pickled_arrays",
+    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",
     "operators.kernels", "operators.kernels.aten", "operators.kernels.coefficients", "operators.kernels.programs",
     "operators.kernels.triton",
 }  # fmt: skip
