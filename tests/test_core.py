@@ -1,4 +1,4 @@
-"""The wrapper as people meet it: their tasks, their networks, compiled models, checkpoints, and what is refused."""
+"""The wrapper as people meet it: their tasks, their networks, checkpoints, and what is refused."""
 
 import copy
 
@@ -171,32 +171,6 @@ class TestModels:
             values.append(wrapper(*pair).item())
         expected = (values[0] - values[1]) / (2 * h)
         assert sum((g * d).sum().item() for g, d in zip(found, v, strict=True)) == pytest.approx(expected, rel=1e-5)
-
-
-class TestCompiled:
-    """Compiled code is bound to the module that was compiled; the inner step is on a copy."""
-
-    @pytest.mark.parametrize("what", ["encoder in place", "encoder", "model in place", "model", "wrapper"])
-    @pytest.mark.parametrize("options", [{}, {"adapt": ["encoder.blocks.0"]}, {"learn_inner_lr": "tensor"}], ids=str)
-    def test_the_gradient_is_exact(self, what, options, tasks, either_backend):
-        model = network()
-        expected = gradients(L2GWrapper(copy.deepcopy(model), 0.1, **options), tasks)
-        state = L2GWrapper(copy.deepcopy(model), 0.1, **options).state_dict()
-        if what == "encoder in place":
-            model.encoder.compile(backend="eager")
-        elif what == "encoder":
-            model.encoder = torch.compile(model.encoder, backend="eager")
-        elif what == "model in place":
-            model.compile(backend="eager")
-        elif what == "model":
-            model = torch.compile(model, backend="eager")
-        wrapper = L2GWrapper(model, 0.1, **options)
-        assert set(wrapper.state_dict()) == set(state)
-        wrapper.load_state_dict(state, strict=True)
-        called = torch.compile(wrapper, backend="eager") if what == "wrapper" else wrapper
-        called(*tasks).backward()
-        for p, e in zip(wrapper.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.grad, e, rtol=1e-10, atol=1e-12)
 
 
 CONV4 = [
