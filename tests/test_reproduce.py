@@ -68,10 +68,10 @@ def test_the_published_numbers_have_a_row_and_a_column():
 def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
     own = {"spread": ("spread", 600), "length": ("long", 8000)}  # scales
     screened = {name: study for name, study in STUDIES.items() if name not in own}
-    for name, (scale, updates) in own.items():
+    for name, (scale, length) in own.items():
         configs = [cell.config() for cell in everything(scale, {name: STUDIES[name]})]
         assert {(c.iterations, c.image_size, c.pairs, c.average) for c in configs if c.method == "l2g"} == {
-            (updates, 28, 2, True)
+            (length, 28, 2, True)
         }
     cells = set()
     for cell in everything("screen", screened):
