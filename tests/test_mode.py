@@ -285,6 +285,67 @@ class TestStepsAside:
         assert y.shape == (2, 4, 4, 4) and y.dtype == dtype and y.is_meta
 
 
+class TestValuesAndErrors:
+    """What a layer of PyTorch's gives or raises, it gives or raises in the mode."""
+
+    X = torch.linspace(-5, 5, 3 * 4 * 25).view(3, 4, 5, 5).sin()
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x: nn.BatchNorm2d(4)(x.bfloat16()),
+            lambda x: nn.BatchNorm2d(4).bfloat16()(x.bfloat16()),
+            lambda x: nn.GroupNorm(2, 4)(x.bfloat16()),
+            lambda x: F.batch_norm(x, None, None, torch.ones(4, 1), None, True),
+            lambda x: F.batch_norm(x, None, None, None, torch.ones(4), True),
+            lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), training=True, momentum=0.0),
+            lambda x: nn.BatchNorm2d(4)(x[:1].expand(3, 4, 5, 5)),
+            lambda x: nn.GroupNorm(2, 4)(x.transpose(2, 3)[:, :, ::2]),
+            lambda x: nn.GroupNorm(2, 4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
+            lambda x: nn.BatchNorm3d(4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=torch.tensor(1)),
+            lambda x: F.conv2d(x[:0], torch.ones(2, 4, 3, 3)),
+            lambda x: F.hardsigmoid(x.bfloat16() * 4),
+            lambda x: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))(x),
+        ],
+    )
+    def test_values_and_strides(self, call):
+        found = []
+        for mode in (twice_differentiable, nullcontext):
+            torch.manual_seed(0)
+            with mode():
+                found.append(call(self.X))
+        close = {"rtol": 0.016, "atol": 1e-3} if found[0].dtype == torch.bfloat16 else {}  # a rounding to bfloat16
+        torch.testing.assert_close(*found, **close, check_stride=True)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x: nn.BatchNorm2d(4)(x.double()),
+            lambda x: nn.BatchNorm2d(4).double()(x),
+            lambda x: nn.BatchNorm2d(4).bfloat16()(x),
+            lambda x: nn.BatchNorm2d(4)(x.long()),
+            lambda x: nn.GroupNorm(2, 4)(x.double()),
+            lambda x: nn.GroupNorm(2, 4).double()(x),
+            lambda x: nn.GroupNorm(2, 4)(x.long()),
+            lambda x: F.group_norm(x, 3),
+            lambda x: F.batch_norm(x, torch.zeros(4), None, training=True),
+            lambda x: nn.Conv2d(4, 2, 3)(x.double()),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), torch.ones(3)),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), stride=0),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=(1, 1, 1)),
+            lambda x: F.hardsigmoid(x.long()),
+        ],
+    )
+    def test_errors(self, call):
+        messages = []
+        for mode in (twice_differentiable, nullcontext):
+            with mode(), pytest.raises((RuntimeError, ValueError, NotImplementedError)) as raised:
+                call(self.X)
+            messages.append((raised.type, str(raised.value)))
+        assert messages[0] == messages[1]
+
+
 class TestOff:
     """It runs for passes that are differentiated twice, and ends with them."""
 
