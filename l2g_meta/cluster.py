@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from l2g_meta.allocator import keep_freed_memory
-from l2g_meta.checkpoint import write_text
 from l2g_meta.errors import L2GError
+from l2g_meta.files.writing import write_text
 
 EXECUTORS = ("slurm", "local")
 RECORD = "job.json"  # in a run directory: the job that has it

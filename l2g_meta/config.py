@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.backbones import BACKBONES
-from l2g_meta.checkpoint import write_text
 from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
+from l2g_meta.files.writing import write_text
 from l2g_meta.heads import HEADS
 from l2g_meta.options import flag
 from l2g_meta.settings import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, check

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.reading import read_text
+from l2g_meta.files.writing import open_to_append, write_text
 
 COLUMNS = (
     "iteration",  # updates done
@@ -31,6 +32,9 @@ COLUMNS = (
     "val_ci95",
     "val_loss",  # under θ, mean over episodes
 )
+
+
+MAX_LOG = 2**32  # bytes that are read
 
 
 class RunLog:
@@ -51,7 +55,8 @@ class RunLog:
         csv.DictWriter(text, COLUMNS).writeheader()
         csv.DictWriter(text, COLUMNS).writerows(_rows_until(out, start) if start else [])
         write_text(self.path, text.getvalue())
-        self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        with self._full_disk():
+            self.file = open_to_append(self.path)
         self.writer = csv.DictWriter(self.file, COLUMNS)
         self.bar = tqdm(
             total=config.iterations, initial=start, desc=f"{config.method} {out.name}", unit="update",
@@ -60,7 +65,10 @@ class RunLog:
         self.shown: dict[str, str] = {}
         self.board = None
         if config.tensorboard:
-            self.board = require_tensorboard()(out / "tensorboard", purge_step=start + 1)
+            events = out / "tensorboard"
+            if events.is_symlink():  # its writer would follow it
+                raise CheckpointError(f"need a folder to log to, {events} is a link; remove it")
+            self.board = require_tensorboard()(events, purge_step=start + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs one update.
@@ -117,7 +125,7 @@ class RunLog:
 def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
     """Whole rows of an existing log up to an update, each once; a warning says which are missing."""
     try:
-        lines = (out / "log.csv").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_text(out / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
     except OSError:
         lines = []
     # Line by line, so that a damaged one costs no other; the last one may be torn.
@@ -138,8 +146,7 @@ def read_log(run: Path) -> list[dict[str, str]]:
         L2GError: if there is none.
     """
     try:
-        with open(run / "log.csv", newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(StringIO(read_text(run / "log.csv", most=MAX_LOG), newline="")))
     except OSError as error:
         raise L2GError(f"need a run's log in {run / 'log.csv'}, got: {error.strerror}") from error
 

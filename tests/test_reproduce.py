@@ -16,8 +16,8 @@ from l2g_meta import updates
 from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.locks import claim
 from l2g_meta.functional import confidence_interval
-from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.plots import Scatter, draw_scatters
 from l2g_meta.reproduce import paper
@@ -437,7 +437,8 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     path = tmp_path / "lock"
     with claim(path) as ours, claim(path) as again:
         assert ours and not again
-    code = f"from l2g_meta.lock import claim\nfrom pathlib import Path\nimport time\nwith claim(Path({str(path)!r})):\n"
+    code = "from l2g_meta.files.locks import claim\nfrom pathlib import Path\nimport time\n"
+    code += f"with claim(Path({str(path)!r})):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", code + " print('held', flush=True)\n time.sleep(60)"], stdout=subprocess.PIPE
     )

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.checkpoint import read_info, refuse_given, save_tensors, write_text
+from l2g_meta.checkpoint import read_info, refuse_given, save_tensors
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.episodes import calibrate
 from l2g_meta.classify.images import Preparation
 from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
 from l2g_meta.config import MACHINE, Config
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.writing import new_file, sync_folder, write_bytes, write_text
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.settings import LEARNERS
@@ -107,8 +108,11 @@ def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *
         expected = [encoder(x) for x in images]
         try:
             program = torch.export.export(encoder, (images[1],), dynamic_shapes=({0: torch.export.Dim("n")},))
-            torch.export.save(program, folder / PROGRAM)
+            with new_file(folder / PROGRAM) as file:
+                torch.export.save(program, file)
             read_back = torch.export.load(folder / PROGRAM).module()  # our own file, just written
+        except CheckpointError:
+            raise
         except Exception as error:  # whatever an encoder of one's own makes the tracer raise
             raise L2GError(f"cannot export {type(encoder).__name__} with torch.export: {error}") from error
         found = {PROGRAM: _difference(PROGRAM, [read_back(x) for x in images], expected)}
@@ -122,11 +126,14 @@ def _through_onnx(program: Any, images: list[Tensor], path: Path) -> list[Tensor
     import onnxruntime
 
     try:
-        torch.onnx.export(
-            program, (), path, dynamo=True, external_data=False, input_names=["images"], output_names=["features"],
-            dynamic_shapes=({0: "n"},), verbose=False,
+        written: Any = torch.onnx.export(
+            program, (), dynamo=True, input_names=["images"], output_names=["features"], dynamic_shapes=({0: "n"},),
+            verbose=False,
         )  # fmt: skip
+        write_bytes(path, written.model_proto.SerializeToString())
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except CheckpointError:
+        raise
     except Exception as error:  # the exporter's own errors are many
         raise L2GError(f"cannot write the encoder as ONNX: {error}; --no-onnx leaves it out") from error
     return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
@@ -204,6 +211,7 @@ def _appears(out: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it the user's alone
         partial.rename(out)
+        sync_folder(out.parent)
     except OSError as error:
         raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error
     finally:

@@ -9,13 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from l2g_meta.checkpoint import make_folder
 from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
 from l2g_meta.classify.source import open_source
 from l2g_meta.errors import L2GError
+from l2g_meta.files.writing import new_file
 
 COLUMNS = ("file", "class", "probability", "nearest")
 
@@ -89,17 +92,15 @@ def _output(
 ) -> Iterator[Callable[[Row], None]]:
     """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
     if csv_file is not None:
-        try:
-            csv_file.parent.mkdir(parents=True, exist_ok=True)
-            file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
-        except OSError as error:
-            raise L2GError(
-                f"need a file to write for --csv, got {csv_file}: {error.strerror}; choose another"
-            ) from error
-        with file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
+        make_folder(csv_file.parent, "a file to write for --csv", "choose another")
+        with new_file(csv_file) as raw:
+            file = TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
+            try:
+                writer = csv.writer(file)
+                writer.writerow(COLUMNS)
+                yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
+            finally:
+                file.detach()  # which flushes; the file is closed when it is on the disk
     elif not table:
         yield lambda row: None
     else:

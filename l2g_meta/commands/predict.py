@@ -10,7 +10,7 @@ from l2g_meta.commands.output import STDOUT, add_output, emit
 from l2g_meta.commands.parser import Commands, new_command
 from l2g_meta.commands.types import number, positive
 
-INTERRUPTED = "the rows so far are printed, or in the file of --csv; run it again for all"
+INTERRUPTED = "the rows so far are printed, a file of --csv is as it was; run it again for all"
 EXAMPLES = """\
 l2g predict --model model --support known --query photos    # known/<class>/*.jpg
 l2g predict --model runs/a --support known --query a.jpg b.jpg --unknown 0.1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from l2g_meta.errors import DataError
-from l2g_meta.lock import claim
+from l2g_meta.files.locks import claim
 
 TIMEOUT = 60.0  # seconds without any data
 CHUNK = 2**20

@@ -13,7 +13,7 @@ import torch
 
 from l2g_meta.data.cache import cache_root
 from l2g_meta.errors import L2GError
-from l2g_meta.lock import claim
+from l2g_meta.files.locks import claim
 
 GB = 1e9
 

@@ -46,6 +46,7 @@ class Part:
 _AGAIN = "pip install --force-reinstall {}"
 REQUIRED = (
     Part("l2g-meta", "this library", "l2g_meta", remedy=_AGAIN.format("l2g-meta")),
+    Part("filelock", "one process at a time", remedy=_AGAIN.format("filelock")),
     Part("torch", "everything", remedy=_AGAIN.format("torch")),
     Part("torchvision", "images", remedy=_AGAIN.format("torchvision")),
     Part("numpy", "data", remedy=_AGAIN.format("numpy")),

@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from l2g_meta.checkpoint import write_text
 from l2g_meta.config import MACHINE, Config
+from l2g_meta.files.writing import write_text
 from l2g_meta.options import flag
 from l2g_meta.report.charts import accuracy_chart, loss_chart, validation_chart
 from l2g_meta.report.details import (
