@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,19 +184,25 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
     )
 
 
-def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:
+def load_run(
+    run: Path | str, *, checkpoint: str = "best", device: str | None = None, trust: bool = False
+) -> tuple[L2GWrapper, Config]:
     """A trained run's wrapper, on its device and in evaluation mode, and its config.
 
     Args:
         run: folder made by ``l2g train``.
         checkpoint: ``"best"`` on validation, or ``"last"``.
         device: another device than the config's.
+        trust: import the module that the run may name, ``package.module:Class``, which runs it.
 
     Raises:
-        L2GError: if the folder is no run, or the checkpoint is missing or damaged.
+        L2GError: if the folder is no run, the checkpoint is missing or damaged, or the run names a module and is not
+            trusted.
     """
     run = Path(run)
     config = Config.load(run / "config.json")
+    if not trust:
+        refuse_modules(config, run)
     path = run / f"{checkpoint}.safetensors"
     info = read_info(path)
     if "model" in info.get("given", []):
@@ -226,6 +234,26 @@ def n_classes_of(info: Mapping[str, Any]) -> int | None:
     return n
 
 
+def refuse_modules(config: Config, path: Path, *, named: Collection[str] = ()) -> None:
+    """That a stored config names this library's parts alone, or those of timm and torchvision.
+
+    Args:
+        config: as it was stored.
+        path: where.
+        named: of ``head`` and ``backbone`` those that the command names itself.
+
+    Raises:
+        CheckpointError: if it names a module, which would be imported and so run.
+    """
+    for kind in {"head", "backbone"}.difference(named):
+        name = getattr(config, kind)
+        if ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES):
+            raise CheckpointError(
+                f"{path} names a module as its {kind}, {name}, which would be run; look at it, then give --trust "
+                "(trust=True in Python)"
+            )
+
+
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
     """A built-in part by its name, or a user's by ``package.module:Class``."""
     if name in known:
@@ -238,6 +266,8 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
             f"{did_you_mean(name, known)}"
         )
     try:
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)  # last: no file of the current folder stands before what is installed
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises
         raise FitError(

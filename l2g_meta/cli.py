@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     print_anything()
     plain_warnings()
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for processes that it starts: nothing of the current folder runs
     try:
         args = parse(argv)
         keep_freed_memory()

@@ -20,6 +20,7 @@ from l2g_meta.build import (
     build_pairs,
     build_wrapper,
     n_classes_of,
+    refuse_modules,
     set_precision,
 )
 from l2g_meta.config import Config
@@ -36,6 +37,7 @@ def replay(
     model: nn.Module | None = None,
     device: str | None = None,
     root: str | None = None,
+    trust: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """The last failed update of a run again, from the state before it; nothing of the run is changed.
@@ -46,6 +48,7 @@ def replay(
         model: the model, if the run was given it.
         device: another device than the run's.
         root: where the run's data is, if it has moved.
+        trust: import the module that the run may name as its head or backbone, which runs it.
         say: is given each line of the report.
 
     Returns:
@@ -53,7 +56,8 @@ def replay(
         ``alignment``, ``gradient`` (its norm) and ``first``: the first module with an output that is not finite.
 
     Raises:
-        CheckpointError: if no update of the run has failed, its state is damaged, or data or model are missing.
+        CheckpointError: if no update of the run has failed, its state is damaged, data or model are missing, or the
+            run names a module and is not trusted.
     """
     found = sorted(run.glob("failed-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
     if not found:
@@ -66,6 +70,8 @@ def replay(
             f"{', '.join(f'{name}=...' for name in missing)})"
         )
     config = Config.of(info["config"]).resolved()
+    if model is None and not trust:
+        refuse_modules(config, found[-1])
     config = replace(config, device=device or config.device, root=root or config.root).resolved()
     set_precision(config.precision)
     where, k = build_device(config.device), info["iteration"]

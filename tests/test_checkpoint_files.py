@@ -109,8 +109,10 @@ def test_the_other_half_of_checkpoints(run: Path, tensors: dict[str, torch.Tenso
 @pytest.mark.parametrize("kind", ["backbone", "head"])
 def test_a_config_calls_no_function(run: Path, kind: str, name: str) -> None:
     (run / "config.json").write_text(json.dumps({**asdict(CONFIG), kind: name}))
-    with pytest.raises(FitError, match=f"need a class derived from torch.nn.Module as --{kind}|cannot load"):
+    with pytest.raises(CheckpointError, match=f"names a module as its {kind}, {name}, which would be run"):
         load_run(run, checkpoint="last")
+    with pytest.raises(FitError, match=f"need a class derived from torch.nn.Module as --{kind}|cannot load"):
+        load_run(run, checkpoint="last", trust=True)
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_users_own_parts_by_name(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
     assert main(flags(folder, out, "--head", "mine:Head", "--backbone", "mine:Backbone", iterations=2)) == 0
-    assert type(load_run(out)[0].module.head).__name__ == "Head"
+    assert type(load_run(out, trust=True)[0].module.head).__name__ == "Head"
     assert main(flags(folder, tmp_path / "x", "--backbone", "torch.nn:Conv2d")) == 2
 
 

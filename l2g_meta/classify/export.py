@@ -41,6 +41,7 @@ def export(
     root: str | None = None,
     checkpoint: str = "best",
     device: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Writes a run as a folder that ``FewShotClassifier`` reads on another machine; returns what is in ``model.json``.
 
@@ -56,6 +57,7 @@ def export(
         root: folder of the data, if it has moved since training.
         checkpoint: ``"best"`` on validation, or ``"last"``.
         device: as of ``load_run``.
+        trust: as of ``load_run``.
 
     Raises:
         L2GError: if the run or its data cannot be used, ``out`` is there, or an encoder does not give the same
@@ -66,7 +68,7 @@ def export(
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
-    wrapper, config = load_run(run, checkpoint=checkpoint, device=device)
+    wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
     info = read_info(run / f"{checkpoint}.safetensors")
     refuse_given(info, run, "fit a FewShotClassifier around its model")
     model, preparation = wrapper.module, Preparation.of_run(config, info["image_shape"])

@@ -35,6 +35,7 @@ def predict(
     reject_rate: float | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    trust: bool = False,
 ) -> int:
     """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
 
@@ -49,6 +50,7 @@ def predict(
         reject_rate: as of ``FewShotClassifier``.
         batch_size: images at a time.
         device: as ``--device``.
+        trust: as of ``open_source``.
 
     Raises:
         L2GError: if the model, a folder or an option is unusable.
@@ -57,7 +59,7 @@ def predict(
 
     if csv_file is not None and str(csv_file) == "-":
         raise L2GError("need a file for --csv, got -; name one, or take --json, which writes to the standard output")
-    source = open_source(model, device)
+    source = open_source(model, device, trust=trust)
     if source.preparation is None:
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)

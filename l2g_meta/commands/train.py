@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from l2g_meta.checkpoint import read_info
 from l2g_meta.commands.output import add_output, bold, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.runs import describe
+from l2g_meta.commands.runs import add_trust, describe
 from l2g_meta.commands.types import METAVARS, TYPES
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
@@ -93,6 +93,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; without "
                      "one: that in --out if there is one, else begin it")  # fmt: skip
     run.add_argument("--force", action="store_true", help="resume with another config than the run had so far")
+    add_trust(run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.replay is not None:
         if given.keys() - {"device", "root"} or args.out or args.resume or args.force or args.json is not None:
             raise L2GError("need --replay RUN alone, or with --device and --root")
-        replay(args.replay, **given)
+        replay(args.replay, trust=args.trust, **given)
         return 0
     config, out, resume = _what_to_train(args, given)
     train(config, out, resume=resume, force=args.force, progress=not args.quiet)
@@ -133,7 +134,7 @@ def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
     from l2g_meta.supervised import by_distance
     from l2g_meta.training import validate
 
-    wrapper, _ = load_run(out, device=config.device)
+    wrapper, _ = load_run(out, device=config.device, trust=True)  # this process has trained it
     data, device = build_data(config, "validation"), build_device(config.device)
     return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
@@ -153,6 +154,7 @@ def _result(out: Path, config: Config, best: dict[str, Any], skipped: int | None
 
 def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
     """Config, folder, and whether a run is there to go on with."""
+    from l2g_meta.build import refuse_modules
     from l2g_meta.run import holds_run
     from l2g_meta.state import newest, numbers
     from l2g_meta.sweep import run_of
@@ -176,6 +178,8 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
             raise
         complain(f"{error}; its states have the config, too")
     config = stored or Config.of(newest(out)[2]["config"])
+    if not args.trust:
+        refuse_modules(config, out, named=given)
     return replace(config, **given).resolved(), out, True
 
 
