@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from l2g_meta import data
 from l2g_meta.backbones import BACKBONES
-from l2g_meta.checkpoint import load_weights, read_info
+from l2g_meta.checkpoint import image_shape_of, load_weights, read_info
 from l2g_meta.config import Config
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
@@ -210,12 +211,7 @@ def load_run(
             f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
         )
-    shape = info.get("image_shape")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
-        raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
-    if math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
-        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
-    wrapper = build_wrapper(config, build_model(config, tuple(shape), n_classes_of(info)))
+    wrapper = build_wrapper(config, build_model(config, image_shape_of(info, path), n_classes_of(info)))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
@@ -266,8 +262,9 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
             f"{did_you_mean(name, known)}"
         )
     try:
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)  # last: no file of the current folder stands before what is installed
+        with suppress(OSError):  # it is gone
+            if (here := os.getcwd()) not in sys.path:
+                sys.path.append(here)  # last: no file of the current folder stands before what is installed
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises
         raise FitError(

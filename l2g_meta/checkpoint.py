@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,20 @@ def refuse_given(info: Mapping[str, Any], path: Path, remedy: str) -> None:
         )
 
 
+def image_shape_of(info: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """The shape of a run's images (C, H, W), from the header of its checkpoints.
+
+    Raises:
+        CheckpointError: if it is none that can be.
+    """
+    shape = info.get("image_shape")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
+    if max(shape) > 2048 or math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
+        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
+    return tuple(shape)
+
+
 def make_folder(path: Path, need: str, remedy: str) -> None:
     """Makes a folder and those that it is in.
 
@@ -119,6 +134,13 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: if it belongs to another model.
     """
+    own = module.state_dict()
+    other = next((n for n, t in tensors.items() if n in own and own[n].dtype != t.dtype), None)
+    if other is not None:  # loading would convert it
+        raise CheckpointError(
+            f"need a model of the type in {path}, {other} is {tensors[other].dtype} there and {own[other].dtype} here; "
+            "call torch.set_default_dtype with the former first"
+        )
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

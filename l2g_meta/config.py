@@ -11,6 +11,7 @@ from typing import Any
 from l2g_meta.backbones import BACKBONES
 from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
+from l2g_meta.files.reading import read_text
 from l2g_meta.files.writing import write_text
 from l2g_meta.heads import HEADS
 from l2g_meta.options import flag
@@ -220,7 +221,7 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8"))).resolved()
+            return cls.of(json.loads(read_text(path))).resolved()
         except L2GError:
             raise
         except OSError as error:

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class RunLog:
         out: run directory.
         config: of the run.
         start: updates already done; later rows of an existing log are dropped.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; where that is no terminal, a line per validation.
     """
 
     def __init__(self, out: Path, config: Config, *, start: int = 0, progress: bool = True):
@@ -62,6 +63,7 @@ class RunLog:
             total=config.iterations, initial=start, desc=f"{config.method} {out.name}", unit="update",
             disable=None if progress else True,
         )  # fmt: skip
+        self.lines = progress and self.bar.disable  # no terminal: a line per validation instead
         self.shown: dict[str, str] = {}
         self.board = None
         if config.tensorboard:
@@ -82,6 +84,10 @@ class RunLog:
         self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / (row['seconds'] or math.inf):.1f}"}
         if "val_accuracy" in row:
             self.shown["val"] = f"{row['val_accuracy']:.1f}%"
+            if self.lines:
+                accuracy = f"{row['val_accuracy']:.2f} ± {row['val_ci95']:.2f} %"
+                print(f"{self.out}: update {row['iteration']} of {self.bar.total}: loss {row['loss']:.3f}, validation "
+                      f"{accuracy}, {self.shown['tasks/s']} tasks/s", file=sys.stderr, flush=True)  # fmt: skip
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
         if self.board is not None:
@@ -123,16 +129,12 @@ class RunLog:
 
 
 def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
-    """Whole rows of an existing log up to an update, each once; a warning says which are missing."""
+    """Sound rows of an existing log up to an update, each once; a warning says how many are missing."""
     try:
-        lines = read_text(out / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
+        found, _ = _sound_rows(out)
     except OSError:
-        lines = []
-    # Line by line, so that a damaged one costs no other; the last one may be torn.
-    found = [line.rstrip("\r\n").split(",") for line in lines if line.endswith("\n")]
-    whole = [dict(zip(COLUMNS, cells, strict=True)) for cells in found[1:] if len(cells) == len(COLUMNS)]
-    whole = [row for row in whole if re.fullmatch("[0-9]{1,18}", row["iteration"])]
-    kept = {int(row["iteration"]): row for row in whole if 1 <= int(row["iteration"]) <= iteration}
+        found = []
+    kept = {int(row["iteration"]): row for row in found if 1 <= int(row["iteration"]) <= iteration}
     missing = iteration - len(kept)
     if missing:
         warnings.warn(f"{out / 'log.csv'} lacks {missing} of the {iteration} updates before this one", stacklevel=2)
@@ -140,15 +142,40 @@ def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
 
 
 def read_log(run: Path) -> list[dict[str, str]]:
-    """Rows of a run's ``log.csv``.
+    """Rows of a run's ``log.csv``, a number or nothing in each cell; damaged ones are left out, with a warning.
 
     Raises:
         L2GError: if there is none.
     """
     try:
-        return list(csv.DictReader(StringIO(read_text(run / "log.csv", most=MAX_LOG), newline="")))
+        found, damaged = _sound_rows(run)
     except OSError as error:
         raise L2GError(f"need a run's log in {run / 'log.csv'}, got: {error.strerror}") from error
+    if damaged:
+        warnings.warn(f"{run / 'log.csv'}: {damaged} damaged rows are left out", stacklevel=2)
+    return found
+
+
+def _sound_rows(run: Path) -> tuple[list[dict[str, str]], int]:
+    """Rows whose cells are numbers, and how many others there are.
+
+    Line by line, so that a damaged one costs no other; the last one may be torn.
+    """
+    lines = read_text(run / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
+    cells = [line.rstrip("\r\n").split(",") for line in lines[1:] if line.endswith("\n")]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
+    sound = [row for row in rows if re.fullmatch("[0-9]{1,18}", row["iteration"]) and all(map(_is_cell, row.values()))]
+    return sound, len(cells) - len(sound)
+
+
+def _is_cell(text: str) -> bool:
+    r"""Whether a log has such a cell: a number, infinity, or nothing.
+
+    Example:
+        >>> [_is_cell(text) for text in ("", "1.5e-05", "-inf", "1\x00", "1_0", "nan")]
+        [True, True, True, False, False, False]
+    """
+    return re.fullmatch(r"(-?([0-9]+(\.[0-9]*)?(e[-+]?[0-9]{1,3})?|inf))?", text) is not None
 
 
 def require_tensorboard() -> Any:

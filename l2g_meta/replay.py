@@ -23,6 +23,7 @@ from l2g_meta.build import (
     refuse_modules,
     set_precision,
 )
+from l2g_meta.checkpoint import image_shape_of
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError
 from l2g_meta.objectives import accumulate
@@ -75,7 +76,7 @@ def replay(
     config = replace(config, device=device or config.device, root=root or config.root).resolved()
     set_precision(config.precision)
     where, k = build_device(config.device), info["iteration"]
-    wrapper = build_wrapper(config, model or build_model(config, tuple(info["image_shape"]), n_classes_of(info)))
+    wrapper = build_wrapper(config, model or build_model(config, image_shape_of(info, found[-1]), n_classes_of(info)))
     wrapper = wrapper.to(where).train()
     restore(tensors, wrapper, build_optimizer(config, wrapper, where), found[-1])
     data = build_data(config, "train") if data is None else data

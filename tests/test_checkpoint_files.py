@@ -74,7 +74,11 @@ def test_headers_of_checkpoints(run: Path, change: dict[str, Any], message: str)
         resume(run)
 
 
-@pytest.mark.parametrize("shape", [None, 3, [], [0, 28, 28], [1, 2**20, 2**20], ["a"], {"a": 1}, [1.5, 2, 2]], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [None, 3, [], [0, 28, 28], [1, 2**20, 2**20], [2**22, 1, 1], [1, 1, 4096], ["a"], {"a": 1}, [1.5, 2, 2]],
+    ids=str,
+)
 def test_shapes_of_checkpoints(run: Path, shape: Any) -> None:
     path = run / "last.safetensors"
     tensors, info = load_tensors(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.checkpoint import read_info, refuse_given, save_tensors
+from l2g_meta.checkpoint import make_folder, read_info, refuse_given, save_tensors
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.episodes import calibrate
@@ -23,7 +24,8 @@ from l2g_meta.classify.images import Preparation
 from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
-from l2g_meta.files.writing import new_file, sync_folder, write_bytes, write_text
+from l2g_meta.files.locks import claim
+from l2g_meta.files.writing import PARTIAL, new_file, sync_folder, write_bytes, write_text
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.settings import LEARNERS
@@ -203,18 +205,21 @@ def _check_onnx() -> None:
 
 @contextmanager
 def _appears(out: Path) -> Iterator[Path]:
-    """A folder beside its place, renamed into it when all is well, else removed."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise L2GError(f"need a folder to export to, cannot make {out}: {error.strerror}; choose another") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it the user's alone
-        partial.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """A folder beside its place, renamed into it when all is well, else removed; as is what killed exports left."""
+    make_folder(out.parent, "a folder to export to", "choose another")
+    with claim(out.with_name(f".{out.name}.lock"), remove=True) as ours:
+        if not ours:
+            raise L2GError(f"another process exports to {out}; wait for it, or choose another folder")
+        for left in out.parent.glob(f".{glob.escape(out.name)}{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)  # which follows no link
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+            try:
+                yield partial
+                partial.chmod(0o755)  # mkdtemp makes it the user's alone
+                partial.rename(out)
+                sync_folder(out.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error

@@ -18,6 +18,7 @@ from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
 from l2g_meta.classify.source import open_source
 from l2g_meta.errors import L2GError
+from l2g_meta.files.names import cell, shown
 from l2g_meta.files.writing import new_file
 
 COLUMNS = ("file", "class", "probability", "nearest")
@@ -96,11 +97,13 @@ def _output(
     if csv_file is not None:
         make_folder(csv_file.parent, "a file to write for --csv", "choose another")
         with new_file(csv_file) as raw:
-            file = TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
+            file = TextIOWrapper(raw, newline="", encoding="utf-8")
             try:
                 writer = csv.writer(file)
                 writer.writerow(COLUMNS)
-                yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
+                yield lambda row: writer.writerow(
+                    [cell(row.file), cell(row.label), f"{row.probability:.4f}", cell(row.nearest)]
+                )
             finally:
                 file.detach()  # which flushes; the file is closed when it is on the disk
     elif not table:
@@ -136,16 +139,6 @@ def proportion_interval(right: int, n: int) -> tuple[float, float]:
     share = right / n
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return tuple(100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))  # type: ignore[return-value]
-
-
-def shown(text: str) -> str:
-    r"""A file's name without what would steer a terminal or cannot be printed.
-
-    Example:
-        >>> print(shown("a\n\x1b[2J é"))
-        a\n\x1b[2J é
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _summary(

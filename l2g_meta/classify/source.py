@@ -18,6 +18,7 @@ from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.images import Preparation
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.reading import read_text
 from l2g_meta.wrapper import L2GWrapper
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
@@ -114,7 +115,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     """
     path = folder / MODEL
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         if not isinstance(values, dict) or not isinstance(values.get("format"), int):
             raise ValueError("no object with a format")
     except (OSError, ValueError, RecursionError) as error:

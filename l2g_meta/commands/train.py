@@ -17,6 +17,7 @@ from l2g_meta.commands.types import METAVARS, TYPES
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
+from l2g_meta.files.reading import read_text
 from l2g_meta.options import flag
 from l2g_meta.presets import PRESETS
 from l2g_meta.settings import SUPERVISED
@@ -185,6 +186,6 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        return isinstance(json.loads(read_text(path)), dict)
     except (OSError, ValueError):
         return False

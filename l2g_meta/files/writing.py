@@ -63,12 +63,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text in UTF-8 as ``new_file`` does.
+    """Writes a text in UTF-8 as ``new_file`` does; what it lacks (of names that are no UTF-8) by its escape in Python.
 
     Raises:
         CheckpointError: as ``new_file``.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def open_to_append(path: Path) -> IO[str]:

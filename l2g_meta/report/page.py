@@ -41,7 +41,7 @@ def write_report(report: Report, path: Path) -> int:
     """
     text = render(report)
     write_text(path, text)
-    return len(text.encode())
+    return path.stat().st_size
 
 
 def render(report: Report) -> str:
