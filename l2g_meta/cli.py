@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     print_anything()
     plain_warnings()
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for processes that it starts: nothing of the current folder runs
+    if argv is None:  # it is a process of its own; those that it starts import nothing from the current folder either
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         args = parse(argv)
         keep_freed_memory()

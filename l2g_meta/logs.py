@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
@@ -32,6 +33,7 @@ COLUMNS = (
     "val_accuracy",  # per cent; empty between validations
     "val_ci95",
     "val_loss",  # under θ, mean over episodes
+    "crc32",  # of the row before it, in hexadecimal; empty if the row was changed by hand
 )
 
 
@@ -79,7 +81,8 @@ class RunLog:
             CheckpointError: if the disk is full.
         """
         with self._full_disk():
-            self.writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN: no such thing here
+            cells = {k: "" if v != v else str(v) for k, v in row.items()}  # NaN: no such thing here
+            self.writer.writerow({**cells, "crc32": _crc32([cells.get(name, "") for name in COLUMNS[:-1]])})
             self.file.flush()
         self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / (row['seconds'] or math.inf):.1f}"}
         if "val_accuracy" in row:
@@ -164,18 +167,27 @@ def _sound_rows(run: Path) -> tuple[list[dict[str, str]], int]:
     lines = read_text(run / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
     cells = [line.rstrip("\r\n").split(",") for line in lines[1:] if line.endswith("\n")]
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
-    sound = [row for row in rows if re.fullmatch("[0-9]{1,18}", row["iteration"]) and all(map(_is_cell, row.values()))]
+    sound = [row for row in rows if _is_sound(list(row.values()))]
     return sound, len(cells) - len(sound)
 
 
-def _is_cell(text: str) -> bool:
-    r"""Whether a log has such a cell: a number, infinity, or nothing.
+def _is_sound(row: list[str]) -> bool:
+    """Whether these are an update, then numbers, infinity or nothing, then their checksum or nothing.
 
     Example:
-        >>> [_is_cell(text) for text in ("", "1.5e-05", "-inf", "1\x00", "1_0", "nan")]
-        [True, True, True, False, False, False]
+        >>> _is_sound(["1", "0.5", "", _crc32(["1", "0.5", ""])]), _is_sound(["1", "0.5", "", ""])
+        (True, True)
+        >>> _is_sound(["1", "0.4", "", _crc32(["1", "0.5", ""])]), _is_sound(["1", "0_5", "", ""])
+        (False, False)
     """
-    return re.fullmatch(r"(-?([0-9]+(\.[0-9]*)?(e[-+]?[0-9]{1,3})?|inf))?", text) is not None
+    *cells, checksum = row
+    number = r"(-?([0-9]+(\.[0-9]*)?(e[-+]?[0-9]{1,3})?|inf))?"
+    numbers = re.fullmatch("[0-9]{1,18}", cells[0]) and all(re.fullmatch(number, cell) for cell in cells)
+    return bool(numbers) and checksum in ("", _crc32(cells))
+
+
+def _crc32(cells: list[str]) -> str:
+    return f"{zlib.crc32(','.join(cells).encode()):08x}"
 
 
 def require_tensorboard() -> Any:

@@ -17,6 +17,7 @@ from l2g_meta.build import load_run
 from l2g_meta.classify.source import open_source
 from l2g_meta.cli import main
 from l2g_meta.errors import CheckpointError
+from l2g_meta.files.sealed import opened
 from l2g_meta.replay import replay
 
 PACKAGE = Path(l2g_meta.__file__).parents[1]
@@ -84,8 +85,8 @@ def test_processes_that_a_command_starts(folders, tmp_path):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     found, marker = folders
     script = tmp_path / "script"
-    script.write_text("import multiprocessing\nfrom contextlib import suppress\nfrom l2g_meta.cli import main\n"
-                      "if __name__ == '__main__':\n    with suppress(SystemExit):\n        main(['--version'])\n"
+    script.write_text("import multiprocessing\nimport sys\nfrom contextlib import suppress\nfrom l2g_meta.cli import main\n"
+                      "if __name__ == '__main__':\n    with suppress(SystemExit):\n        sys.argv[1:] = ['--version']\n        main()\n"
                       "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
                       "    process.start()\n    process.join()\n    raise SystemExit(process.exitcode)\n")  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"PYTHONPATH": str(PACKAGE)}
@@ -110,7 +111,7 @@ def named(blob_run: Path, tmp_path: Path) -> tuple[Path, Path]:
     from l2g_meta.checkpoint import load_tensors, save_tensors
 
     path = tmp_path / "run" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "head": "evil_head:Head"}))
+    path.write_text(json.dumps({**opened(json.loads(path.read_text())), "head": "evil_head:Head"}))
     for path in (tmp_path / "run").glob("*.safetensors"):
         tensors, info = load_tensors(path)
         info["config"] |= {"head": "evil_head:Head"}

@@ -68,7 +68,7 @@ def contents(out):
             info["pending"].pop("seconds")
         found[path.name] = {name: t.tolist() for name, t in tensors.items()}, info
     with open(out / "log.csv", newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "crc32")} for row in csv.DictReader(file)]
     return found, rows
 
 

@@ -15,6 +15,7 @@ from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.data import ClassDataset, TaskPairs
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.sealed import opened
 from l2g_meta.training import train
 from l2g_meta.update_tasks import tasks_of_update
 
@@ -379,7 +380,7 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
     assert main(flags(folder, out, iterations=1)) == 0
     assert main(["evaluate", str(out), "--json", str(tmp_path)]) == 2
     assert "need a file to write for --json" in capsys.readouterr().err
-    config = json.loads((out / "config.json").read_text())
+    config = opened(json.loads((out / "config.json").read_text()))
     (out / "config.json").write_text(json.dumps({**config, "ways": "3"}))
     assert main(["train", "--resume", str(out)]) == 2
     assert "need --ways to be of type int or list, got '3'" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.locks import claim
+from l2g_meta.files.sealed import sealed
 from l2g_meta.files.writing import PARTIAL, new_file, sync_folder, write_bytes, write_text
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
@@ -92,7 +93,7 @@ def export(
             values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
         header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
         save_tensors(folder / WEIGHTS, model.state_dict(), header)
-        write_text(folder / MODEL, json.dumps(values, indent=1) + "\n")
+        write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
         write_text(folder / CARD, model_card(values))
     return values
 

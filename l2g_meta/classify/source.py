@@ -19,6 +19,7 @@ from l2g_meta.classify.images import Preparation
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.reading import read_text
+from l2g_meta.files.sealed import opened
 from l2g_meta.wrapper import L2GWrapper
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
@@ -115,7 +116,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     """
     path = folder / MODEL
     try:
-        values = json.loads(read_text(path))
+        values = opened(json.loads(read_text(path)))
         if not isinstance(values, dict) or not isinstance(values.get("format"), int):
             raise ValueError("no object with a format")
     except (OSError, ValueError, RecursionError) as error:
