@@ -79,16 +79,29 @@ def test_the_files_would_run_if_they_were_imported(folders):
     marker.unlink()
 
 
+STARTS = """\
+import multiprocessing
+import sys
+from contextlib import suppress
+from l2g_meta.cli import main
+if __name__ == "__main__":
+    sys.argv[1:] = ["--version"]
+    with suppress(SystemExit):
+        main()
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
 def test_processes_that_a_command_starts(folders, tmp_path):
     """As `l2g reproduce --parallel 2` starts them."""
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     found, marker = folders
     script = tmp_path / "script"
-    script.write_text("import multiprocessing\nimport sys\nfrom contextlib import suppress\nfrom l2g_meta.cli import main\n"
-                      "if __name__ == '__main__':\n    with suppress(SystemExit):\n        sys.argv[1:] = ['--version']\n        main()\n"
-                      "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
-                      "    process.start()\n    process.join()\n    raise SystemExit(process.exitcode)\n")  # fmt: skip
+    script.write_text(STARTS)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"PYTHONPATH": str(PACKAGE)}
     done = subprocess.run([sys.executable, str(script)], cwd=found["run"], env=environment, check=False)
     assert done.returncode == 0 and not marker.exists()
