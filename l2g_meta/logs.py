@@ -165,7 +165,9 @@ def _sound_rows(run: Path) -> tuple[list[dict[str, str]], int]:
     Line by line, so that a damaged one costs no other; the last one may be torn.
     """
     lines = read_text(run / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
-    cells = [line.rstrip("\r\n").split(",") for line in lines[1:] if line.endswith("\n")]
+    before = ",".join(COLUMNS[:-1])  # of versions without checksums
+    end = "," if lines and lines[0].strip() == before else ""
+    cells = [(line.rstrip("\r\n") + end).split(",") for line in lines[1:] if line.endswith("\n")]
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
     sound = [row for row in rows if _is_sound(list(row.values()))]
     return sound, len(cells) - len(sound)
