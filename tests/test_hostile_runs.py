@@ -96,12 +96,12 @@ class TestSettings:
                 refused += str(path) in str(error)
         assert refused > 0.7 * len(content)  # the others are spaces between the values
 
-    def test_every_byte_of_a_model(self, run):
+    def test_bytes_of_a_model(self, run):
         exporting.export(run, model := run.parent / "model", onnx=False, episodes=2)
         path = model / "model.json"
         content, sound = path.read_bytes(), read_values(model)
         rng, refused = np.random.default_rng(0), 0
-        for k in range(len(content)):
+        for k in rng.integers(len(content), size=1500):
             changed = bytearray(content)
             changed[k] ^= 1 << rng.integers(8)
             path.write_bytes(changed)
@@ -110,7 +110,7 @@ class TestSettings:
                 assert {name: found[name] for name in sound} == sound
             except CheckpointError as error:
                 refused += str(path) in str(error)
-        assert refused > 0.7 * len(content)
+        assert refused > 0.7 * 1500
 
     def test_a_value_changed_by_hand(self, run):
         path = run / "config.json"

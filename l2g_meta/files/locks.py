@@ -73,6 +73,7 @@ def turn(path: Path, what: str) -> Iterator[None]:
 
 def _refuse_links(path: Path) -> None:
     """A link, symbolic or hard, would have the lock made or emptied elsewhere."""
+    os.stat(path.parent)  # which the lock would make
     with suppress(FileNotFoundError):
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
