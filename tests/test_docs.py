@@ -22,9 +22,10 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 # Modules that are parts of others, not for use from outside. Each other one has something in docs/api.
 COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
-    "cli", "convert",
+    "cli", "inner.compiled", "inner.scores",
     "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",
-    "kernels", "kernels.aten", "kernels.coefficients", "kernels.programs", "kernels.triton",
+    "operators.kernels", "operators.kernels.aten", "operators.kernels.coefficients", "operators.kernels.programs",
+    "operators.kernels.triton",
 }  # fmt: skip
 
 

@@ -67,13 +67,20 @@ def test_the_published_numbers_have_a_row_and_a_column():
 
 
 def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
+    own = {"spread": ("spread", 600), "length": ("long", 8000)}  # scales
+    screened = {name: study for name, study in STUDIES.items() if name not in own}
+    for name, (scale, updates) in own.items():
+        configs = [cell.config() for cell in everything(scale, {name: STUDIES[name]})]
+        assert {(c.iterations, c.image_size, c.pairs, c.average) for c in configs if c.method == "l2g"} == {
+            (updates, 28, 2, True)
+        }
     cells = set()
-    for cell in everything("screen", STUDIES):
+    for cell in everything("screen", screened):
         config = cell.config()
         assert config.image_size == 28 and config.pairs == ROWS[cell.row].options.get("pairs", 2) and cell.seed == 0
         assert config.iterations == 200 and cell.row in STUDIES[cell.plan.experiment].rows
         cells.add(cell.folder)
-    assert len(cells) <= 40 and len({c.seed for c in everything("confirm", STUDIES)}) == 3
+    assert len(cells) <= 40 and len({c.seed for c in everything("confirm", screened)}) == 3
     few = plan("few-classes", "screen", Path("none"), root="data").cells[1].config()
     assert few.train_classes == 16 and few.method == "episodic"
 

@@ -82,6 +82,17 @@ def own_buffers(source: nn.Module, clone: nn.Module) -> None:
             child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
 
 
+def same_tensors(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The same tree of modules with the same tensors, so that others can be put into one of the two."""
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        memo[id(module)] = copy = module.__new__(type(module))
+        own = {"_parameters": module._parameters.copy(), "_buffers": module._buffers.copy()}
+        copy.__dict__ = module.__dict__ | own
+        copy._modules = {name: m if m is None else same_tensors(m, memo) for name, m in module._modules.items()}
+    return memo[id(module)]
+
+
 def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
     """A copy whose parameters are differentiable clones; buffers are shared, parameters shared within stay shared.
 
