@@ -10,11 +10,15 @@ import sys
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
 
 WRAPPED = "_orig_mod."  # what torch.compile puts into names
+# A decorator: compiled code around the function calls it as it is. Optimizers use this one, since
+# torch.compiler.disable imports the compiler, which takes seconds.
+eagerly = torch._disable_dynamo
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -61,9 +65,10 @@ def plain_names(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_as_they_are)
 
 
-def _plain(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    for name in [name for name in state if WRAPPED in name]:
-        state[name.replace(WRAPPED, "")] = state.pop(name)
+def _plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in list(state):  # what lies outside of the module is not ours to name
+        if name.startswith(prefix) and WRAPPED in name[len(prefix) :]:
+            state[prefix + name[len(prefix) :].replace(WRAPPED, "")] = state.pop(name)
 
 
 def _as_they_are(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
