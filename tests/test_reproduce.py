@@ -16,8 +16,9 @@ from l2g_meta import updates
 from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.locks import claim
+from l2g_meta.files.sealed import opened
 from l2g_meta.functional import confidence_interval
-from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.plots import Scatter, draw_scatters
 from l2g_meta.reproduce import paper
@@ -173,7 +174,7 @@ def test_what_is_done_is_not_done_again_what_is_lost_is(done, tmp_path):
 
 def test_cells_of_another_config_are_refused(done):
     cell = done.cells[-1]
-    config = json.loads((cell.folder / "config.json").read_text())
+    config = opened(json.loads((cell.folder / "config.json").read_text()))
     (cell.folder / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
     try:
         with pytest.raises(L2GError, match="need --lr 0.001, not 0.5, as .* has it; choose another --out"):
@@ -213,7 +214,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
 
     (cell.folder / "test.json").unlink()
     assert run_cell(cell)["equal_time"]["updates"] == 3 and len(ran) == 5  # neither measured nor trained again
-    changed = json.loads((cell.folder / "config.json").read_text())
+    changed = opened(json.loads((cell.folder / "config.json").read_text()))
     (cell.folder / "config.json").write_text(json.dumps({**changed, "iterations": 7}))
     with pytest.raises(L2GError, match="need --iterations 3, not 7"):
         run_cell(cell)
@@ -444,7 +445,8 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     path = tmp_path / "lock"
     with claim(path) as ours, claim(path) as again:
         assert ours and not again
-    code = f"from l2g_meta.lock import claim\nfrom pathlib import Path\nimport time\nwith claim(Path({str(path)!r})):\n"
+    code = "from l2g_meta.files.locks import claim\nfrom pathlib import Path\nimport time\n"
+    code += f"with claim(Path({str(path)!r})):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", code + " print('held', flush=True)\n time.sleep(60)"], stdout=subprocess.PIPE
     )

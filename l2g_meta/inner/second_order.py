@@ -8,8 +8,9 @@ derivatives of any order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     ``L2GWrapper`` enters it for each pass of a learner. A pass that you run yourself (``learner.module(x)``, a loop
     around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
-    ``hardsigmoid`` as ``relu6``. Inside functorch transforms, forward-mode differentiation, compiled, exported or
-    traced regions and ``torch.utils.checkpoint``, PyTorch's own operators run.
+    ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
+    forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
+    operators run.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
@@ -48,8 +50,15 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 3, 4])
     """
-    with sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
+    with _eager(), sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # new for each pass
         yield
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Has functions and methods that are compiled run as written: PyTorch differentiates compiled code once only."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class _Operators(TorchFunctionMode):
