@@ -9,6 +9,7 @@ derivatives of any order.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from l2g_meta.operators.batch_norm import batch_norm
@@ -50,15 +50,51 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 3, 4])
     """
-    with _eager(), sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # new for each pass
+    with _eager(), MATH, _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
         yield
+
+
+class _Setting:
+    """A setting of the whole process: the first thread that needs it makes it, the last one undoes it."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]):
+        self.make, self.users, self.lock = make, 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.made = self.make()
+                self.made.__enter__()
+            self.users += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self.made.__exit__(None, None, None)
+
+
+@contextmanager
+def _attention_as_products() -> Iterator[None]:
+    """``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, but the thread that leaves it may be another."""
+    kinds = ("flash", "mem_efficient", "cudnn", "math")
+    before = {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds}
+    for kind in kinds:
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(kind == "math")
+    try:
+        yield
+    finally:
+        for kind, enabled in before.items():
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(enabled)
+
+
+MATH = _Setting(_attention_as_products)
+EAGER = _Setting(lambda: torch.compiler.set_stance("force_eager"))
 
 
 def _eager() -> AbstractContextManager[Any]:
     """Has functions and methods that are compiled run as written: PyTorch differentiates compiled code once only."""
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return nullcontext() if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling() else EAGER
 
 
 class _Operators(TorchFunctionMode):
