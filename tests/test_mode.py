@@ -417,6 +417,30 @@ class TestOff:
             thread.join()
             assert ours(torch.conv2d(x, w)) and found == [set()]
 
+    def test_what_two_threads_set_for_the_process_is_undone(self):
+        """Entered by one thread, then by another, left by the first, then by the second."""
+        import torch._dynamo.eval_frame as frames
+
+        def state():
+            cuda = torch.backends.cuda
+            return frames._stance, cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+        before, entered, other = state(), threading.Event(), threading.Event()
+
+        def first():
+            with twice_differentiable():
+                entered.set()
+                other.wait()
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        entered.wait()
+        with twice_differentiable():
+            other.set()
+            thread.join()
+            assert not torch.backends.cuda.flash_sdp_enabled() and state() != before
+        assert state() == before
+
     def test_two_threads_at_once_have_their_own_exact_gradients(self):
         model, pair, found = metric(small()), pair_of(8), {}
         expected = gradient(model, pair)[0]
