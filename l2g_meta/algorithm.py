@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
-from l2g_meta.inner.clone import backend, own_buffers
+from l2g_meta.inner.clone import backend, own_buffers, rebind, same_tensors
 from l2g_meta.inner.compiled import eagerly, plain_names, uncompiled
 from l2g_meta.inner.scores import LossFn, evaluated, loss_of
 from l2g_meta.inner.second_order import twice_differentiable
@@ -168,7 +168,7 @@ class Learner:
     def __init__(self, l2g: L2GWrapper):
         clone_module, self._update_module = backend()
         self._l2g, self._source = l2g, uncompiled(l2g.module)
-        self.module, self.updates = clone_module(self._source), {}
+        self.module, self.updates, self._own_buffers = rebind(self._source, clone_module(self._source)), {}, False
 
     @eagerly
     def __call__(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
@@ -194,13 +194,16 @@ class Learner:
         Raises:
             FitError: if the loss does not depend on any parameter.
         """
+        if not self._own_buffers:  # before the backward pass, in which checkpointing runs this one again
+            own_buffers(self._source, self.module)
+            self._own_buffers = True
         step = self._l2g.step
         g = step.gradients(loss, self.module)
         updates = step.updates(g, self.module)
         if not self.updates:  # the first step
             self.inner_loss = step.linearised(loss, g, self.module)
-            own_buffers(self._source, self.module)
         self.updates = updates
+        self.module = rebind(self.module, same_tensors(self.module))  # checkpointing runs T_i's pass on the old one
         self._update_module(self.module, [updates.get(name) for name, _ in self.module.named_parameters()])
         return self
 

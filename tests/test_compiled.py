@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import L2GWrapper, Task
+from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.errors import FitError
 from l2g_meta.inner import clone as clone_room
 from l2g_meta.inner import twice_differentiable
@@ -209,3 +209,42 @@ def test_a_forward_set_on_an_instance_is_refused(net):
     net.encoder.forward = torch.compile(net.encoder.forward, backend=BACKEND)
     with pytest.raises(FitError, match="set on the instance.*compile the module"):
         L2GWrapper(net, 0.05)
+
+
+class Chooses(nn.Module):
+    """Its forward is one of its methods, held by the instance, as timm's FasterNet has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 16, dtype=torch.float64))
+        self.forward = self.flat
+
+    def flat(self, x):
+        return torch.tanh(x.flatten(1) @ self.weight.T)
+
+
+def test_a_method_that_an_instance_holds_is_the_copys_own(either_backend):
+    class Plain(Chooses):
+        def __init__(self):
+            super().__init__()
+            del self.forward
+
+        def forward(self, x):
+            return self.flat(x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % 3
+    pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+    found = []
+    for kind in (Chooses, Plain):
+        torch.manual_seed(1)
+        encoder = kind()
+        L2GWrapper(MetricModel(nn.Sequential(encoder, nn.Tanh()), PrototypicalHead()), 0.5, inner_steps=2)(
+            *pair
+        ).backward()
+        found.append(encoder.weight.grad)
+    assert torch.equal(*found)
+    encoder = Plain()
+    encoder.forward = lambda x: encoder.flat(x)
+    with pytest.raises(FitError, match="need the forward of Plain to be its class's"):
+        L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.5)

@@ -23,9 +23,10 @@ SCRIPTS = {"interop": ["learn2learn_protonet", "easyfsl_prototypical", "lightnin
 # Modules that are parts of others, not for use from outside. Each other one has something in docs/api.
 COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
-    "cli", "convert",
+    "cli", "inner.compiled", "inner.scores",
     "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",
-    "kernels", "kernels.aten", "kernels.coefficients", "kernels.programs", "kernels.triton",
+    "operators.kernels", "operators.kernels.aten", "operators.kernels.coefficients", "operators.kernels.programs",
+    "operators.kernels.triton",
 }  # fmt: skip
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
+from l2g_meta.inner.clone import own_methods
 
 WRAPPED = "_orig_mod."  # what torch.compile puts into names
 # A decorator: compiled code around the function calls it as it is. Optimizers use this one, since
@@ -34,7 +36,9 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """
     modules = list(module.modules())
     for m in modules:
-        if "forward" in vars(m) and not _is_wrapper(m):
+        forward = vars(m).get("forward")
+        own = isinstance(forward, MethodType) and forward.__self__ is m  # a method of its class, by another name
+        if forward is not None and not own and not _is_wrapper(m):
             raise FitError(
                 f"need the forward of {type(m).__name__} to be its class's, got one that was set on the instance and "
                 "calls the original, not its copy in the inner step; compile the module, or override forward in a class"
@@ -55,6 +59,7 @@ def _without(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in memo:
         memo[id(module)] = bare = module.__new__(type(module))
         bare.__dict__ = module.__dict__ | {"_compiled_call_impl": None}
+        own_methods(module, bare)
         bare._modules = {name: m if m is None else _without(m, memo) for name, m in module._modules.items()}
     return memo[id(module)]
 
