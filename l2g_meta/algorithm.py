@@ -115,7 +115,7 @@ class L2GWrapper(nn.Module):
         """Outer loss of a pair, with its graph."""
         return self.outcome(task_i, task_j).loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as optimizers have it: torch.compiler.disable imports the compiler, which takes seconds
     def outcome(self, task_i: TaskLike, task_j: TaskLike) -> Outcome:
         """Algorithm 1 for one pair: eq. 3, then eq. 4.
 

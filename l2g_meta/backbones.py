@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.blocks import ConvBlock
+from l2g_meta.blocks import ConvBlock, channels_last
 from l2g_meta.dropblock import DropBlock
 from l2g_meta.errors import FitError
 
@@ -106,7 +105,7 @@ class ResNet12(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of the images."""
-        x = x.contiguous(memory_format=torch.channels_last) if self.fused else x
+        x = channels_last(x) if self.fused else x
         maps = self.blocks(x)
         return maps.mean((2, 3), keepdim=True) if self.pooled else maps
 

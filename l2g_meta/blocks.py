@@ -45,9 +45,23 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps."""
         if self.fused:
-            return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+            return self.norm(self.conv(channels_last(x)))
         y = self.norm(self.conv(x)).relu()
         return F.max_pool2d(y, 2) if self.pool else y
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Maps (n, C, H, W) in the memory format that the fused operators prefer.
+
+    One channel alone has that format already, but PyTorch goes by its strides.
+
+    Example:
+        >>> channels_last(torch.zeros(2, 1, 5, 5)).stride()
+        (25, 1, 5, 1)
+    """
+    if x.shape[1] == 1:
+        return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):

@@ -32,7 +32,7 @@ class MetricModel(nn.Module):
         task -> scores (n_query, n_way), higher is closer.
 
     Raises:
-        FitError: if encoder and head do not fit.
+        FitError: if encoder and head do not fit, or are no modules.
 
     Example:
         >>> from l2g_meta import Conv4, PrototypicalHead
@@ -44,6 +44,9 @@ class MetricModel(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, *, image_shape: tuple[int, ...] | None = None):
         super().__init__()
+        for part, value in (("encoder", encoder), ("head", head)):
+            if not isinstance(value, nn.Module):
+                raise FitError(f"need a module as {part}, got {value!r}; {_remedy(part, value)}")
         self.encoder, self.head = encoder, head
         if image_shape is not None:
             shape = feature_shape(encoder, image_shape)
@@ -84,6 +87,12 @@ class MetricModel(nn.Module):
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The head's loss, else cross-entropy."""
         return getattr(self.head, "loss_fn", nn.functional.cross_entropy)
+
+
+def _remedy(part: str, value: Any) -> str:
+    if isinstance(value, type):
+        return f"make one of the class: {value.__name__}(...)"
+    return f"give the {part} itself; `l2g train --{'backbone' if part == 'encoder' else part}` takes names"
 
 
 class SoftmaxClassifier(nn.Module):

@@ -17,6 +17,7 @@ from l2g_meta import state
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.checkpoint import load_tensors, make_folder, save_tensors
 from l2g_meta.config import Config
+from l2g_meta.data.identity import changes
 from l2g_meta.distributed import World
 from l2g_meta.errors import CheckpointError, NotFiniteError
 from l2g_meta.evaluation import Evaluation
@@ -73,6 +74,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         image_shape: Sequence[int],
         given: Sequence[str],
+        data: Mapping[str, Any],
         n_classes: int | None = None,
     ) -> dict[str, Any]:
         """A new run: makes the folder and saves its beginning; returns the header of its states.
@@ -83,7 +85,12 @@ class Run:
         # What it takes to build the model again, and what of the run is not in its config.
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
         info |= {} if n_classes is None else {"n_classes": n_classes}
-        info |= {"image_shape": list(image_shape), "given": list(given), "config": vars(self.config)}
+        info |= {
+            "image_shape": list(image_shape),
+            "given": list(given),
+            "data": dict(data),
+            "config": vars(self.config),
+        }
         self.world.from_main(lambda: self._begin(wrapper, optimizer, info))
         self._share(wrapper, optimizer)
         return info
@@ -99,20 +106,31 @@ class Run:
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
 
     def resume(
-        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], *, force: bool = False
+        self,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        given: Sequence[str],
+        data: Mapping[str, Any],
+        *,
+        force: bool = False,
     ) -> dict[str, Any]:
         """Puts the newest sound state back; returns its header.
 
         Raises:
             CheckpointError: if no state is sound, it belongs to another model or was given other parts from Python, or,
-                without ``force``, it belongs to another config.
+                without ``force``, it belongs to another config or other data.
         """
-        info = self.world.from_main(lambda: self._resume(wrapper, optimizer, given, force))
+        info = self.world.from_main(lambda: self._resume(wrapper, optimizer, given, data, force))
         self._share(wrapper, optimizer)
         return info
 
     def _resume(
-        self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, given: Sequence[str], force: bool
+        self,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        given: Sequence[str],
+        data: Mapping[str, Any],
+        force: bool,
     ) -> dict[str, Any]:
         if not self.out.is_dir():
             raise CheckpointError(f"need a run to resume, there is no folder {self.out}")
@@ -131,6 +149,11 @@ class Run:
                 f"need the config that {self.out} was trained with so far, got {difference}; leave that out, begin "
                 "another run, or go on with the new values by --force (train(..., force=True))"
             )
+        if (other := changes(info.get("data"), data)) and not force:
+            raise CheckpointError(
+                f"need the data that {self.out} was trained on so far, got {other}; restore them, begin another "
+                "run, or go on with these by --force (train(..., force=True))"
+            )
         state.restore(tensors, wrapper, optimizer, path, self.average)
         wrapper.inner_lr.start(self.config.inner_lr)  # --force may have another
         config = self.config
@@ -144,7 +167,7 @@ class Run:
                 f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
                 f"{self.config.iterations}"
             )
-        info["config"] = vars(self.config)
+        info |= {"config": vars(self.config), "data": dict(data)}
         self._mend_last(wrapper, info)
         info = self._with_best(wrapper, info)
         self.config.save(self.out / "config.json")

@@ -27,6 +27,7 @@ from l2g_meta.build import (
 from l2g_meta.captured import StaticUpdate
 from l2g_meta.config import Config
 from l2g_meta.data.batches import Batches
+from l2g_meta.data.identity import identity
 from l2g_meta.data.pairs import Episodes, TaskPairs, values
 from l2g_meta.data.sources import task_source
 from l2g_meta.distributed import World, join
@@ -66,7 +67,7 @@ def train(
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
         resume: continue the run in ``out`` from its newest sound state, to the same bits.
-        force: let a run go on with another config than it had so far.
+        force: let a run go on with another config, or other data, than it had so far.
         progress: show a progress bar.
 
     Returns:
@@ -101,6 +102,7 @@ def train(
     average = averaged(wrapper) if config.average else None
     update = build_update(config, wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
+    known = {"train": identity(data), "validation": identity(validation)} if world.main else {}
     if config.tensorboard:
         require_tensorboard()
     if config.method not in ("episodic", SUPERVISED):
@@ -108,9 +110,9 @@ def train(
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world, average) as run:
         if resume:
-            info = run.resume(wrapper, optimizer, given, force=force)
+            info = run.resume(wrapper, optimizer, given, known, force=force)
         else:
-            info = run.begin(wrapper, optimizer, image_shape, given, n_classes)
+            info = run.begin(wrapper, optimizer, image_shape, given, known, n_classes)
         if isinstance(update, StaticUpdate):
             wrapper.train()
             update.capture()  # now: resuming replaces the optimizer's tensors

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from l2g_meta.data import cache, download
@@ -55,7 +59,7 @@ def test_a_killed_conversion_is_made_again(root: Path, number: int) -> None:
 
 def test_what_killed_conversions_of_other_data_left_goes_too(root: Path) -> None:
     kill("dead", signal.SIGKILL)
-    (held := root / ".alive-0.partial").mkdir()
+    (held := root / ".alive-0.x.partial").mkdir()
     with claim(root / ".alive-0.lock") as ours:
         assert ours
         cached("data", {}, build)
@@ -115,9 +119,142 @@ def test_other_errors_keep_their_kind(root: Path) -> None:
 
 
 def test_parts_of_killed_downloads_go(tmp_path: Path) -> None:
-    for name in (".a.pkl.1.part", ".a.pkl.2.part", ".b.pkl.1.part"):
-        (tmp_path / name).write_bytes(b"a part")
-    with claim(tmp_path / ".a.pkl.2.part"):  # by a process that lives
-        with pytest.raises(DataError, match="need an https:// address"):
-            download.fetch("http://localhost/a.pkl", tmp_path / "a.pkl", max_bytes=9, check=lambda path: None)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".a.pkl.2.part", ".b.pkl.1.part"]
+    for name in (".a.pkl.partial", ".b.pkl.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"a part")
+    with pytest.raises(DataError, match="need an https:// address"):
+        download.fetch("http://localhost/a.pkl", tmp_path / "a.pkl", max_bytes=9, check=lambda path: None)
+    assert [path.name for path in tmp_path.iterdir()] == [".b.pkl.partial"]
+
+
+def test_a_download_writes_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / ".a.pkl.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(DataError, match="File exists"):
+        download.fetch("https://localhost/a.pkl", tmp_path / "root" / "a.pkl", max_bytes=9, check=lambda path: None)
+    assert not list((tmp_path / "precious").iterdir())
+
+
+def converted(root: Path, pixel: int = 7) -> tuple[Path, list[int]]:
+    """A converted data set of eight images, and a list that counts its conversions."""
+    calls: list[int] = []
+
+    def convert(folder: Path) -> None:
+        calls.append(1)
+        cache.create_images(folder, (8, 4, 4, 3))[:] = pixel
+        cache.write_classes(folder, [0, 0, 0, 0, 1, 1, 1, 1], ["a", "b"])
+
+    return cached("data", {}, convert), calls
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def shuffle_labels(folder: Path) -> None:
+    np.save(folder / "labels.npy", np.array([0, 1, 0, 1, 0, 1, 0, 1]), allow_pickle=False)
+
+
+def same_times(folder: Path) -> None:
+    """As a disk does that has forgotten what was written."""
+    before = (folder / "images.npy").stat()
+    flip(folder / "images.npy", 300)
+    os.utime(folder / "images.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CORRUPTIONS: dict[str, Callable[[Path], object]] = {
+    "zeros": lambda f: (f / "images.npy").write_bytes(bytes((f / "images.npy").stat().st_size)),
+    "zeros at the end": lambda f: (f / "images.npy").write_bytes((f / "images.npy").read_bytes()[:-50] + bytes(50)),
+    "a flipped bit": lambda f: flip(f / "images.npy", 200),
+    "a flipped bit, the time as it was": same_times,
+    "a flipped bit of the header": lambda f: flip(f / "images.npy", 30),
+    "cut off": lambda f: os.truncate(f / "images.npy", 200),
+    "empty": lambda f: os.truncate(f / "labels.npy", 0),
+    "shuffled labels": shuffle_labels,
+    "renamed classes": lambda f: (f / "classes.json").write_text('["b", "a"]'),
+    "a file less": lambda f: (f / "labels.npy").unlink(),
+    "a file more": lambda f: (f / "more.npy").write_bytes(b""),
+    "no checksums": lambda f: (f / "checksums.json").unlink(),
+    "torn checksums": lambda f: os.truncate(f / "checksums.json", 40),
+    "other checksums": lambda f: (f / "checksums.json").write_text('{"images.npy": [1], "labels.npy": {}}'),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_what_is_torn_or_changed_is_made_again(root: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, _ = converted(root)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"}
+    CORRUPTIONS[name](folder)
+    again, calls = converted(root)
+    assert again == folder and calls == [1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"} == whole
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"l2g: {folder} is made again: ")
+    assert converted(root)[1] == []
+
+
+def flips(root: Path, places: dict[str, list[int]]) -> None:
+    """After any flipped bit the data is what it was."""
+    folder, _ = converted(root)
+    whole = {name: (folder / name).read_bytes() for name in ("images.npy", "labels.npy", "classes.json")}
+    for name, at in places.items():
+        for place in at:
+            if place < (folder / name).stat().st_size:
+                flip(folder / name, place)
+                converted(root)
+                assert {name: (folder / name).read_bytes() for name in whole} == whole, (name, place)
+
+
+def test_flipped_bits(root: Path) -> None:
+    draw = np.random.default_rng(0).integers
+    flips(root, {name: draw(0, 500, 15).tolist() for name in ("images.npy", "labels.npy", "checksums.json")})
+
+
+@pytest.mark.slow
+def test_every_flipped_bit(root: Path) -> None:
+    flips(root, {name: list(range(600)) for name in ("images.npy", "labels.npy", "classes.json", "checksums.json")})
+
+
+def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(root)
+    with monkeypatch.context() as context:
+        context.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+        assert converted(root)[1] == []
+    moved = (folder / "images.npy").rename(folder / "moved")  # a copy from elsewhere: the same content, another inode
+    shutil.copy(moved, folder / "images.npy")
+    moved.unlink()
+    read: list[str] = []
+    whole = cache.file_digest
+    with monkeypatch.context() as context:
+        context.setattr(cache, "file_digest", lambda path: read.append(path.name) or whole(path))
+        assert converted(root)[1] == [] and read == ["images.npy"]
+        assert converted(root)[1] == [] and read == ["images.npy"]  # its new stamp is kept
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync, rename = cache.sync, Path.rename
+    monkeypatch.setattr(cache, "sync", lambda path: (synced.append(path.name), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (synced.append("renamed"), rename(self, to))[1])
+    folder, _ = converted(root)
+    at = synced.index("renamed")
+    assert {"images.npy", "labels.npy", "classes.json"} < set(synced[:at]) and synced[at + 1 :] == [root.name]
+
+
+@pytest.mark.parametrize("target", ["", "somewhere"])
+def test_new_files_follow_no_link(root: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    (root / "precious").write_bytes(b"precious")
+    (root / "file").symlink_to(root / "precious")
+    with cache.new_file(root / "file") as file:
+        file.write(b"new")
+    assert (root / "precious").read_bytes() == b"precious" and (root / "file").read_bytes() == b"new"
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "0")
+    (root / ".l2g-0").symlink_to(root / (target or "precious"))
+    with pytest.raises(OSError, match="File exists"), cache.new_file(root / "file") as file:
+        file.write(b"other")
+    assert (root / "precious").read_bytes() == b"precious" and not (root / "somewhere").exists()

@@ -23,7 +23,7 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
     "cli", "convert",
-    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images", "data.pickled_arrays",
+    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",
     "kernels", "kernels.aten", "kernels.coefficients", "kernels.programs", "kernels.triton",
 }  # fmt: skip
 

@@ -7,15 +7,15 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pooch import HTTPDownloader
 
-from l2g_meta.data import download, folder, images, mini_imagenet, tiered_imagenet
+from l2g_meta.data import folder, images, mini_imagenet, tiered_imagenet
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -242,23 +242,9 @@ def test_tiered_label_files(tmp_path: Path) -> None:
             tiered_imagenet.load("train", root=tmp_path / f"e{i}")
 
 
-class Served:
-    """An opener and its response: the bytes of a file."""
-
-    def __init__(self, content: bytes) -> None:
-        self.headers: dict[str, str] = {}
-        self.read = io.BytesIO(content).read
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
 def serve(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], bytes]) -> None:
-    opener = SimpleNamespace(open=lambda url, timeout: Served(answer(url)))
-    monkeypatch.setattr(download, "https_opener", lambda: opener)
+    """Downloads give these bytes."""
+    monkeypatch.setattr(HTTPDownloader, "__call__", lambda self, url, out, pooch: out.write(answer(url)))
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,3 +104,20 @@ def test_a_head_of_another_signature_is_refused():
 
     with pytest.raises(FitError, match=r"need a head with forward\(support, .* Short has forward\(support, query\)"):
         MetricModel(nn.Flatten(), Short(), image_shape=(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "parts, need",
+    [
+        (
+            (Conv4, PrototypicalHead()),
+            r"need a module as encoder, got <class .*; make one of the class: Conv4\(",
+        ),
+        ((Conv4(1), "prototypical"), "need a module as head, got 'prototypical'; give the head itself"),
+        ((Conv4(1), None), "need a module as head, got None"),
+    ],
+    ids=["a class", "a name", "nothing"],
+)
+def test_what_is_no_module_is_refused(parts, need):
+    with pytest.raises(FitError, match=need):
+        MetricModel(*parts)

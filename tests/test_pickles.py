@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from l2g_meta.data import mini_imagenet, pickles, tiered_imagenet
-from l2g_meta.data.mapped import MappedFile
-from l2g_meta.data.pickles import integers, load_pickle
+from l2g_meta.data.classes import integers
+from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
 
 U8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1I00\nI01\ntR"  # protocol 0 and 1 instructions, readable with pickletools.dis
@@ -120,15 +120,12 @@ def test_views_outlive_the_file(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, bytes(200_000))
     with open(path, "rb") as opened:
-        file = MappedFile(opened, 200_000)
-        assert file.read(3) == bytes(3)
+        unpickler = pickles._ArrayUnpickler(opened, 200_000)
+        assert unpickler.read(3) == bytes(3)
         os.truncate(path, 100_000)
-        assert len(file.view(150_000)) == 150_000  # not looked at, as when a pickle is read
-        for n in (1, 40_000, 70_000):
-            with pytest.raises(EOFError, match="the file ends before"):
-                file.read(n)
-        with pytest.raises(ValueError, match="greater than file size"):
-            MappedFile(opened, 200_000)
+        assert len(unpickler.map[:150_000]) == 150_000  # not looked at, as when a pickle is read
+        assert unpickler.read(40_000) == bytes(40_000) and unpickler.read(150_000) == bytes(99_997 - 40_000)
+        assert unpickler.read(1) == b""  # its end, and no error of the system
 
 
 def test_a_second_state_of_an_array(tmp_path: Path) -> None:
@@ -286,7 +283,7 @@ def test_damaged(tmp_path: Path, name: str) -> None:
 
 
 def test_number_of_instructions_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles._Dispatch, "left", 100)
+    monkeypatch.setattr(pickles, "MAX_READS", 100)
     assert load_pickle(write(tmp_path, 99 * b"]" + b".")) == []
     with pytest.raises(DataError, match="more instructions than any published file has"):
         load_pickle(write(tmp_path, 100 * b"]" + b"."))

@@ -9,6 +9,8 @@ from typing import Any
 from l2g_meta.errors import L2GError
 from l2g_meta.options import flag
 
+OURS = ("conv4", "resnet12")
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -26,7 +28,8 @@ class Case:
         320
     """
 
-    backbone: str = _flag("conv4", "conv4 or resnet12")
+    backbone: str = _flag("conv4", "conv4, resnet12, timm:NAME or torchvision:NAME")
+    backbone_options: str = _flag("", "arguments of a library's encoder, 'NAME=VALUE NAME=VALUE'")
     head: str = _flag("prototypical", "prototypical or relation")
     image_size: int = _flag(84, "pixels")
     ways: int = _flag(5, "classes of a task")
@@ -45,15 +48,27 @@ class Case:
                 raise L2GError(f"need {flag(f.name)} of at least {least}, got {getattr(self, f.name)}")
         if not 0 <= self.inner_lr < math.inf:
             raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
-        if self.backbone not in ("conv4", "resnet12") or self.head not in ("prototypical", "relation"):
+        if self.head not in ("prototypical", "relation"):
+            raise L2GError(f"need --head prototypical or relation, got {self.head}")
+        known = self.backbone in OURS or self.backbone.startswith(("timm:", "torchvision:"))
+        if not known or (not self.ours and self.head == "relation"):
             raise L2GError(
-                "need --backbone conv4 or resnet12 and --head prototypical or relation, "
-                f"got {self.backbone} and {self.head}"
+                f"need --backbone {' or '.join(OURS)}, or timm:NAME or torchvision:NAME with --head prototypical, got "
+                f"{self.backbone} with {self.head}"
             )
+        if self.ours and self.backbone_options:
+            raise L2GError(f"--backbone-options belong to timm:NAME and torchvision:NAME, got {self.backbone}")
+
+    @property
+    def ours(self) -> bool:
+        """Whether the encoder is one of this library's, which have fused layers as well."""
+        return self.backbone in OURS
 
     @property
     def small_image(self) -> int:
-        """Pixels of the smallest images that are of use: the relation head needs maps of 4 × 4."""
+        """Pixels of the smallest images that are of use: the relation head needs maps of 4 × 4, a ViT its own."""
+        if not self.ours:
+            return self.image_size
         return 64 if self.head == "relation" and self.backbone == "resnet12" else 20
 
     @property

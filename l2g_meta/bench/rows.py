@@ -14,12 +14,14 @@ from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
+from l2g_meta.build import build_encoder
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.heads import PrototypicalHead, RelationHead
 from l2g_meta.model import MetricModel, feature_shape
+from l2g_meta.options import parsed_options
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
 RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare
@@ -30,7 +32,11 @@ ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
 
 
 def available(
-    names: Sequence[str] | None = None, *, device: str = "cpu", say: Callable[[str], None] = print
+    names: Sequence[str] | None = None,
+    *,
+    device: str = "cpu",
+    ours: bool = True,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Variant | Update]:
     """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
 
@@ -48,12 +54,14 @@ def available(
             missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
         elif row.cuda and not device.startswith("cuda"):
             missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
+        elif row.layers == "fused" and not ours:
+            missing = "fused layers, which only conv4 and resnet12 have; leave it out"
         else:
             chosen[name] = row
             continue
         if names:
             raise L2GError(f"the variant {name!r} needs {missing}")
-        if not row.cuda:
+        if not row.cuda and (ours or row.layers != "fused"):
             say(f"left out: {name}: it needs {missing}")
     return chosen
 
@@ -93,7 +101,10 @@ def build(case: Case, *, layers: Layers) -> MetricModel:
     image_shape, fused = (3, case.image_size, case.image_size), layers == "fused"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        if case.head == "prototypical":
+        if not case.ours:
+            encoder = build_encoder(case.backbone, 3, parsed_options(case.backbone_options.split()))
+            model = MetricModel(encoder, PrototypicalHead(), image_shape=image_shape)
+        elif case.head == "prototypical":
             model = MetricModel(BACKBONES[case.backbone](fused=fused), PrototypicalHead(), image_shape=image_shape)
         else:
             encoder = RELATION_BACKBONES[case.backbone](fused=fused)

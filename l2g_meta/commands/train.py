@@ -91,7 +91,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     run.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/DATA-METHOD-HEAD-seedSEED)")
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; without "
                      "one: that in --out if there is one, else begin it")  # fmt: skip
-    run.add_argument("--force", action="store_true", help="resume with another config than the run had so far")
+    run.add_argument("--force", action="store_true", help="resume with another config or other data than the run had")
 
 
 def run(args: argparse.Namespace) -> int:

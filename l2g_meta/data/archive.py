@@ -1,7 +1,8 @@
 """A tar file of image folders, unpacked member by member below one new folder.
 
-Nothing of a member is used but its name, checked, and its bytes: no owner, no mode, no time, no link. Only files named
-as images are written; others, archives in the archive too, are passed over unopened.
+``tarfile``'s data filter refuses what leads elsewhere; more is refused here, since images need less. Nothing of a
+member is used but its name and its bytes: no owner, no mode, no time, no link. Only files named as images are written;
+others, archives in the archive too, are passed over unopened.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import gzip
 import shutil
 import tarfile
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,12 +61,7 @@ def unpack(path: Path, out: Path) -> None:
         raise DataError(f"need a folder or an archive {', '.join(SUFFIXES)}, got {path}; unpack it yourself")
     try:
         with gzip.open(path) if path.name.lower().endswith("gz") else open(path, "rb") as file:
-            metered = _Metered(file, max(FREE_SIZE, MAX_RATIO * path.stat().st_size))
-            for name, content in _images(metered):
-                target = out.joinpath(*name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "xb") as image:
-                    shutil.copyfileobj(content, image)
+            _unpack(_Metered(file, max(FREE_SIZE, MAX_RATIO * path.stat().st_size)), out)
     except Exception as error:  # tarfile and zlib raise many kinds for damaged files
         raise DataError(
             f"need a tar file of image folders, got {path} ({str(error)[:200] or type(error).__name__}); nothing of it "
@@ -91,36 +86,6 @@ class _Metered:
         return data
 
 
-def _images(metered: _Metered) -> Iterator[tuple[list[str], IO[bytes]]]:
-    """Checked name and content of each image; content is to be read before the next."""
-    seen: dict[str, str] = {}  # spelling of each path, by its letters alone: file systems may ignore case
-    files: set[str] = set()
-    stream: Any = metered  # has read alone, which is all that is called
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, encoding="utf-8", errors="strict") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            parts = _parts(member)
-            metered.step = member.size + HEADER
-            if member.isdir() or parts[-1].startswith(".") or Path(parts[-1]).suffix.lower() not in images.FORMATS:
-                continue
-            if not 2 <= len(parts) <= MAX_DEPTH:
-                raise ValueError(f"{member.name[:80]!r} is not in <class>/ or <split>/<class>/")
-            for depth in range(1, len(parts) + 1):
-                path = "/".join(parts[:depth])
-                known = seen.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
-                if known != path or (depth == len(parts) and path in files):
-                    raise ValueError(f"{member.name[:80]!r} is there twice, up to upper and lower case")
-            files.add(path)
-            content = tar.extractfile(member)
-            if content is None:
-                raise ValueError(f"{member.name[:80]!r} has no content")
-            yield parts, content
-    metered.step = HEADER
-    while rest := metered.read(2**16):  # to the end, where gzip has its checksum
-        if rest.strip(b"\0"):
-            raise ValueError("data follow its end")
-
-
 class _Header(tarfile.TarInfo):
     """A member whose header must be sound; ``tarfile`` takes a damaged one for the end of the archive."""
 
@@ -134,16 +99,39 @@ class _Header(tarfile.TarInfo):
             raise ValueError(f"damaged or cut off: {error}") from error
 
 
-def _parts(member: tarfile.TarInfo) -> list[str]:
+def _unpack(metered: Any, out: Path) -> None:
+    spelling: dict[str, str] = {}  # of each path, by its letters alone: file systems may ignore case
+    with tarfile.open(fileobj=metered, mode="r|", tarinfo=_Header, encoding="utf-8", errors="strict") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            parts = _parts(member, out)
+            metered.step = member.size + HEADER
+            if member.isdir() or parts[-1].startswith(".") or Path(parts[-1]).suffix.lower() not in images.FORMATS:
+                continue
+            if not 2 <= len(parts) <= MAX_DEPTH:
+                raise ValueError(f"{member.name[:80]!r} is not in <class>/ or <split>/<class>/")
+            for path in ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+                if spelling.setdefault(unicodedata.normalize("NFC", path).casefold(), path) != path:
+                    raise ValueError(f"{member.name[:80]!r} is there twice, up to upper and lower case")
+            target, content = out.joinpath(*parts), tar.extractfile(member)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as image:  # a second one of this name is refused
+                shutil.copyfileobj(content, image)  # type: ignore[arg-type]  # it is a file, as was checked
+    metered.step = HEADER
+    while rest := metered.read(2**16):  # to the end, where gzip has its checksum
+        if rest.strip(b"\0"):
+            raise ValueError("data follow its end")
+
+
+def _parts(member: tarfile.TarInfo, out: Path) -> list[str]:
     """The parts of a member's name, if it is a name below the archive's root, of a file or folder."""
-    name = member.name
+    name, safe = member.name, tarfile.data_filter(member, str(out))
     if not (member.isdir() or member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)) or member.issparse():
         raise ValueError(f"{name[:80]!r} is a link, a device or another special file")
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or any(c in "\\:" or ord(c) < 32 or ord(c) == 127 for c in name):
+    odd = any(c in "\\:" or ord(c) < 32 or ord(c) == 127 for c in name)
+    if safe.name != name or ".." in parts or odd or not (parts or member.isdir()):
         raise ValueError(f"{name[:80]!r} is a path that may lead elsewhere")
-    if not parts and not member.isdir() or any(len(part.encode("utf-8", "replace")) > 255 for part in parts):
-        raise ValueError(f"{name[:80]!r} is no name of a file")
     if not 0 <= member.size <= images.MAX_BYTES:
         raise ValueError(f"{name[:80]!r} has {member.size} bytes, more than {images.MAX_BYTES}")
     return parts

@@ -1,4 +1,8 @@
-"""Converted data sets on disk: built once, renamed into place, read through a memory map."""
+"""Converted data sets on disk: built once, synced, renamed into place, checked, read through a memory map.
+
+A finished folder holds ``checksums.json``: of each file its SHA-256, and the size, times and inode that it had when the
+digest was taken. While these are the same, the file is not read again; else its digest decides.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,21 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pages import RESIDENT, Pages
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.lock import claim, turn
+
+CHECKSUMS = "checksums.json"
 
 
 def cache_root() -> Path:
@@ -30,6 +37,8 @@ def cache_root() -> Path:
 
 def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     """Folder ``name-<digest>`` under ``cache_root()``, built by ``build(folder)`` the first time.
+
+    A folder of which a file is torn or changed is built again, and standard error is told so.
 
     Args:
         name: readable prefix of the folder.
@@ -45,17 +54,18 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_root()
     folder = root / f"{name}-{digest}"
-    if folder.is_dir():
+    if folder.is_dir() and not changed(folder):
         return folder
-    partial = root / f".{folder.name}.partial"
+    partial, lock = root / f".{folder.name}.{secrets.token_hex(8)}.partial", root / f".{folder.name}.lock"
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(turn(partial.with_suffix(".lock"), f"converts {name}"))
-            if folder.is_dir():  # somebody else was faster
-                return folder
-            _remove_left(root)
-            shutil.rmtree(partial, ignore_errors=True)
+            stack.enter_context(turn(lock, f"converts {name}"))
+            if folder.is_dir():
+                if not (what := changed(folder)):  # somebody else was faster
+                    return folder
+                print(f"l2g: {folder} is made again: {what}", file=sys.stderr)
+            _remove_left(root, lock)
             partial.mkdir()
         except (CheckpointError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -64,7 +74,10 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             ) from error
         try:
             build(partial)
+            seal(partial)
+            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+            sync(root)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -74,12 +87,98 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     return folder
 
 
-def _remove_left(root: Path) -> None:
-    """What killed processes left of other conversions; they may be of many gigabytes and of data that is gone."""
-    for partial in root.glob(".*.partial"):
-        with claim(partial.with_suffix(".lock"), remove=True) as ours:
+def _remove_left(root: Path, held: Path) -> None:
+    """What killed processes left of conversions; they may be of many gigabytes and of data that is gone."""
+    for partial in root.glob(".*.*.partial"):
+        lock = root / f"{partial.name.rsplit('.', 2)[0]}.lock"
+        with nullcontext(True) if lock == held else claim(lock, remove=True) as ours:
             if ours:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Syncs the files of a folder and writes their checksums beside them."""
+    for base, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(base, name))
+        sync(Path(base))
+    _write_checksums(folder, {name: [file_digest(folder / name), *stamp] for name, stamp in _stamps(folder).items()})
+
+
+def changed(folder: Path) -> str:
+    """What of a sealed folder is not as it was, in words, or ""; files are read only if they were touched since."""
+    try:
+        with open(folder / CHECKSUMS, "rb") as file:
+            sealed = json.load(file)
+        digests = {name: digest for name, (digest, *_) in sealed.items()}
+        stamps = _stamps(folder)
+        if stamps.keys() != sealed.keys():
+            return f"it has other files ({sorted(stamps.keys() ^ sealed.keys())[0]}) than it was made with"
+        touched = [name for name, stamp in stamps.items() if stamp != sealed[name][1:]]
+        for name in touched:
+            if file_digest(folder / name) != digests[name]:
+                return f"{name} does not fit its checksum"
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        return f"its checksums cannot be read ({type(error).__name__})"
+    if touched:
+        with suppress(OSError, CheckpointError):  # a cache that may only be read
+            _write_checksums(folder, {name: [digests[name], *stamp] for name, stamp in stamps.items()})
+    return ""
+
+
+def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
+    """What changes with each file below a folder: size, times of content and of attributes, inode."""
+    found: dict[str, list[int]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found |= _stamps(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name != CHECKSUMS:
+                s = entry.stat()
+                found[prefix + entry.name] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+    return found
+
+
+def _write_checksums(folder: Path, checksums: Mapping[str, Any]) -> None:
+    with new_file(folder / CHECKSUMS) as file:
+        file.write(json.dumps(checksums).encode())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is in its place when the block ends, and never in part.
+
+    It is made exclusively under a random name, so that no link is followed, synced, and renamed; so is the folder.
+    """
+    partial = path.with_name(f".l2g-{secrets.token_hex(8)}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def file_fingerprint(path: Path) -> list[Any]:
@@ -129,10 +228,7 @@ def open_dataset(
             raise ValueError("its images are not uint8 (n, H, W, C)")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its class names are no list of texts")
-        pages = Pages(images) if images.nbytes > RESIDENT else None
-        return ClassDataset(
-            images, np.array(labels), tuple(names), name=name, split=split, mean=mean, std=std, pages=pages
-        )
+        return ClassDataset(images, np.array(labels), tuple(names), name=name, split=split, mean=mean, std=std)
     except Exception as error:  # a damaged header or JSON text can fail in many ways
         raise DataError(
             f"need converted data in {folder}, got {type(error).__name__}: {str(error)[:200]}; delete that folder, it "

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from l2g_meta.data.pages import Pages
 from l2g_meta.errors import DataError
 
 
@@ -28,7 +27,6 @@ class ClassDataset:
         split: ``"train"``, ``"validation"``, ``"test"`` or ``""``.
         mean: per channel, on the [0, 1] scale; subtracted from uint8 images.
         std: per channel, on the [0, 1] scale; uint8 images are divided by it.
-        pages: of images that are mapped from a large file: bounds how many are resident.
 
     Raises:
         DataError: if lengths disagree, a class has no image, or the labels are not 0 … n_classes − 1.
@@ -46,7 +44,6 @@ class ClassDataset:
     split: str = ""
     mean: Sequence[float] = (0.5,)
     std: Sequence[float] = (0.5,)
-    pages: Pages | None = field(default=None, repr=False)
     index: tuple[np.ndarray, ...] = field(init=False, repr=False)  # rows of each class, ascending
     normalisation: tuple[Tensor, ...] = field(init=False, repr=False)  # mean and std beside the images, (C, 1, 1)
 
@@ -89,18 +86,12 @@ class ClassDataset:
         return len(self.images)
 
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor, *, vary: Vary | None = None) -> Tensor:
-        """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W).
+        """Inputs of the given rows, normalised, on the device of the images: float (len(rows), C, H, W), contiguous.
 
         Images are read through ``vary``, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
-        rows = torch.as_tensor(rows, device=images.device)
-        if self.pages is not None:
-            self.pages.expect(rows)
-        x = prepared(images, rows, self.normalisation, vary)
-        if self.pages is not None:
-            self.pages.read(images, len(rows))
-        return x
+        return prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, vary)
 
     def some(self, n: int, *, seed: int = 0) -> ClassDataset:
         """The data of n of the classes, drawn by a seed; those of fewer classes are among those of more.
@@ -121,15 +112,13 @@ class ClassDataset:
         rows = np.concatenate([self.index[c] for c in classes])
         labels = np.repeat(np.arange(len(classes)), [len(self.index[c]) for c in classes])
         names = tuple(self.class_names[c] for c in classes)
-        return replace(self, images=self.images[rows], labels=labels, class_names=names, pages=None)
+        return replace(self, images=self.images[rows], labels=labels, class_names=names)
 
     def to(self, device: torch.device | str | None) -> ClassDataset:
         """The same data with the images resident on ``device``."""
         images: Tensor = self.images  # type: ignore[assignment]
         if device is None or torch.device(device) == images.device:
             return self
-        if self.pages is not None:
-            return replace(self, images=self.pages.copied(images, torch.device(device)), pages=None)
         return replace(self, images=images.to(device))
 
 
@@ -142,7 +131,7 @@ def prepared(
     normalisation: Sequence[Tensor],  # mean and std, (C, 1, 1) each
     vary: Vary | None = None,
 ) -> Tensor:  # (n, C, H, W), or (n, ...)
-    """Inputs from images on one device: uint8 is scaled to [0, 1], varied if asked for, and normalised.
+    """Inputs from images on one device, contiguous: uint8 is scaled to [0, 1], varied if asked for, and normalised.
 
     Example:
         >>> mean = std = torch.tensor([[[0.5]]])
@@ -150,10 +139,23 @@ def prepared(
         tensor([ 1., -1.])
     """
     if images.dtype != torch.uint8:
-        return images[rows]
+        return contiguous(images[rows])
     mean, std = normalisation
-    x = images[rows].float() / 255 if vary is None else vary(images, rows)
-    return (x.permute(0, 3, 1, 2) - mean) / std
+    x = images[rows] if vary is None else vary(images, rows)
+    x = contiguous(x.permute(0, 3, 1, 2))  # of bytes, where there is nothing to vary: the least to move
+    return ((x.float() / 255 if vary is None else x) - mean) / std
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """The tensor with the strides of a new one.
+
+    One channel alone is contiguous in any order, and PyTorch goes by its strides: ``view`` would fail behind a network.
+
+    Example:
+        >>> contiguous(torch.zeros(2, 5, 5, 1).permute(0, 3, 1, 2)).stride()
+        (25, 25, 5, 1)
+    """
+    return x.contiguous().view(-1).view(x.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,7 @@ class MapDataset:
     def gather(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Inputs of the given rows, stacked: (len(rows), ...)."""
         try:
-            return torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows])
+            return contiguous(torch.stack([torch.as_tensor(self.dataset[int(row)][0]) for row in rows]))
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(
                 f"need items (x, label) with tensors x of one shape, got: {error}; give the data set a transform "
@@ -237,3 +239,23 @@ def index_by_class(labels: np.ndarray) -> tuple[np.ndarray, ...]:
         )
     order = np.argsort(labels, kind="stable")
     return tuple(np.split(order, np.cumsum(counts)[:-1]))
+
+
+def integers(value: Any) -> np.ndarray | None:
+    """A list or array of integers as an array (n,), ``None`` for anything else.
+
+    NumPy alone would unfold nested lists, of which a short pickle can describe astronomically many. An array comes
+    back as it is, which may be a read-only view of a file.
+
+    Example:
+        >>> integers([3, 1]), integers([[3], [1]]), integers([0.5])
+        (array([3, 1]), None, None)
+    """
+    if isinstance(value, list) and all(isinstance(n, int | np.integer) for n in value):
+        try:
+            value = np.array(value, dtype=np.int64)
+        except OverflowError:
+            return None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.ndim != 1:
+        return None
+    return value

@@ -7,20 +7,22 @@ changed since is noticed. One from elsewhere can be put there by hand.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import urllib.request
+import pickle
+import shutil
+import sys
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+from urllib.parse import urljoin
 
+from l2g_meta.data.cache import file_digest, new_file, sync
 from l2g_meta.errors import DataError
-from l2g_meta.lock import claim
+from l2g_meta.lock import turn
 
 TIMEOUT = 60.0  # seconds without any data
-CHUNK = 2**20
 
 
 def fetch(
@@ -29,9 +31,8 @@ def fetch(
     *,
     max_bytes: int,
     check: Callable[[Path], None],
-    size: int | None = None,
     sha256: str | None = None,
-    opener: urllib.request.OpenerDirector | None = None,
+    certificates: str | None = None,
 ) -> None:
     """Download ``url`` to ``path``, which appears only when it is complete and checked; its digest appears beside it.
 
@@ -40,63 +41,66 @@ def fetch(
         path: where it goes; its folder is made.
         max_bytes: the download is given up beyond it.
         check: raises ``DataError`` for a file of another kind than it should be.
-        size: bytes of the file, where they are known.
         sha256: its digest in hexadecimal, where it is known.
-        opener: opens the address; by default one with the system's certificates.
+        certificates: a file of the authorities that are trusted, instead of the usual ones.
 
     Raises:
         DataError: if the download fails, is too large, incomplete, or not what it should be.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.partial")  # a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(path)
-        open(part, "xb").close()
-        with claim(part):
-            digest = _receive(opener or https_opener(), url, part, max_bytes if size is None else size, exact=size)
-            if sha256 is not None and digest != sha256.lower():
-                raise DataError(f"its SHA-256 is {digest}, not {sha256}")
-            check(part)
-            digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
-            os.replace(part, path)
-        digest_path(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    except (HTTPException, OSError, ValueError) as error:  # OSError: of files, sockets, TLS and urllib
+        with turn(path.with_name(f".{path.name}.lock"), f"downloads {path.name}"):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+            partial.mkdir()
+            try:
+                part = partial / path.name
+                with new_file(part) as file:
+                    digest = _receive(url, file, max_bytes, certificates)
+                if sha256 is not None and digest != sha256.lower():
+                    raise DataError(f"its SHA-256 is {digest}, not {sha256}")
+                check(part)
+                digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
+                os.replace(part, path)
+                sync(path.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            with new_file(digest_path(path)) as file:
+                file.write(f"{digest}  {path.name}\n".encode())
+    except (OSError, ValueError) as error:  # of files, sockets, TLS and requests, and our own
         reason = " ".join(str(error).split())  # on one line
         raise DataError(
             f"need {path.name}, got no download of {url} ({reason}); get the file by other means, put it at {path}, "
             "pass that root (--root)"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _remove_left(path: Path) -> None:
-    """What killed processes left of downloads to this path: parts that nobody holds."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with claim(part) as ours:
-            if ours:
-                part.unlink(missing_ok=True)
+def _receive(url: str, file: BinaryIO, most: int, certificates: str | None) -> str:
+    """Write what the address gives to a file; its digest."""
+    from pooch import HTTPDownloader
 
+    digest, received, stated = hashlib.sha256(), 0, ""
 
-def https_opener(**options: Any) -> urllib.request.OpenerDirector:
-    """Opens HTTPS addresses and none of another kind, forwarded or not; ``options`` are those of ``HTTPSHandler``."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(**options),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.UnknownHandler(),
-        _RedirectToHTTPS(),
-    ):
-        opener.add_handler(handler)
-    return opener
+    def answered(response: Any, **_: Any) -> None:  # before its body is read, or the address that it names is opened
+        nonlocal stated
+        _require_https(urljoin(response.url, response.headers.get("Location", "")))
+        stated = response.headers.get("Content-Length", "")
 
+    def write(chunk: bytes) -> None:
+        nonlocal received
+        received += len(chunk)
+        if received > most:
+            raise DataError(f"it has {received} bytes or more, at most {most} are expected")
+        file.write(chunk)
+        digest.update(chunk)
 
-class _RedirectToHTTPS(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _require_https(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    _require_https(url)
+    options = {"hooks": {"response": answered}, "headers": {"Accept-Encoding": "identity"}, "timeout": TIMEOUT}
+    download = HTTPDownloader(sys.stderr.isatty(), 2**20, verify=certificates or True, **options)
+    download(url, SimpleNamespace(write=write, flush=file.flush), None)
+    if stated.isdecimal() and received != int(stated):
+        raise DataError(f"it has {received} bytes instead of {stated}")
+    return digest.hexdigest()
 
 
 def _require_https(url: str) -> None:
@@ -104,32 +108,26 @@ def _require_https(url: str) -> None:
         raise DataError(f"need an https:// address, got {url[:200]!r}")
 
 
-def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path, most: int, *, exact: int | None) -> str:
-    """Write what the address gives to an empty file; its digest."""
-    from tqdm import tqdm
-
-    _require_https(url)
-    digest, received = hashlib.sha256(), 0
-    with opener.open(url, timeout=TIMEOUT) as response:
-        stated = response.headers.get("Content-Length")
-        want = exact if exact is not None else int(stated) if str(stated).isdecimal() else None
-        if want is not None and want > most:
-            _too_large(want, most)
-        with open(part, "r+b") as file, tqdm(total=want, unit="B", unit_scale=True, disable=None) as progress:
-            while chunk := response.read(CHUNK):
-                received += len(chunk)
-                if received > most:
-                    _too_large(received, most)
-                file.write(chunk)
-                digest.update(chunk)
-                progress.update(len(chunk))
-    if want is not None and received != want:
-        raise DataError(f"it has {received} bytes instead of {want}")
-    return digest.hexdigest()
+def is_html(path: Path) -> bool:
+    """Whether a file starts like an HTML or XML page, as no pickle does."""
+    with open(path, "rb") as file:
+        return file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 
-def _too_large(size: int, most: int) -> NoReturn:
-    raise DataError(f"it has {size} bytes or more, at most {most} are expected")
+def check_pickle(path: Path) -> None:
+    """Whether a file begins and ends as a pickle does, without reading it.
+
+    Raises:
+        DataError: if not.
+    """
+    with open(path, "rb") as file:
+        first = file.read(1)
+        file.seek(max(0, path.stat().st_size - 1))
+        last = file.read(1)
+    if is_html(path):
+        raise DataError("an HTML page, no pickle")
+    if first not in (b"\x80", b"(", b"c", b"]", b"}", b"l", b"d") or last != pickle.STOP:
+        raise DataError("no pickle, or a part of one")
 
 
 def digest_path(path: Path) -> Path:
@@ -144,14 +142,7 @@ def check_digest(path: Path) -> None:
         DataError: if they differ.
     """
     beside = digest_path(path)
-    if not beside.is_file():
-        return
-    want = beside.read_text(encoding="utf-8", errors="replace")[:64]
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != want.lower():
+    if beside.is_file() and file_digest(path) != beside.read_text(encoding="utf-8", errors="replace")[:64].lower():
         raise DataError(
             f"need {path} as it was downloaded, got other content than its digest in {beside.name}; get it again, or "
             "delete the digest if you changed the file"

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 
 from l2g_meta.data.cache import cached, create_images, open_dataset, reserve, write_classes
 from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.pages import give_back
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -167,7 +166,6 @@ def convert(
         for sources in classes.values():  # one class at a time bounds what is queued
             list(pool.map(write, range(first, first + len(sources)), sources))
             first += len(sources)
-            give_back(images)
             progress.update(len(sources))
     write_classes(out, np.repeat(np.arange(len(counts)), counts), list(classes))
 

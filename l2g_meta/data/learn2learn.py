@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from l2g_meta.data.classes import contiguous
 from l2g_meta.data.relation import Disjoint
 from l2g_meta.errors import DataError
 from l2g_meta.inner.clone import require_learn2learn
@@ -152,7 +153,7 @@ def isolated_random(seed: int) -> Iterator[None]:
 def _load(taskset: Any, description: Any, labels: Sequence[Any], shots: int) -> Task:
     """The described task; labels are numbered by their position in ``labels``, whatever its transforms make of them."""
     try:
-        x = taskset.get_task(description)[0]
+        x = contiguous(taskset.get_task(description)[0])
     except TypeError as error:
         raise DataError(
             f"need items that collate to tensors, got {error}; give the data set "

@@ -11,9 +11,9 @@ from PIL import Image
 
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
-from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.download import check_digest, fetch
-from l2g_meta.data.pickles import check_pickle, integers, is_html, load_pickle
+from l2g_meta.data.classes import ClassDataset, integers
+from l2g_meta.data.download import check_digest, check_pickle, fetch, is_html
+from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS

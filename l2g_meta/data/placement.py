@@ -61,11 +61,7 @@ class HostDataset:
         rows = torch.as_tensor(rows).cpu()
         shape = (len(rows), *images.shape[1:])
         chosen = torch.empty(shape, dtype=images.dtype, pin_memory=self.device.type == "cuda")
-        if self.dataset.pages is not None:
-            self.dataset.pages.expect(rows)
         torch.index_select(images, 0, rows, out=chosen)
-        if self.dataset.pages is not None:
-            self.dataset.pages.read(images, len(rows))
         moved = chosen.to(self.device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
         return prepared(moved, torch.arange(len(rows), device=self.device), self.normalisation, vary)
 

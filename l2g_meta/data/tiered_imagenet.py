@@ -11,10 +11,9 @@ from PIL import Image
 
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
-from l2g_meta.data.classes import ClassDataset
-from l2g_meta.data.download import check_digest, fetch
-from l2g_meta.data.pages import give_back
-from l2g_meta.data.pickles import check_pickle, integers, is_html, load_pickle
+from l2g_meta.data.classes import ClassDataset, integers
+from l2g_meta.data.download import check_digest, check_pickle, fetch, is_html
+from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
 
 SPLITS = images.SPLITS
@@ -24,7 +23,6 @@ LAYOUTS = (
     "the same files directly",
     "tiered-imagenet/<split>/<class>/*.{jpg,png}",
 )
-GIVE_BACK = 2000  # images after which the file's pages are given back; some 100 kB each
 URL = "https://zenodo.org/record/7978538/files/tiered-imagenet-"  # where learn2learn's TieredImagenet downloads from
 MAX_BYTES = 16 * 2**30  # of encoded images
 MAX_LABEL_BYTES = 2**28  # of the label file, which has some 16 bytes for each of at most 448,695 images
@@ -108,8 +106,6 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
         if png.nbytes > images.MAX_BYTES:  # checked here, since the copy that is decoded takes memory
             limit = f"at most {images.MAX_BYTES} bytes"
             raise DataError(f"need a PNG file of {limit}, got {png.nbytes}, image {row} of {images_path}; get it again")
-        if row % GIVE_BACK == 0:
-            give_back(png)
         return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
 
     images.convert(classes, read, images.stretch, size, out)

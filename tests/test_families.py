@@ -1,0 +1,89 @@
+"""A small model of each family of timm and torchvision: its meta-gradient against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
+
+TIMM = """
+beit_base_patch16_224 cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convit_tiny convmixer_768_32 convnext_atto_rms
+cpubone_nano crossvit_tiny_240 cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deit_tiny_patch16_224 densenet121
+dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0
+efficientvit_m0 ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 flexivit_small
+focalnet_tiny_srf gcvit_xxtiny ghostnet_050 gmlp_ti16_224 halonet_h1 hardcorenas_b hgnetv2_b0 hiera_tiny_224
+hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small
+legacy_seresnet18 legacy_xception levit_384_s8 lowformer_b0 mambaout_femto mixnet_s mobilenetv3_small_050
+mobilenetv5_base mobileone_s1 mobilevit_xxs mvitv2_tiny nasnetalarge nest_tiny nextvit_small nf_regnet_b0 pit_ti_224
+pnasnet5large poolformerv2_s12 pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_004_tv repghostnet_050 repvit_m1
+res2net50_14w_8s resnest14d resnet18 resnetv2_18 rexnet_100 sam2_hiera_tiny samvit_base_patch16_224 selecsls42
+sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+swinv2_tiny_window8_256 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small visformer_tiny
+vit_srelpos_small_patch16_224 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
+""".split()
+TORCHVISION = """
+alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
+mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t vgg11_bn vit_b_32
+""".split()
+SIZE = 64  # pixels, where a family takes them
+
+
+def of_timm(name):
+    timm = pytest.importorskip("timm")
+    for options in ({"img_size": SIZE}, {}):
+        try:
+            net = timm.create_model(name, num_classes=0, **options)
+        except (TypeError, AssertionError, ValueError, RuntimeError):
+            continue
+        fixed, own = net.pretrained_cfg.get("fixed_input_size"), net.pretrained_cfg["input_size"][-1]
+        for size in (SIZE, own) if options or not fixed else (own,):
+            try:
+                if net.eval()(torch.randn(2, 3, size, size)).ndim == 2:
+                    return net, size
+            except (RuntimeError, AssertionError, ValueError, IndexError):
+                continue
+    pytest.fail(f"{name} takes no images that we know of")
+
+
+def of_torchvision(name):
+    from torchvision import models
+
+    size = {"inception_v3": 96, "swin_t": SIZE, "vit_b_32": 224, "maxvit_t": 224}.get(name, SIZE)
+    own = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=8, **own), size
+
+
+def drawn(size):
+    x, y = torch.randn(2, 4, 3, size, size, dtype=torch.float64), torch.arange(4) % 2
+    return [Task(x[k, :2], y[:2], x[k, 2:], y[2:], 2) for k in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, name", [*((of_timm, n) for n in TIMM), *((of_torchvision, n) for n in TORCHVISION)])
+def test_the_meta_gradient_of_a_family(make, name):
+    torch.manual_seed(0)
+    net, size = make(name)
+    model = MetricModel(net, PrototypicalHead()).double().train()
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    l2g, pair = L2GWrapper(model, 0.01), drawn(size)
+
+    def loss():
+        torch.manual_seed(1)  # of what the network draws
+        return l2g(*pair)
+
+    loss().backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    assert norm.isfinite() and norm > 0
+    h, values = 1e-5 / norm, []
+    for sign in (1, -1):  # along the gradient
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=(sign * h / norm).item())
+        values.append(loss().item())
+        with torch.no_grad():
+            for p in parameters:
+                p.sub_(p.grad, alpha=(sign * h / norm).item())
+    assert (values[0] - values[1]) / (2 * h.item()) == pytest.approx(norm.item(), rel=1e-3)
