@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
 import signal
@@ -18,21 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 540  # for everything
-LEAST_TORCH = (2, 6)
 
 PACKAGES = {  # by module: the package, with what it needs, and who needs it
     "torchvision": ("torchvision", "a stock ResNet-18"),
     "numpy": ("numpy", "all steps"),
     "PIL": ("Pillow", "all steps"),
     "pytest": ("pytest iniconfig packaging pluggy pygments", "tests"),
-    "safetensors": ("safetensors", "bench and training"),
-    "filelock": ("filelock", "training"),
+    "safetensors": ("safetensors", "training"),
     "matplotlib": (
         "matplotlib contourpy cycler fonttools kiwisolver packaging pyparsing python-dateutil six",
         "training, whose letters are of its fonts",
@@ -42,21 +42,14 @@ PACKAGES = {  # by module: the package, with what it needs, and who needs it
 
 STOCK, WHOLE = "l2g, own network, stock operators, data included", "l2g, data included"
 PLAIN = "episodic", "episodic, own network", "episodic, own network, channels-last"
-MUSTS = *PLAIN, "l2g", STOCK, WHOLE
-MORE = (
-    *PLAIN,
-    "l2g, first order",
-    "l2g, own network",
-    "l2g, own network, channels-last",
-    "l2g, own network, stock operators",
-)
+OWN = "l2g, own network", "l2g, own network, channels-last", "l2g, own network, stock operators"
 LOW = "episodic, TF32", "l2g, TF32", "episodic, bf16", "l2g, bf16"
 CAPTURED = "l2g, captured, data included"
-GRAPH = WHOLE, CAPTURED, f"{CAPTURED}, TF32", f"{CAPTURED}, bf16"
 CASES = ("conv4", 5), ("conv4", 1), ("resnet12", 5), ("resnet12", 1)
 
 PROBE = """
 import json, torch
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6), f"PyTorch {torch.__version__} is too old"
 cuda = torch.cuda.is_available()
 names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if cuda else []
 if cuda:
@@ -80,13 +73,19 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
     device = "cpu" if tiny else "cuda"
     here = {"L2G_TEST_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what the same bits are claimed for
     compiled = here | ({"TRITON_INTERPRET": "1"} if tiny else {})
-    more = [*MORE, *(() if tiny else LOW), *(["learn2learn"] if find_spec("learn2learn") else [])]
+    more = [
+        *PLAIN,
+        "l2g, first order",
+        *OWN,
+        *(() if tiny else LOW),
+        *(["learn2learn"] if find_spec("learn2learn") else []),
+    ]
     found = [
         _tests("operators", 60, "test_cuda.py::TestOperators", here),
         _tests("meta-gradients", 90, "test_cuda.py::TestMetaGradient", here),
         _tests("precision", 45, "test_cuda.py::TestPrecision", here),
         _tests("runs", 60, "test_cuda.py::TestRuns", here),
-        *(_bench("eager", backbone, pairs, MUSTS, out, tiny=tiny) for backbone, pairs in CASES),
+        *(_bench("eager", backbone, pairs, (*PLAIN, "l2g", STOCK, WHOLE), out, tiny=tiny) for backbone, pairs in CASES),
         *_training(out, device, tiny=tiny),
         *(_bench("more", backbone, pairs, more, out, tiny=tiny) for backbone, pairs in CASES),
         _tests("processes", 60, "test_cuda.py::TestProcesses", here),
@@ -94,18 +93,18 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
     for path in sorted((ROOT / "tests").glob("test_*.py")):  # each by itself: one may need what is not here
         if "mark.cuda" in path.read_text(encoding="utf-8") and path.name not in ("test_cuda.py", "test_gpu.py"):
             found.append(_tests(path.stem.removeprefix("test_"), 60, path.name, here))
-    if (ROOT / "l2g_meta/captured.py").exists() and not tiny:
-        found += [_bench("graph", backbone, 5, GRAPH, out, tiny=tiny) for backbone in ("conv4", "resnet12")]
-    if (ROOT / "l2g_meta/operators/kernels/triton.py").exists():
-        rows, asked = ("episodic", "l2g", WHOLE), {"L2G_KERNELS": "triton"}
-        found.append(_tests("triton", 60, "test_cuda.py::TestTriton", compiled, "triton"))
+    graphs = (ROOT / "l2g_meta/captured.py").exists() and not tiny
+    if graphs:
+        found += [_bench("graph", backbone, 5, (WHOLE, CAPTURED), out, tiny=tiny) for backbone in ("conv4", "resnet12")]
         found += [
-            _bench("triton", backbone, 5, rows, out, tiny=tiny, needs=["triton"], environment=asked)
-            for backbone in ("conv4", "resnet12")
+            _bench(f"graph-{low}", "conv4", 5, [f"{CAPTURED}, {low}"], out, tiny=tiny) for low in ("TF32", "bf16")
         ]
-        if (ROOT / "l2g_meta/captured.py").exists() and not tiny:
-            graph = [CAPTURED]
-            found.append(_bench("triton-graph", "conv4", 5, graph, out, tiny=tiny, needs=["triton"], environment=asked))
+    if (ROOT / "l2g_meta/operators/kernels/triton.py").exists():
+        rows = {"triton": ("episodic", "l2g", WHOLE), **({"triton-graph": [CAPTURED]} if graphs else {})}
+        found.append(_tests("triton", 60, "test_cuda.py::TestTriton", compiled, "triton"))
+        for kind, backbone in itertools.product(rows, ("conv4", "resnet12")):
+            bench = _bench(kind, backbone, 5, rows[kind], out, tiny=tiny)
+            found.append(bench._replace(needs=["triton"], environment={"L2G_KERNELS": "triton"}))
     return found
 
 
@@ -114,10 +113,7 @@ def _tests(name: str, seconds: float, what: str, environment: dict[str, str], *n
     return Step(f"tests-{name}", seconds, command, ["pytest", *needs], environment)
 
 
-def _bench(
-    kind: str, backbone: str, pairs: int, rows: Sequence[str], out: Path, *, tiny: bool, needs: Sequence[str] = (),
-    environment: dict[str, str] | None = None,
-) -> Step:  # fmt: skip
+def _bench(kind: str, backbone: str, pairs: int, rows: Sequence[str], out: Path, *, tiny: bool) -> Step:
     name = f"bench-{kind}-{backbone}-{pairs}"
     large = backbone == "resnet12" and pairs > 1  # a second for each step
     how = ["--device", "cuda", "--image-size", "84", "--repeats", "3" if large else "10"]
@@ -125,11 +121,11 @@ def _bench(
         how = "--device cpu --image-size 20 --ways 2 --queries 1 --repeats 1".split()
     command = ["-m", "l2g_meta", "bench", "--backbone", backbone, "--pairs", str(pairs), *how, "--variants", *rows]
     command += ["--json", str(out / f"{name}.json"), *(["--no-memory"] if large or tiny else [])]
-    return Step(name, 90 if large else 60, command, ["safetensors", *needs], environment or {})
+    return Step(name, 90 if large else 60, command)
 
 
 def _training(out: Path, device: str, *, tiny: bool) -> list[Step]:
-    run, needs = out / "run", ["safetensors", "filelock", "matplotlib"]
+    run, needs = out / "run", ["safetensors", "matplotlib"]
     size = "--iterations 200 --eval-every 100 --eval-episodes 100".split()
     if tiny:
         size = "--iterations 2 --pairs 1 --queries 1 --eval-every 2 --eval-episodes 2".split()
@@ -161,7 +157,9 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
     note = _last_line(path)
     status = "passed" if code == 0 else "failed"
     if code is None:
@@ -171,15 +169,6 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, Any]:
     return {"name": step.name, "status": status, "seconds": round(time.monotonic() - began, 1), "note": note}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process and those that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip(" =")[:200] for line in reversed(lines) if line.strip()), "")
@@ -187,22 +176,22 @@ def _last_line(path: Path) -> str:
 
 def musts(out: Path) -> list[dict[str, Any]]:
     """What has to hold on a GPU: each with its value, ``None`` where it was not measured."""
-    found: list[dict[str, Any]] = []
+    found: list[tuple[str, float | None, float]] = []
     for backbone, pairs in CASES:
-        result = _read(out / f"bench-eager-{backbone}-{pairs}.json")
-        rows = {row["name"]: row for row in result["rows"]} if result else {}
-        exact = rows["l2g"]["ratio_to_fastest"] if rows else None
-        whole, stock = (rows[name]["seconds"] if rows else None for name in (WHOLE, STOCK))
-        case = f"{backbone}, pairs: {pairs}"
-        found.append(_must(f"{case}: exact step / two fastest plain episodes", exact, 2.2))
+        path, case = out / f"bench-eager-{backbone}-{pairs}.json", f"{backbone}, pairs: {pairs}"
+        rows = _rows(path)
+        whole, stock = (rows.get(name, {}).get("seconds") for name in (WHOLE, STOCK))
+        ratio = rows.get("l2g", {}).get("ratio_to_fastest")
+        found.append((f"{case}: exact step / two fastest plain episodes", ratio, 2.2))
         if pairs == 5:
-            found.append(_must(f"{case}: whole update / the same on stock layers", whole and whole / stock, 0.5))
-        found.append(_must(f"{case}: data / whole update", whole and result["data"]["seconds"] / whole, 0.05))
-    return found
-
-
-def _must(what: str, value: float | None, most: float) -> dict[str, Any]:
-    return {"what": what, "value": value, "most": most, "holds": value is not None and value <= most}
+            found.append(
+                (f"{case}: whole update / the same on stock layers", whole / stock if whole and stock else None, 0.5)
+            )
+        found.append((f"{case}: data / whole update", whole and _read(path)["data"]["seconds"] / whole, 0.05))
+    return [
+        {"what": what, "value": value, "most": most, "holds": value is not None and value <= most}
+        for what, value, most in found
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -218,17 +207,15 @@ def summary(found: dict[str, Any], out: Path) -> str:
     lines = [f"# {', '.join(machine['gpus']) or 'CPU'}, PyTorch {machine['torch']}", ""]
     lines += [] if judged else ["A dry run on a CPU: it judges nothing of a GPU.", ""]
     lines += [*(f"- {line}" for line in found["missing"]), "", "| step | status | s | last line |", "|---|---|---|---|"]
-    lines += [f"| {s['name']} | {s['status']} | {s['seconds']:.0f} | {_cell(s['note'])} |" for s in found["steps"]]
+    lines += [
+        f"| {s['name']} | {s['status']} | {s['seconds']:.0f} | {s['note'].replace('|', '/')} |" for s in found["steps"]
+    ]
     lines += ["", "| must | at most | measured | |", "|---|---|---|---|"]
     for must in found["musts"]:
         value = "not measured" if must["value"] is None else f"{must['value']:.3f}"
         verdict = ("pass" if must["holds"] else "FAIL") if judged else "not judged"
         lines.append(f"| {must['what']} | {must['most']} | {value} | {verdict} |")
-    lines += [
-        "",
-        "| bench | row | ms | to two fastest episodes | whole update, times faster |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["", "| bench | row | ms | to two fastest episodes | times faster |", "|---|---|---|---|---|"]
     for name, rows in (benches := {path.stem: _rows(path) for path in sorted(out.glob("bench-*.json"))}).items():
         *_, backbone, pairs = name.split("-")
         eager = benches.get(f"bench-eager-{backbone}-{pairs}", {}).get(WHOLE)  # what graphs and Triton stand against
@@ -245,23 +232,17 @@ def _rows(path: Path) -> dict[str, Any]:
     return {row["name"]: row for row in _read(path).get("rows", [])}
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/")
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 def probe() -> dict[str, Any]:
     """PyTorch, and the GPUs that it can use; ``error`` says why there is none."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         return {"torch": "", "gpus": [], "error": done.stderr.strip().rpartition("\n")[2]}
     found = json.loads(done.stdout)
-    if tuple(map(int, found["torch"].split(".")[:2])) < LEAST_TORCH:
-        found["error"] = f"PyTorch {found['torch']} is too old"
-    elif not found["gpus"]:
+    if not found["gpus"]:
         found["error"] = f"PyTorch {found['torch']} " + ("sees no device" if found["cuda"] else "is built without CUDA")
     return found
 
@@ -287,13 +268,12 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="each step in a tiny form on a CPU")
     parser.add_argument("--only", nargs="+", metavar="STEP", default=["*"], help="steps by name or pattern: 'tests-*'")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
     out, began, machine = args.out.resolve(), time.monotonic(), probe()
     lacking = missing()
     print("\n".join(lacking), flush=True)
     if machine.get("error") and not (args.cpu and machine["torch"]):
-        print(
-            f"make gpu needs PyTorch 2.6 or newer and an NVIDIA GPU: {machine['error']}; CPU=1 tries each step on a CPU"
-        )
+        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.6 or newer: {machine['error']}; CPU=1 tries it on a CPU")
         return 2
     if out.exists() and any(out.iterdir()):
         print(f"make gpu needs an empty folder, got {out}; choose another OUT")

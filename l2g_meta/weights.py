@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -94,9 +93,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: if there is none.
     """
+    from safetensors.torch import load
+
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
+            return load(path.read_bytes())
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in any
         reason = str(error).partition("\n")[0] or type(error).__name__

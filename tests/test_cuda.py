@@ -37,7 +37,6 @@ pytestmark = [
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 IMAGES = np.random.default_rng(0).integers(0, 256, (72, 16, 16, 1), dtype=np.uint8)
 DATA = ClassDataset(IMAGES, np.arange(72) // 6)
-NEED_A_RUN = "safetensors", "filelock", "matplotlib"  # of its checkpoints, lock and picture
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +209,8 @@ class TestRuns:
 
     @pytest.mark.parametrize("options", [{}, {"precision": "bf16", "learn_inner_lr": "tensor"}], ids=str)
     def test_resuming_gives_the_same_bits(self, options, tmp_path, deterministic):
-        for package in NEED_A_RUN:
-            pytest.importorskip(package)
+        pytest.importorskip("safetensors")
+        pytest.importorskip("matplotlib")
         from l2g_meta.config import Config
         from l2g_meta.training import train
 
@@ -229,7 +228,6 @@ class TestRuns:
 
 class TestProcesses:
     def test_two_give_the_gradient_of_one(self, tmp_path):
-        pytest.importorskip("safetensors")
         if DEVICE == "cuda" and torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
         with socket.socket() as s:
