@@ -7,7 +7,7 @@ BIN := .venv/bin
 # It is named again beside the rest, which would otherwise bring a NumPy that it does not take.
 LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
-.PHONY: demo test slow lint docs audit clean
+.PHONY: demo test slow lint docs audit gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -28,6 +28,10 @@ docs: .venv/installed
 
 audit: .venv/installed
 	$(BIN)/python .ci/audit.py
+
+# Needs no installation: where .venv was not made, the machine's own Python, with PyTorch, runs it.
+gpu:
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) .ci/gpu.py --out $(or $(OUT),gpu-results) $(if $(CPU),--cpu) $(if $(ONLY),--only $(ONLY))
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +26,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, A
     Raises:
         CheckpointError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
+    from safetensors.torch import save  # at first use: a bench writes no checkpoint
+
     # Copies, since tied weights share memory, which the format refuses.
     data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(info))
     header = {"format": str(FORMAT), "info": text, "sha256": _digest(data, text)}
-    write_bytes(path, _in_order(safetensors.torch.save(data, metadata=header)))
+    write_bytes(path, _in_order(save(data, metadata=header)))
 
 
 def _in_order(content: bytes) -> bytes:
@@ -51,6 +51,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing, damaged, of another kind or of a later version.
     """
+    from safetensors.torch import load
+
     with _named_errors(path):
         content = read_bytes(path)
         if len(content) < 8 or len(content) < 8 + int.from_bytes(content[:8], "little"):
@@ -59,7 +61,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         version, text = int(header["format"]), header["info"]
         if version > FORMAT:
             raise ValueError(f"a file of format {version} from a later version of l2g-meta, this one reads {FORMAT}")
-        data = safetensors.torch.load(content)
+        data = load(content)
         if _digest(data, text) != header["sha256"]:
             raise ValueError("content that does not fit its checksum")
         info = json.loads(text)

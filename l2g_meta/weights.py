@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -95,9 +94,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: if there is none.
     """
+    from safetensors.torch import load
+
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load(read_bytes(path))
+            return load(read_bytes(path))
         with open_regular(path) as file:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in any

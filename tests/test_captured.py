@@ -157,6 +157,7 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"mix": 0.5}, {"autocast": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("method", OBJECTIVES)

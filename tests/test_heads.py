@@ -102,7 +102,13 @@ def step_by_step(head, support, query):
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
     ],
 )
 def test_second_derivatives_of_full_context_embeddings_are_the_recurrences(device):

@@ -110,6 +110,7 @@ def test_a_cuda_graph_needs_the_data_on_the_device(crowded, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_gathered_inputs_are_the_resident_ones():
     cuda = torch.device("cuda")

@@ -41,9 +41,9 @@ class Update(NamedTuple):
     base: str = ""  # no episodes: a whole update stands against learn2learn's
 
 
-def eager(model: Any, case: Case, stream: TaskPairs) -> Callable[[], None]:
-    """Algorithm 1 as ``l2g train --mix 0`` runs it."""
-    count, step = itertools.count(), wrapped()(model, case.inner_lr, case.inner_steps)
+def eager(model: Any, case: Case, stream: TaskPairs, *, fast: bool = True) -> Callable[[], None]:
+    """Algorithm 1 as ``l2g train --mix 0`` runs it; not ``fast``: on PyTorch's own double backward."""
+    count, step = itertools.count(), wrapped(fast=fast)(model, case.inner_lr, case.inner_steps)
     return _with_adam(model, step, lambda: stream.batch(_positions(case, next(count))))
 
 
@@ -115,6 +115,7 @@ def _with_adam(model: Any, step: Step, draw: Callable[[], Pairs]) -> Callable[[]
 UPDATES: dict[str, Update] = {
     LEARN2LEARN: Update(learn2learn, needs="learn2learn"),
     "l2g, data included": Update(eager, layers="fused"),
+    "l2g, own network, stock operators, data included": Update(partial(eager, fast=False)),
     "l2g, captured, data included": Update(captured, layers="fused", cuda=True),
     "l2g, captured, data included, TF32": Update(partial(captured, precision="tf32"), layers="fused", cuda=True),
     "l2g, captured, data included, bf16": Update(partial(captured, precision="bf16"), layers="fused", cuda=True),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import importlib
 import os
 from types import ModuleType
 
@@ -13,18 +12,15 @@ from l2g_meta.operators.kernels import aten
 
 
 def of(x: Tensor) -> ModuleType:
-    """The module that runs the passes over such maps: Triton's on a CUDA device where it can, else ATen's.
+    """The module that runs the passes over such maps: ATen's, for any device.
 
-    ``L2G_KERNELS=aten`` in the environment turns Triton off.
+    ``L2G_KERNELS=triton`` in the environment asks for Triton's, where they take the maps: float32, channels-last, on
+    CUDA. They have not run on a GPU, and are not the default there.
+
+    Raises:
+        ImportError: if they are asked for, and Triton is not installed.
     """
-    fused = _triton() if x.is_cuda else None
-    return fused if fused is not None and fused.takes(x) else aten
-
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    if os.environ.get("L2G_KERNELS") == "aten" or importlib.util.find_spec("triton") is None:
-        return None
-    from l2g_meta.operators.kernels import triton
-
-    return triton
+    if not x.is_cuda or os.environ.get("L2G_KERNELS") != "triton":
+        return aten
+    fused = importlib.import_module("l2g_meta.operators.kernels.triton")
+    return fused if fused.takes(x) else aten

@@ -1,0 +1,299 @@
+"""`make gpu`: what a GPU computes, and how fast, in at most 9 minutes.
+
+    make gpu OUT=folder          # needs PyTorch and an NVIDIA GPU, and no installation
+    make gpu OUT=folder CPU=1    # each step in a tiny form on a CPU, which judges nothing
+
+Each step is a process with a time limit of its own: one that breaks, hangs or lacks a package costs the others nothing.
+The folder gets a log per step and JSON of benches and training; results.json and summary.md are written after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 540  # for everything
+
+PACKAGES = {  # by module: the package, with what it needs, and who needs it
+    "torchvision": ("torchvision", "a stock ResNet-18"),
+    "numpy": ("numpy", "all steps"),
+    "PIL": ("Pillow", "all steps"),
+    "pytest": ("pytest iniconfig packaging pluggy pygments", "tests"),
+    "safetensors": ("safetensors", "training"),
+    "matplotlib": (
+        "matplotlib contourpy cycler fonttools kiwisolver packaging pyparsing python-dateutil six",
+        "training, whose letters are of its fonts",
+    ),
+    "triton": ("triton", "steps named triton"),
+}
+
+STOCK, WHOLE = "l2g, own network, stock operators, data included", "l2g, data included"
+PLAIN = "episodic", "episodic, own network", "episodic, own network, channels-last"
+OWN = "l2g, own network", "l2g, own network, channels-last", "l2g, own network, stock operators"
+LOW = "episodic, TF32", "l2g, TF32", "episodic, bf16", "l2g, bf16"
+CAPTURED = "l2g, captured, data included"
+CASES = ("conv4", 5), ("conv4", 1), ("resnet12", 5), ("resnet12", 1)
+
+PROBE = """
+import json, torch
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6), f"PyTorch {torch.__version__} is too old"
+cuda = torch.cuda.is_available()
+names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if cuda else []
+if cuda:
+    assert torch.ones(2, device="cuda").sum().item() == 2
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": names}))
+"""
+
+
+class Step(NamedTuple):
+    """One process: ``python *arguments``."""
+
+    name: str
+    seconds: float  # its limit
+    arguments: Sequence[str]
+    needs: Sequence[str] = ()  # modules
+    environment: dict[str, str] = {}
+
+
+def steps(out: Path, *, tiny: bool) -> list[Step]:
+    """All steps, the most telling first; ``tiny``: on a CPU."""
+    device = "cpu" if tiny else "cuda"
+    here = {"L2G_TEST_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what the same bits are claimed for
+    compiled = here | ({"TRITON_INTERPRET": "1"} if tiny else {})
+    more = [
+        *PLAIN,
+        "l2g, first order",
+        *OWN,
+        *(() if tiny else LOW),
+        *(["learn2learn"] if find_spec("learn2learn") else []),
+    ]
+    found = [
+        _tests("operators", 60, "test_cuda.py::TestOperators", here),
+        _tests("meta-gradients", 90, "test_cuda.py::TestMetaGradient", here),
+        _tests("precision", 45, "test_cuda.py::TestPrecision", here),
+        _tests("runs", 60, "test_cuda.py::TestRuns", here),
+        *(_bench("eager", backbone, pairs, (*PLAIN, "l2g", STOCK, WHOLE), out, tiny=tiny) for backbone, pairs in CASES),
+        *_training(out, device, tiny=tiny),
+        *(_bench("more", backbone, pairs, more, out, tiny=tiny) for backbone, pairs in CASES),
+        _tests("processes", 60, "test_cuda.py::TestProcesses", here),
+    ]
+    for path in sorted((ROOT / "tests").glob("test_*.py")):  # each by itself: one may need what is not here
+        if "mark.cuda" in path.read_text(encoding="utf-8") and path.name not in ("test_cuda.py", "test_gpu.py"):
+            found.append(_tests(path.stem.removeprefix("test_"), 60, path.name, here))
+    graphs = (ROOT / "l2g_meta/captured.py").exists() and not tiny
+    if graphs:
+        found += [_bench("graph", backbone, 5, (WHOLE, CAPTURED), out, tiny=tiny) for backbone in ("conv4", "resnet12")]
+        found += [
+            _bench(f"graph-{low}", "conv4", 5, [f"{CAPTURED}, {low}"], out, tiny=tiny) for low in ("TF32", "bf16")
+        ]
+    if (ROOT / "l2g_meta/operators/kernels/triton.py").exists():
+        rows = {"triton": ("episodic", "l2g", WHOLE), **({"triton-graph": [CAPTURED]} if graphs else {})}
+        found.append(_tests("triton", 60, "test_cuda.py::TestTriton", compiled, "triton"))
+        for kind, backbone in itertools.product(rows, ("conv4", "resnet12")):
+            bench = _bench(kind, backbone, 5, rows[kind], out, tiny=tiny)
+            found.append(bench._replace(needs=["triton"], environment={"L2G_KERNELS": "triton"}))
+    return found
+
+
+def _tests(name: str, seconds: float, what: str, environment: dict[str, str], *needs: str) -> Step:
+    command = ["-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider", f"tests/{what}"]
+    return Step(f"tests-{name}", seconds, command, ["pytest", *needs], environment)
+
+
+def _bench(kind: str, backbone: str, pairs: int, rows: Sequence[str], out: Path, *, tiny: bool) -> Step:
+    name = f"bench-{kind}-{backbone}-{pairs}"
+    large = backbone == "resnet12" and pairs > 1  # a second for each step
+    how = ["--device", "cuda", "--image-size", "84", "--repeats", "3" if large else "10"]
+    if tiny:
+        how = "--device cpu --image-size 20 --ways 2 --queries 1 --repeats 1".split()
+    command = ["-m", "l2g_meta", "bench", "--backbone", backbone, "--pairs", str(pairs), *how, "--variants", *rows]
+    command += ["--json", str(out / f"{name}.json"), *(["--no-memory"] if large or tiny else [])]
+    return Step(name, 90 if large else 60, command)
+
+
+def _training(out: Path, device: str, *, tiny: bool) -> list[Step]:
+    run, needs = out / "run", ["safetensors", "matplotlib"]
+    size = "--iterations 200 --eval-every 100 --eval-episodes 100".split()
+    if tiny:
+        size = "--iterations 2 --pairs 1 --queries 1 --eval-every 2 --eval-episodes 2".split()
+    train = ["train", "--data", "glyphs", "--device", device, *size, "--out", str(run)]
+    test = ["evaluate", str(run), "--episodes", "4" if tiny else "600", "--device", device]
+    return [
+        Step("train", 75, ["-m", "l2g_meta", *train, "--quiet", "--json", str(out / "train.json")], needs),
+        Step("evaluate", 45, ["-m", "l2g_meta", *test, "--json", str(out / "evaluate.json")], needs),
+    ]
+
+
+def run(step: Step, out: Path, seconds: float) -> dict[str, Any]:
+    """Runs a step for at most so many seconds; its status, and the last line of its log."""
+    missing = [PACKAGES[module][0].split()[0] for module in step.needs if find_spec(module) is None]
+    if missing or seconds < 1:
+        note = f"needs {', '.join(missing)}" if missing else "no time is left"
+        return {"name": step.name, "status": "left out", "seconds": 0.0, "note": note}
+    path, began = out / f"{step.name}.log", time.monotonic()
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places), **step.environment}
+    command = [sys.executable, *step.arguments]
+    with path.open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603  # commands of this file
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+    note = _last_line(path)
+    status = "passed" if code == 0 else "failed"
+    if code is None:
+        status, note = "out of time", f"after {seconds:.0f} s: {note}"
+    elif code == 0 and "pytest" in step.needs and " passed" not in note:
+        status = "skipped"
+    return {"name": step.name, "status": status, "seconds": round(time.monotonic() - began, 1), "note": note}
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip(" =")[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def musts(out: Path) -> list[dict[str, Any]]:
+    """What has to hold on a GPU: each with its value, ``None`` where it was not measured."""
+    found: list[tuple[str, float | None, float]] = []
+    for backbone, pairs in CASES:
+        path, case = out / f"bench-eager-{backbone}-{pairs}.json", f"{backbone}, pairs: {pairs}"
+        rows = _rows(path)
+        whole, stock = (rows.get(name, {}).get("seconds") for name in (WHOLE, STOCK))
+        ratio = rows.get("l2g", {}).get("ratio_to_fastest")
+        found.append((f"{case}: exact step / two fastest plain episodes", ratio, 2.2))
+        if pairs == 5:
+            found.append(
+                (f"{case}: whole update / the same on stock layers", whole / stock if whole and stock else None, 0.5)
+            )
+        found.append((f"{case}: data / whole update", whole and _read(path)["data"]["seconds"] / whole, 0.05))
+    return [
+        {"what": what, "value": value, "most": most, "holds": value is not None and value <= most}
+        for what, value, most in found
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def summary(found: dict[str, Any], out: Path) -> str:
+    """All of it as Markdown."""
+    judged, machine = not found["tiny"], found["machine"]
+    lines = [f"# {', '.join(machine['gpus']) or 'CPU'}, PyTorch {machine['torch']}", ""]
+    lines += [] if judged else ["A dry run on a CPU: it judges nothing of a GPU.", ""]
+    lines += [*(f"- {line}" for line in found["missing"]), "", "| step | status | s | last line |", "|---|---|---|---|"]
+    lines += [
+        f"| {s['name']} | {s['status']} | {s['seconds']:.0f} | {s['note'].replace('|', '/')} |" for s in found["steps"]
+    ]
+    lines += ["", "| must | at most | measured | |", "|---|---|---|---|"]
+    for must in found["musts"]:
+        value = "not measured" if must["value"] is None else f"{must['value']:.3f}"
+        verdict = ("pass" if must["holds"] else "FAIL") if judged else "not judged"
+        lines.append(f"| {must['what']} | {must['most']} | {value} | {verdict} |")
+    lines += ["", "| bench | row | ms | to two fastest episodes | times faster |", "|---|---|---|---|---|"]
+    for name, rows in (benches := {path.stem: _rows(path) for path in sorted(out.glob("bench-*.json"))}).items():
+        *_, backbone, pairs = name.split("-")
+        eager = benches.get(f"bench-eager-{backbone}-{pairs}", {}).get(WHOLE)  # what graphs and Triton stand against
+        for title, row in rows.items():
+            ratio, ms = row["ratio_to_fastest"], 1e3 * row["seconds"]
+            faster = eager["seconds"] / row["seconds"] if eager and "data" in title else None
+            lines.append(f"| {name} | {title} | {ms:.2f} | {_number(ratio)} | {_number(faster)} |")
+    if evaluated := _read(out / "evaluate.json"):
+        lines += ["", f"Trained on glyphs, tested on unseen classes: {evaluated['accuracy_mean']:.2f} %"]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    return {row["name"]: row for row in _read(path).get("rows", [])}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def probe() -> dict[str, Any]:
+    """PyTorch, and the GPUs that it can use; ``error`` says why there is none."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        return {"torch": "", "gpus": [], "error": done.stderr.strip().rpartition("\n")[2]}
+    found = json.loads(done.stdout)
+    if not found["gpus"]:
+        found["error"] = f"PyTorch {found['torch']} " + ("sees no device" if found["cuda"] else "is built without CUDA")
+    return found
+
+
+def missing() -> list[str]:
+    """What is missing here, a line each, and how to bring it."""
+    lacking = {module: PACKAGES[module] for module in PACKAGES if find_spec(module) is None}
+    lines = [f"missing: {packages.split()[0]}, for {use}" for packages, use in lacking.values()]
+    if lacking:
+        names = " ".join(dict.fromkeys(" ".join(packages for packages, _ in lacking.values()).split()))
+        version = ".".join(map(str, sys.version_info[:2]))
+        lines.append(
+            f"to bring them: python -m pip install --target packages --no-deps --only-binary=:all: --python-version "
+            f"{version} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
+        )
+    return lines
+
+
+def main() -> int:
+    """Runs all steps; 0: all passed and every must holds, 1: not so, 2: there is no GPU."""
+    parser = argparse.ArgumentParser(description="What a GPU computes, and how fast.")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="an empty folder for the results")
+    parser.add_argument("--cpu", action="store_true", help="each step in a tiny form on a CPU")
+    parser.add_argument("--only", nargs="+", metavar="STEP", default=["*"], help="steps by name or pattern: 'tests-*'")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
+    out, began, machine = args.out.resolve(), time.monotonic(), probe()
+    lacking = missing()
+    print("\n".join(lacking), flush=True)
+    if machine.get("error") and not (args.cpu and machine["torch"]):
+        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.6 or newer: {machine['error']}; CPU=1 tries it on a CPU")
+        return 2
+    if out.exists() and any(out.iterdir()):
+        print(f"make gpu needs an empty folder, got {out}; choose another OUT")
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"tiny": args.cpu, "machine": machine, "missing": lacking, "steps": [], "musts": []}
+    for step in steps(out, tiny=args.cpu):
+        if not any(fnmatch.fnmatch(step.name, pattern) for pattern in args.only):
+            continue
+        left = SECONDS - (time.monotonic() - began)
+        limit = 10 * step.seconds if args.cpu else min(step.seconds, left)
+        found["steps"].append(done := run(step, out, limit))
+        found["musts"] = musts(out)
+        (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (out / "summary.md").write_text(summary(found, out), encoding="utf-8")
+        print(f"{done['name']:24}{done['status']:12}{done['seconds']:6.0f} s  {done['note']}", flush=True)
+    print(f"\n{summary(found, out)}\n{out}")
+    broken = [step for step in found["steps"] if step["status"] in ("failed", "out of time")]
+    return int(bool(broken) or not (args.cpu or all(must["holds"] for must in found["musts"])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
