@@ -394,7 +394,7 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
         ),
         (["--method", "l2g", "--test-steps", "3"], "belong to --method maml-softmax or meta-lstm, got --method l2g"),
         (["--head", "softmax"], "--head softmax belong to --method maml-softmax or meta-lstm"),
-        (["--method", "meta-lstm", "--learn-inner-lr", "scalar"], "belong to l2g and maml, got --method meta-lstm"),
+        (["--method", "meta-lstm", "--learn-inner-lr", "scalar"], "belongs to l2g and maml, got --method meta-lstm"),
         (
             ["--method", "maml-softmax", "--outer-ways", "4"],
             "needs one number of ways, got --ways 3 and --outer-ways 4",
