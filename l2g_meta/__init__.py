@@ -1,7 +1,17 @@
 """Few-shot classifiers that generalise to unseen classes: bilevel metric learning (L2G) for PyTorch and learn2learn."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+
+# `python -m l2g_meta` puts the current folder first: a typing.py in a folder of data would run with the next import. A
+# checkout that is not installed is run from itself; it stays, as the last.
+_safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)  # python -I, and from 3.11 on python -P
+if sys.argv[:1] == ["-m"] and "l2g_meta" in sys.orig_argv and not _safe:
+    _here = sys.path.pop(0)
+    if __path__[0].startswith(_here) and __path__[0][len(_here) + 1 :] == "l2g_meta":
+        sys.path.append(_here)
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from l2g_meta.algorithm import L2GWrapper as L2GWrapper

@@ -1,4 +1,4 @@
-"""``python -m l2g_meta`` is the command ``l2g``."""
+"""``python -m l2g_meta`` is the command ``l2g``; the package has taken the current folder from the path by now."""
 
 import sys
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
-from l2g_meta.inner.clone import backend, own_buffers
-from l2g_meta.inner.compiled import plain_names, uncompiled
+from l2g_meta.inner.clone import backend, own_buffers, rebind, same_tensors
+from l2g_meta.inner.compiled import eagerly, plain_names, uncompiled
 from l2g_meta.inner.scores import LossFn, evaluated, loss_of
 from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.inner.step import InnerStep, LearnInnerLR, StepSizes
@@ -115,7 +115,7 @@ class L2GWrapper(nn.Module):
         """Outer loss of a pair, with its graph."""
         return self.outcome(task_i, task_j).loss
 
-    @torch._disable_dynamo  # as optimizers have it: torch.compiler.disable imports the compiler, which takes seconds
+    @eagerly
     def outcome(self, task_i: TaskLike, task_j: TaskLike) -> Outcome:
         """Algorithm 1 for one pair: eq. 3, then eq. 4.
 
@@ -164,21 +164,25 @@ class Learner:
     updates: dict[str, Tensor]  # θ' − θ of the last step, by name
     inner_loss: Tensor  # (), that of the first step, with its graph
 
+    @eagerly
     def __init__(self, l2g: L2GWrapper):
         clone_module, self._update_module = backend()
         self._l2g, self._source = l2g, uncompiled(l2g.module)
-        self.module, self.updates = clone_module(self._source), {}
+        self.module, self.updates, self._own_buffers = rebind(self._source, clone_module(self._source)), {}, False
 
+    @eagerly
     def __call__(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
         """Scores of a task's queries under the learner's parameters."""
         with self._pass():
             return evaluated(self.module, task, self._l2g.autocast)
 
+    @eagerly
     def loss(self, task: TaskLike) -> Tensor:  # ()
         """Loss under the learner's parameters, that can be differentiated twice."""
         with self._pass():
             return loss_of(self.module, task, self._l2g.loss_fn, self._l2g.autocast)
 
+    @eagerly
     def adapt(self, loss: Tensor) -> Learner:
         r"""One inner step, in place: :math:`\theta' = \theta - \alpha \nabla_\theta` loss (eq. 3).
 
@@ -190,13 +194,16 @@ class Learner:
         Raises:
             FitError: if the loss does not depend on any parameter.
         """
+        if not self._own_buffers:  # before the backward pass, in which checkpointing runs this one again
+            own_buffers(self._source, self.module)
+            self._own_buffers = True
         step = self._l2g.step
         g = step.gradients(loss, self.module)
         updates = step.updates(g, self.module)
         if not self.updates:  # the first step
             self.inner_loss = step.linearised(loss, g, self.module)
-            own_buffers(self._source, self.module)
         self.updates = updates
+        self.module = rebind(self.module, same_tensors(self.module))  # checkpointing runs T_i's pass on the old one
         self._update_module(self.module, [updates.get(name) for name, _ in self.module.named_parameters()])
         return self
 

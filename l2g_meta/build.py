@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch import nn
 from l2g_meta import data
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.backbones import BACKBONES
-from l2g_meta.checkpoint import load_weights, read_info
+from l2g_meta.checkpoint import image_shape_of, load_weights, read_info
 from l2g_meta.config import Config
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
@@ -177,19 +180,25 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
     )
 
 
-def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = None) -> tuple[L2GWrapper, Config]:
+def load_run(
+    run: Path | str, *, checkpoint: str = "best", device: str | None = None, trust: bool = False
+) -> tuple[L2GWrapper, Config]:
     """A trained run's wrapper, on its device and in evaluation mode, and its config.
 
     Args:
         run: folder made by ``l2g train``.
         checkpoint: ``"best"`` on validation, ``"last"``, ``"average"``, or ``"after-N"``, see ``Config``.
         device: another device than the config's.
+        trust: import the module that the run may name, ``package.module:Class``, which runs it.
 
     Raises:
-        L2GError: if the folder is no run, or the checkpoint is missing or damaged.
+        L2GError: if the folder is no run, the checkpoint is missing or damaged, or the run names a module and is not
+            trusted.
     """
     run = Path(run)
     config = Config.load(run / "config.json")
+    if not trust:
+        refuse_modules(config, run)
     path = run / f"{checkpoint}.safetensors"
     info = read_info(path)
     if "model" in info.get("given", []):
@@ -197,12 +206,7 @@ def load_run(run: Path | str, *, checkpoint: str = "best", device: str | None = 
             f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.checkpoint.load_weights(path, L2GWrapper(model, inner_lr))"
         )
-    shape = info.get("image_shape")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
-        raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
-    if math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
-        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
-    wrapper = build_wrapper(config, build_model(config, tuple(shape), n_classes_of(info)))
+    wrapper = build_wrapper(config, build_model(config, image_shape_of(info, path), n_classes_of(info)))
     load_weights(path, wrapper)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
@@ -221,6 +225,26 @@ def n_classes_of(info: Mapping[str, Any]) -> int | None:
     return n
 
 
+def refuse_modules(config: Config, path: Path, *, named: Collection[str] = ()) -> None:
+    """That a stored config names this library's parts alone, or those of timm and torchvision.
+
+    Args:
+        config: as it was stored.
+        path: where.
+        named: of ``head`` and ``backbone`` those that the command names itself.
+
+    Raises:
+        CheckpointError: if it names a module, which would be imported and so run.
+    """
+    for kind in {"head", "backbone"}.difference(named):
+        name = getattr(config, kind)
+        if ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES):
+            raise CheckpointError(
+                f"{path} names a module as its {kind}, {name}, which would be run; look at it, then give --trust "
+                "(trust=True in Python)"
+            )
+
+
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
     """A built-in part by its name, or a user's by ``package.module:Class``."""
     if name in known:
@@ -233,6 +257,9 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Modu
             f"{did_you_mean(name, known)}"
         )
     try:
+        with suppress(OSError):  # it is gone
+            if (here := os.getcwd()) not in sys.path:
+                sys.path.append(here)  # last: no file of the current folder stands before what is installed
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module raises
         raise FitError(

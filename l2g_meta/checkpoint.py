@@ -1,10 +1,10 @@
-"""Checkpoint files: safetensors with JSON and a checksum in their header, written beside their place and renamed."""
+"""Checkpoint files: safetensors with JSON and a checksum in their header."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import CheckpointError
+from l2g_meta.files.reading import read_bytes
+from l2g_meta.files.writing import write_bytes
 
 FORMAT = 1  # of the files; raised when an older version could not read them
 
@@ -43,52 +45,6 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text as ``write_bytes`` does."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, to the disk, and renames it into it; several processes may do so at once.
-
-    Raises:
-        CheckpointError: if that fails; the old file is untouched.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)  # the new name, too, survives a power failure
-    except OSError as error:
-        _remove(partial)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; what was there before is untouched; make room or choose "
-            "another folder"
-        ) from error
-    except BaseException:  # interrupted
-        _remove(partial)
-        raise
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # a folder that cannot be written has no such file
-        pass
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``save_tensors`` wrote, unchanged to the bit.
 
@@ -98,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
     with _named_errors(path):
-        content = path.read_bytes()
+        content = read_bytes(path)
         if len(content) < 8 or len(content) < 8 + int.from_bytes(content[:8], "little"):
             raise ValueError(f"{len(content)} bytes, a file that is cut off or of another kind")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
@@ -137,6 +93,20 @@ def refuse_given(info: Mapping[str, Any], path: Path, remedy: str) -> None:
         )
 
 
+def image_shape_of(info: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """The shape of a run's images (C, H, W), from the header of its checkpoints.
+
+    Raises:
+        CheckpointError: if it is none that can be.
+    """
+    shape = info.get("image_shape")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
+    if max(shape) > 2048 or math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
+        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
+    return tuple(shape)
+
+
 def make_folder(path: Path, need: str, remedy: str) -> None:
     """Makes a folder and those that it is in.
 
@@ -166,6 +136,13 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: if it belongs to another model.
     """
+    own = module.state_dict()
+    other = next((n for n, t in tensors.items() if n in own and own[n].dtype != t.dtype), None)
+    if other is not None:  # loading would convert it
+        raise CheckpointError(
+            f"need a model of the type in {path}, {other} is {tensors[other].dtype} there and {own[other].dtype} here; "
+            "call torch.set_default_dtype with the former first"
+        )
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

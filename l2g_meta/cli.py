@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     print_anything()
     plain_warnings()
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m l2g_meta` has it: --head mine:Head finds mine.py here
+    if argv is None:  # it is a process of its own; those that it starts import nothing from the current folder either
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         args = parse(argv)
         keep_freed_memory()

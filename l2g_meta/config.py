@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.backbones import BACKBONES
-from l2g_meta.checkpoint import write_text
 from l2g_meta.data import DATASETS, dataset_module
 from l2g_meta.errors import L2GError
+from l2g_meta.files.reading import read_text
+from l2g_meta.files.sealed import opened, sealed
+from l2g_meta.files.writing import write_text
 from l2g_meta.heads import HEADS
 from l2g_meta.options import flag
 from l2g_meta.settings import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, check
@@ -205,8 +207,8 @@ class Config:
         return "; ".join(f"{flag(name)} {getattr(self, name)}, not {getattr(other, name)}" for name in names)
 
     def save(self, path: Path) -> None:
-        """Writes JSON, beside its place and renamed into it."""
-        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+        """Writes JSON with a checksum."""
+        write_text(path, json.dumps(sealed(asdict(self)), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -216,7 +218,7 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8"))).resolved()
+            return cls.of(opened(json.loads(read_text(path)))).resolved()
         except L2GError:
             raise
         except OSError as error:

@@ -20,6 +20,7 @@ from l2g_meta.data.placement import placed
 from l2g_meta.data.sources import IndexedSource, TaskRows
 from l2g_meta.distributed import World, gathered
 from l2g_meta.errors import L2GError
+from l2g_meta.inner.scores import scores_of
 from l2g_meta.model import MetricModel
 from l2g_meta.models.batchnorm_policy import Policy, batchnorm_policy
 
@@ -245,7 +246,7 @@ def _scores(
             return
     for run, k in which:
         task = streams[run][k]
-        yield model(task), task.query_y
+        yield scores_of(model, task), task.query_y
 
 
 def scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:

@@ -6,7 +6,9 @@ import csv
 import math
 import os
 import re
+import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
@@ -14,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.reading import read_text
+from l2g_meta.files.writing import open_to_append, write_text
 
 COLUMNS = (
     "iteration",  # updates done
@@ -30,7 +33,11 @@ COLUMNS = (
     "val_accuracy",  # per cent; empty between validations
     "val_ci95",
     "val_loss",  # under θ, mean over episodes
+    "crc32",  # of the row before it, in hexadecimal; empty if the row was changed by hand
 )
+
+
+MAX_LOG = 2**32  # bytes that are read
 
 
 class RunLog:
@@ -40,7 +47,7 @@ class RunLog:
         out: run directory.
         config: of the run.
         start: updates already done; later rows of an existing log are dropped.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; where that is no terminal, a line per validation.
     """
 
     def __init__(self, out: Path, config: Config, *, start: int = 0, progress: bool = True):
@@ -51,16 +58,21 @@ class RunLog:
         csv.DictWriter(text, COLUMNS).writeheader()
         csv.DictWriter(text, COLUMNS).writerows(_rows_until(out, start) if start else [])
         write_text(self.path, text.getvalue())
-        self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        with self._full_disk():
+            self.file = open_to_append(self.path)
         self.writer = csv.DictWriter(self.file, COLUMNS)
         self.bar = tqdm(
             total=config.iterations, initial=start, desc=f"{config.method} {out.name}", unit="update",
             disable=None if progress else True,
         )  # fmt: skip
+        self.lines = progress and self.bar.disable  # no terminal: a line per validation instead
         self.shown: dict[str, str] = {}
         self.board = None
         if config.tensorboard:
-            self.board = require_tensorboard()(out / "tensorboard", purge_step=start + 1)
+            events = out / "tensorboard"
+            if events.is_symlink():  # its writer would follow it
+                raise CheckpointError(f"need a folder to log to, {events} is a link; remove it")
+            self.board = require_tensorboard()(events, purge_step=start + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs one update.
@@ -69,11 +81,16 @@ class RunLog:
             CheckpointError: if the disk is full.
         """
         with self._full_disk():
-            self.writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN: no such thing here
+            cells = {k: "" if v != v else str(v) for k, v in row.items()}  # NaN: no such thing here
+            self.writer.writerow({**cells, "crc32": _crc32([cells.get(name, "") for name in COLUMNS[:-1]])})
             self.file.flush()
         self.shown |= {"loss": f"{row['loss']:.3f}", "tasks/s": f"{row['tasks'] / (row['seconds'] or math.inf):.1f}"}
         if "val_accuracy" in row:
             self.shown["val"] = f"{row['val_accuracy']:.1f}%"
+            if self.lines:
+                accuracy = f"{row['val_accuracy']:.2f} ± {row['val_ci95']:.2f} %"
+                print(f"{self.out}: update {row['iteration']} of {self.bar.total}: loss {row['loss']:.3f}, validation "
+                      f"{accuracy}, {self.shown['tasks/s']} tasks/s", file=sys.stderr, flush=True)  # fmt: skip
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
         if self.board is not None:
@@ -115,16 +132,12 @@ class RunLog:
 
 
 def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
-    """Whole rows of an existing log up to an update, each once; a warning says which are missing."""
+    """Sound rows of an existing log up to an update, each once; a warning says how many are missing."""
     try:
-        lines = (out / "log.csv").read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        found, _ = _sound_rows(out)
     except OSError:
-        lines = []
-    # Line by line, so that a damaged one costs no other; the last one may be torn.
-    found = [line.rstrip("\r\n").split(",") for line in lines if line.endswith("\n")]
-    whole = [dict(zip(COLUMNS, cells, strict=True)) for cells in found[1:] if len(cells) == len(COLUMNS)]
-    whole = [row for row in whole if re.fullmatch("[0-9]{1,18}", row["iteration"])]
-    kept = {int(row["iteration"]): row for row in whole if 1 <= int(row["iteration"]) <= iteration}
+        found = []
+    kept = {int(row["iteration"]): row for row in found if 1 <= int(row["iteration"]) <= iteration}
     missing = iteration - len(kept)
     if missing:
         warnings.warn(f"{out / 'log.csv'} lacks {missing} of the {iteration} updates before this one", stacklevel=2)
@@ -132,16 +145,51 @@ def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
 
 
 def read_log(run: Path) -> list[dict[str, str]]:
-    """Rows of a run's ``log.csv``.
+    """Rows of a run's ``log.csv``, a number or nothing in each cell; damaged ones are left out, with a warning.
 
     Raises:
         L2GError: if there is none.
     """
     try:
-        with open(run / "log.csv", newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        found, damaged = _sound_rows(run)
     except OSError as error:
         raise L2GError(f"need a run's log in {run / 'log.csv'}, got: {error.strerror}") from error
+    if damaged:
+        warnings.warn(f"{run / 'log.csv'}: {damaged} damaged rows are left out", stacklevel=2)
+    return found
+
+
+def _sound_rows(run: Path) -> tuple[list[dict[str, str]], int]:
+    """Rows whose cells are numbers, and how many others there are.
+
+    Line by line, so that a damaged one costs no other; the last one may be torn.
+    """
+    lines = read_text(run / "log.csv", errors="replace", most=MAX_LOG).splitlines(keepends=True)
+    before = ",".join(COLUMNS[:-1])  # of versions without checksums
+    end = "," if lines and lines[0].strip() == before else ""
+    cells = [(line.rstrip("\r\n") + end).split(",") for line in lines[1:] if line.endswith("\n")]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
+    sound = [row for row in rows if _is_sound(list(row.values()))]
+    return sound, len(cells) - len(sound)
+
+
+def _is_sound(row: list[str]) -> bool:
+    """Whether these are an update, then numbers, infinity or nothing, then their checksum or nothing.
+
+    Example:
+        >>> _is_sound(["1", "0.5", "", _crc32(["1", "0.5", ""])]), _is_sound(["1", "0.5", "", ""])
+        (True, True)
+        >>> _is_sound(["1", "0.4", "", _crc32(["1", "0.5", ""])]), _is_sound(["1", "0_5", "", ""])
+        (False, False)
+    """
+    *cells, checksum = row
+    number = r"(-?([0-9]+(\.[0-9]*)?(e[-+]?[0-9]{1,3})?|inf))?"
+    numbers = re.fullmatch("[0-9]{1,18}", cells[0]) and all(re.fullmatch(number, cell) for cell in cells)
+    return bool(numbers) and checksum in ("", _crc32(cells))
+
+
+def _crc32(cells: list[str]) -> str:
+    return f"{zlib.crc32(','.join(cells).encode()):08x}"
 
 
 def require_tensorboard() -> Any:

@@ -13,7 +13,8 @@ from torch import nn
 
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.pairs import Episodes
-from l2g_meta.errors import FitError, L2GError
+from l2g_meta.errors import FitError
+from l2g_meta.files.writing import new_file
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
@@ -253,8 +254,7 @@ def save(figure: Any, path: Path | str) -> Path:
     Raises:
         L2GError: if it cannot be written.
     """
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise L2GError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from error
-    return Path(path)
+    path = Path(path)
+    with new_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=120)
+    return path

@@ -21,7 +21,8 @@ from l2g_meta.data.identity import changes
 from l2g_meta.distributed import World
 from l2g_meta.errors import CheckpointError, NotFiniteError
 from l2g_meta.evaluation import Evaluation
-from l2g_meta.lock import claim
+from l2g_meta.files.locks import claim
+from l2g_meta.files.writing import remove_partial
 from l2g_meta.logs import RunLog
 from l2g_meta.objectives import UpdateStats
 from l2g_meta.options import flag
@@ -259,8 +260,7 @@ class Run:
             raise CheckpointError(
                 f"another process trains in {self.out}; wait for it or stop it, or choose another --out"
             )
-        for left in self.out.glob(".*.safetensors.*"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        remove_partial(self.out)
 
     def _share(self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer) -> None:
         if self.world.size > 1:  # other machines may not see the folder, and a given model may differ

@@ -14,6 +14,7 @@ from l2g_meta.checkpoint import load_tensors
 from l2g_meta.config import Config
 from l2g_meta.encoders import library_weights
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.reading import open_regular, read_bytes
 from l2g_meta.options import parsed_options
 
 PREFIXES = ("", "module.", "encoder.", "module.encoder.", "module.classifier.encoder.", "backbone.", "model.", "net.")
@@ -97,8 +98,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            return load(path.read_bytes())
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            return load(read_bytes(path))
+        with open_regular(path) as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in any
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):

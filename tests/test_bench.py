@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_fast_operators import ours
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, ResNet12
@@ -16,9 +17,9 @@ from l2g_meta.bench.floor import Layer, Machine, floor, layers, passes
 from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
 from l2g_meta.bench.run import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS
+from l2g_meta.blocks import BatchNormReLU2d
 from l2g_meta.cli import main
 from l2g_meta.errors import L2GError
-from l2g_meta.models.batchnorm_policy import BatchNorm2d, BatchNormReLU2d
 from l2g_meta.objectives import l2g, meta_gradient
 from l2g_meta.plots import bench_plot, scaling_plot
 
@@ -34,7 +35,13 @@ def _rough_rates(monkeypatch):
 def test_every_exact_variant_computes_the_same_gradient():
     same = [name for name, row in VARIANTS.items() if name in available() and row.exact and not row.mixed]
     errors = gradient_errors(SMALL, same)
-    assert set(errors) >= {"l2g", "l2g, recompute", "l2g, identity", "l2g, stock layers", "torch.func"}
+    assert set(errors) >= {
+        "l2g",
+        "l2g, own network",
+        "l2g, identity",
+        "l2g, own network, stock operators",
+        "torch.func",
+    }
     assert all(0 < error < 1e-4 for error in errors.values()), errors
 
 
@@ -54,12 +61,22 @@ def test_other_cases(change):
     assert by_name["l2g"]["gradient_error"] < 1e-2  # float32, and a deep network on maps of one pixel
 
 
+def test_an_encoder_of_a_library_has_the_rows_of_ones_own_network():
+    case, lines = Case("torchvision:resnet18", image_size=32, ways=2, queries=2, device="cpu"), []
+    names = ["episodic, own network", "l2g, own network"]
+    result = bench(case, variants=names, repeats=1, memory=False, say=lines.append)
+    episodic, l2g_row = result["rows"]
+    assert [episodic["name"], l2g_row["name"]] == names and result["floor"] is None and l2g_row["of_floor"] is None
+    assert l2g_row["ratio"] == l2g_row["ratio_to_fastest"] == l2g_row["seconds"] / episodic["seconds"]
+    assert 0 < l2g_row["gradient_error"] < 1 and "floor of one pair" not in lines[-1]
+
+
 def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     flags = "--image-size 20 --ways 2 --queries 2 --repeats 1 --device cpu".split()
-    assert main(["bench", *flags, "--variants", "episodic", "l2g, recompute", "--json", str(path)]) == 0
+    assert main(["bench", *flags, "--variants", "episodic", "l2g, identity", "--json", str(path)]) == 0
     result, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert [row["name"] for row in result["rows"]] == ["episodic", "l2g, recompute"]
+    assert [row["name"] for row in result["rows"]] == ["episodic", "l2g, identity"]
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and f"{row['seconds']:.4f}" in printed
         assert row["images_per_second"] * row["seconds"] == pytest.approx(2 * 2 * 3)
@@ -83,7 +100,11 @@ def test_errors_say_what_there_is(capsys):
         ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
-        ("--head foo", "need --backbone conv4 or resnet12 and --head prototypical or relation, got conv4 and foo"),
+        ("--head foo", "need --head prototypical or relation, got foo"),
+        ("--backbone foo", "need --backbone conv4 or resnet12, or timm:NAME or torchvision:NAME .*, got foo with prot"),
+        ("--backbone torchvision:resnet18 --head relation", "torchvision:NAME with --head prototypical, got torchv"),
+        ("--backbone-options depth=3", "--backbone-options belong to timm:NAME and torchvision:NAME, got conv4"),
+        ("--backbone torchvision:resnet18 --variants l2g", "'l2g' needs fused layers, which only conv4 and resnet12"),
         (
             "--image-size 28 --head relation --backbone resnet12",
             r"RelationHead needs maps of at least 4×4 .*, got 1×1; .*",
@@ -178,9 +199,9 @@ def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypat
     bases = {
         "l2g": "episodic",
         "l2g, mix 0.5": "episodic",
-        "l2g, converted layers": "episodic, converted layers",
-        "l2g, stock layers": "episodic, stock layers",
-        "l2g, stock, channels-last": "episodic, stock, channels-last",
+        "l2g, own network": "episodic, own network",
+        "l2g, own network, stock operators": "episodic, own network",
+        "l2g, own network, channels-last": "episodic, own network, channels-last",
     }
     names = [*dict.fromkeys(bases.values()), *bases, "episodic, bf16", "l2g, bf16"]
     rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, memory=False, say=str)["rows"]}
@@ -194,22 +215,25 @@ def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypat
     assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
 
 
-def test_each_row_has_the_layers_and_the_images_that_it_names():
+def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
     stream = task_stream(SMALL)
-    assert stream[0][0].support_x.is_contiguous()
-    for name, norm, contiguous in [
-        ("l2g, stock layers", nn.BatchNorm2d, True),
-        ("episodic, stock layers", nn.BatchNorm2d, True),
-        ("torch.func", nn.BatchNorm2d, True),
-        ("l2g, stock, channels-last", nn.BatchNorm2d, False),
-        ("l2g, converted layers", BatchNorm2d, False),
-        ("l2g", BatchNormReLU2d, True),
+    assert stream[0][0].support_x.is_contiguous()  # as a data set hands them out
+    for name, norm, contiguous, operators in [
+        ("l2g, own network", nn.BatchNorm2d, True, {"_ConvBackward", "_NormBackward"}),
+        ("l2g, own network, channels-last", nn.BatchNorm2d, False, {"_ConvBackward", "_NormBackward"}),
+        ("l2g, own network, stock operators", nn.BatchNorm2d, True, set()),
+        ("episodic, own network", nn.BatchNorm2d, True, set()),
+        ("episodic, own network, channels-last", nn.BatchNorm2d, False, set()),
+        ("torch.func", nn.BatchNorm2d, True, set()),
+        ("l2g", BatchNormReLU2d, False, {"_ConvBackward", "_NormBackward"}),
+        ("l2g, first order", BatchNormReLU2d, False, {"_NormBackward"}),  # of the fused layers themselves
     ]:
-        model, seen = build(SMALL, layers=ROWS[name].layers), []
+        model, maps = build(SMALL, layers=ROWS[name].layers), []
         norms = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
-        model.encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].is_contiguous()))
+        model.encoder.blocks[1].conv.register_forward_hook(lambda *given, maps=maps: maps.append(given[-1]))
         prepare(name, SMALL, model, stream, [stream[0]])()
-        assert norms == {norm} and seen and set(seen) == {contiguous}, name
+        assert norms == {norm} and maps and {y.is_contiguous() for y in maps} == {contiguous}, name
+        assert ours(*maps) == operators, name
 
 
 def test_augmentation_is_part_of_drawing():
@@ -246,11 +270,13 @@ def test_scaling_changes_one_thing_at_a_time():
 
 def test_memory_of_a_step_counts_the_graph_of_both_tasks():
     small, large = (replace(SMALL, image_size=size) for size in (28, 84))
-    peaks = {name: peak_memory(large, name, keep=False) for name in ("episodic", "l2g", "l2g, stock layers")}
+    peaks = {
+        name: peak_memory(large, name, keep=False) for name in ("episodic", "l2g", "l2g, own network, stock operators")
+    }
     if None in peaks.values():
         pytest.skip("memory cannot be measured on this system")
     images = 84 * 84 * 64 * 4 * large.images / 2  # bytes of the first map of one task
-    assert images < peaks["episodic"] < peaks["l2g"] < peaks["l2g, stock layers"]
+    assert images < peaks["episodic"] < peaks["l2g"] < peaks["l2g, own network, stock operators"]
     assert peak_memory(small, "l2g", keep=False) < peaks["l2g"] / 2
 
 

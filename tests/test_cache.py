@@ -19,7 +19,7 @@ import pytest
 from l2g_meta.data import cache, download
 from l2g_meta.data.cache import cached
 from l2g_meta.errors import DataError
-from l2g_meta.lock import claim
+from l2g_meta.files.locks import claim
 
 
 @pytest.fixture(autouse=True)

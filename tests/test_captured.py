@@ -69,8 +69,8 @@ def test_same_bits_as_the_plain_loop(config, augment):
     assert all(torch.equal(static_state[name], value) for name, value in state.items())
 
 
-@pytest.mark.parametrize("options", [{"learn_inner_lr": "element"}, {"unit_step": True, "mix": 0.5}], ids=str)
-def test_same_bits_with_learned_and_unit_steps(options):
+@pytest.mark.parametrize("options", [{"learn_inner_lr": "element"}, {"learn_inner_lr": "scalar", "mix": 0.5}], ids=str)
+def test_same_bits_with_learned_steps(options):
     config, states = Config(pairs=2).resolved(), []
     for fixed in (False, True):
         wrapper, optimizer, pairs = parts(config, options=options)

@@ -74,7 +74,11 @@ def test_headers_of_checkpoints(run: Path, change: dict[str, Any], message: str)
         resume(run)
 
 
-@pytest.mark.parametrize("shape", [None, 3, [], [0, 28, 28], [1, 2**20, 2**20], ["a"], {"a": 1}, [1.5, 2, 2]], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [None, 3, [], [0, 28, 28], [1, 2**20, 2**20], [2**22, 1, 1], [1, 1, 4096], ["a"], {"a": 1}, [1.5, 2, 2]],
+    ids=str,
+)
 def test_shapes_of_checkpoints(run: Path, shape: Any) -> None:
     path = run / "last.safetensors"
     tensors, info = load_tensors(path)
@@ -109,8 +113,10 @@ def test_the_other_half_of_checkpoints(run: Path, tensors: dict[str, torch.Tenso
 @pytest.mark.parametrize("kind", ["backbone", "head"])
 def test_a_config_calls_no_function(run: Path, kind: str, name: str) -> None:
     (run / "config.json").write_text(json.dumps({**asdict(CONFIG), kind: name}))
-    with pytest.raises(FitError, match=f"need a class derived from torch.nn.Module as --{kind}|cannot load"):
+    with pytest.raises(CheckpointError, match=f"names a module as its {kind}, {name}, which would be run"):
         load_run(run, checkpoint="last")
+    with pytest.raises(FitError, match=f"need a class derived from torch.nn.Module as --{kind}|cannot load"):
+        load_run(run, checkpoint="last", trust=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every example runs, as a user runs it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from l2g_meta.inner.clone import has_learn2learn
-
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "quickstart")
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example, tmp_path):
-    if "learn2learn" in example.stem and not has_learn2learn():
-        pytest.skip("learn2learn is not installed")
+    for peer in ("learn2learn", "easyfsl", "lightning"):
+        if example.stem.startswith(peer) and importlib.util.find_spec(peer) is None:
+            pytest.skip(f"{peer} is not installed")
     done = subprocess.run(
         [sys.executable, str(example), "--smoke"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )

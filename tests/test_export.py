@@ -19,6 +19,7 @@ from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.data import load
 from l2g_meta.errors import L2GError
+from l2g_meta.files.sealed import opened
 from l2g_meta.training import train
 
 PREPARATION = Preparation(16, 1, (0.5,), (0.5,))
@@ -174,7 +175,7 @@ def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
         (lambda v: json.dumps({**v, "preparation": {"size": 10**9}}), "how images are prepared"),
         (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "size": 10**9}}), "need a size"),
         (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "std": [0, 0, 0]}}), "positive std"),
-        (lambda v: json.dumps({**v, "architecture": {"head": "os:system"}}), "derived from torch.nn.Module"),
+        (lambda v: json.dumps({**v, "architecture": {"head": "os:system"}}), "names a module as its head, os:system"),
         (lambda v: json.dumps({**v, "architecture": {"hat": 1}}), "need an architecture"),
         (lambda v: json.dumps({**v, "architecture": {**v["architecture"], "backbone": "resnet12"}}), "another model"),
         (lambda v: json.dumps({**v, "calibration": {"shots": [{"shots": 1}]}}), "need a calibration"),
@@ -182,7 +183,7 @@ def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
 )
 def test_damaged_exports_end_in_our_error(change, message, copied):
     path = copied / "model.json"
-    path.write_text(change(json.loads(path.read_text())))
+    path.write_text(change(opened(json.loads(path.read_text()))))
     with pytest.raises(L2GError, match=message):
         FewShotClassifier.load(copied, device="cpu")
 

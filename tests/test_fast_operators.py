@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,26 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
-from l2g_meta.blocks import ConvBlock
-from l2g_meta.errors import FitError
+from l2g_meta.blocks import BatchNormReLU2d, ConvBlock
 from l2g_meta.heads import HEADS
+from l2g_meta.inner import twice_differentiable
 from l2g_meta.model import build_head, feature_shape
-from l2g_meta.models.batchnorm_policy import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNormReLU2d,
-    GroupNorm,
-    InstanceNorm2d,
-    LayerNorm,
-    batch_norm,
-    batchnorm_policy,
-    convert_batchnorm,
-    group_norm,
-    instance_norm,
-    layer_norm,
-)
+from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.objectives import OBJECTIVES, meta_gradient
-from l2g_meta.operators.convolution import Conv2d, Geometry, conv2d, convert_conv
+from l2g_meta.operators.batch_norm import batch_norm
+from l2g_meta.operators.convolution import Geometry, conv2d
+from l2g_meta.operators.group_norm import group_norm
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS = [(3, 2, 4, 4), (2, 2, 5, 3)]
@@ -41,16 +31,53 @@ GEOMETRIES = [
 ]
 OPTIONS = [
     {},
+    {"fast": False},
     {"first_order": True},
     {"inner_steps": 2},
     {"learn_inner_lr": "element"},
-    {"recompute": True},
-    {"recompute": True, "learn_inner_lr": "tensor"},
     {"mix": 0.5, "learn_inner_lr": "scalar"},
-    {"mix": 0.5, "recompute": True},
-    {"unit_step": True},
+    {"mix": 0.5, "inner_steps": 2, "learn_inner_lr": "tensor"},
+    {"mix": 0.5, "first_order": True},
     {"adapt": ["encoder.blocks.3"]},
+    {"adapt": ["encoder.blocks.3"], "mix": 0.5},
+    {"adapt": ["encoder.blocks.3"], "mix": 0.5, "first_order": True},
 ]
+OURS = {"_NormBackward", "_GroupNormBackward", "_ConvBackward"}  # nodes of the graph
+
+
+def ours(*outputs):
+    """Which of our operators a graph has."""
+    nodes, found = [t.grad_fn for t in outputs if t.grad_fn is not None], set()
+    while nodes:
+        node = nodes.pop()
+        if node not in found:
+            found.add(node)
+            nodes += [n for n, _ in node.next_functions if n is not None]
+    return {node.name() for node in found} & OURS
+
+
+def with_and_without(layer, x):
+    """Values, strides, gradients and state of a layer of PyTorch's, in the mode and outside of it.
+
+    Returns:
+        Both, and which of our operators ran in the mode.
+    """
+    found, ran = [], set()
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 2.0)
+    for mode in (twice_differentiable, nullcontext):
+        module, results = copy.deepcopy(layer), []
+        for scale in (1.0, 3.0, 0.5):
+            leaves = [(scale * x + scale).requires_grad_(), *module.parameters()]
+            with mode():
+                y = module(leaves[0])
+            ran |= ours(y) if mode is twice_differentiable else set()
+            first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves, materialize_grads=True)
+            strides = torch.tensor(y.stride()) if y.numel() else torch.zeros(())
+            results += [y, strides, *first, *second, copy.deepcopy(module.state_dict())]
+        found.append(results)
+    return *found, ran
 
 
 def leaf(*shape, dtype=torch.float64, memory_format=torch.contiguous_format):
@@ -123,30 +150,30 @@ class TestBatchNorm:
         ids=lambda value: repr(value) if isinstance(value, nn.Module) else "",
     )
     def test_drop_in_for_the_stock_layers(self, stock, x):
-        """Values, gradients, running statistics over several passes, evaluation mode, state dict."""
+        """Values, strides, gradients to second order, running statistics over several passes, state dict."""
         stock = copy.deepcopy(stock).double()
-        fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
-        for scale in (1.0, 3.0, 0.5):
-            a, b = ((scale * x.double() + scale).requires_grad_() for _ in range(2))
-            torch.testing.assert_close(fast(a), stock(b))
-            fast(a).exp().sum().backward()
-            stock(b).exp().sum().backward()
-            torch.testing.assert_close(a.grad, b.grad)
-        for f, s in zip(fast.parameters(), stock.parameters(), strict=True):
-            torch.testing.assert_close(f.grad, s.grad)
-        assert list(fast.state_dict()) == list(stock.state_dict())
-        torch.testing.assert_close(fast.state_dict(), stock.state_dict())
-        assert torch.equal(fast.eval()(x.double()), stock.eval()(x.double()))
-        with batchnorm_policy(fast, "batch"), batchnorm_policy(stock, "batch"):
-            torch.testing.assert_close(fast(x.double()), stock(x.double()))
-        torch.testing.assert_close(fast.state_dict(), stock.state_dict())
+        fast, plain, ran = with_and_without(stock, x.double())
+        torch.testing.assert_close(fast, plain)
+        assert ran == {"_NormBackward"} and list(fast[-1]) == list(stock.state_dict())
+        with twice_differentiable():
+            assert ours(stock.eval()(x.double())) == set() or not stock.track_running_stats
+            with batchnorm_policy(stock, "batch"):
+                found = stock(x.double().requires_grad_())
+                assert ours(found) == {"_NormBackward"}
+        with batchnorm_policy(stock, "batch"):
+            torch.testing.assert_close(found, stock(x.double()))
 
     @pytest.mark.parametrize(
         "options", [{"affine": False}, {"momentum": None}, {"track_running_stats": False}], ids=str
     )
     def test_second_derivatives_without_scales_or_statistics(self, options):
-        fast = BatchNorm2d(2, **options).double()
+        norm = nn.BatchNorm2d(2, **options).double()
+
+        def fast(x):
+            with twice_differentiable():
+                return norm(x)
+
+        assert ours(fast(leaf(3, 2, 3, 2))) == {"_NormBackward"}
         assert torch.autograd.gradgradcheck(fast, (leaf(3, 2, 3, 2),))
 
     @pytest.mark.parametrize(
@@ -163,12 +190,14 @@ class TestBatchNorm:
             batch_norm(x, **options)
 
     def test_one_value_per_channel_is_refused_as_by_pytorch(self):
-        for norm in (nn.BatchNorm2d(3), BatchNorm2d(3), BatchNormReLU2d(3)):
-            with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-                norm(torch.randn(1, 3, 1, 1))
-        with pytest.raises(ValueError, match="expected 4D input"):
-            BatchNorm2d(3)(torch.randn(2, 3))
-        assert BatchNorm1d(3).eval()(torch.randn(1, 3)).shape == (1, 3)
+        for norm, mode in ((nn.BatchNorm2d(3), False), (nn.BatchNorm2d(3), True), (BatchNormReLU2d(3), False)):
+            with twice_differentiable() if mode else nullcontext():
+                with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+                    norm(torch.randn(1, 3, 1, 1))
+                with pytest.raises(ValueError, match="expected 4D input"):
+                    norm(torch.randn(2, 3))
+        with twice_differentiable():
+            assert nn.BatchNorm1d(3).eval()(torch.randn(1, 3)).shape == (1, 3)
 
     @pytest.mark.parametrize("steps", ["", "relu", "pool", "relu pool"])
     @pytest.mark.parametrize("affine", [True, False])
@@ -177,26 +206,26 @@ class TestBatchNorm:
         parts = [nn.BatchNorm2d(3, affine=affine)]
         parts += [nn.ReLU()] * ("relu" in steps) + [nn.MaxPool2d(2)] * ("pool" in steps)
         stock = nn.Sequential(*parts)
-        fast = (
-            BatchNormReLU2d(3, pool="pool" in steps, affine=affine)
-            if "relu" in steps
-            else BatchNorm2d(3, affine=affine)
-        )
+        fast = copy.deepcopy(stock)
+        if "relu" in steps:
+            fast = nn.Sequential(BatchNormReLU2d(3, pool="pool" in steps, affine=affine))
         found = []
-        for norm, layer in ((stock[0], stock), (fast, fast)):
+        for layer, mode in ((stock, nullcontext()), (fast, twice_differentiable())):
             x = torch.randn(0, 3, 4, 4, requires_grad=True)
-            y = F.max_pool2d(layer(x), 2) if steps == "pool" and layer is fast else layer(x)
-            first = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()], create_graph=True)
-            second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *norm.parameters()])
-            found.append([y, *first, *second, norm.state_dict()])
+            with mode:
+                y = layer(x)
+            first = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *layer.parameters()])
+            found.append([y, *first, *second, layer[0].state_dict()])
         torch.testing.assert_close(*found)
         assert found[0][-1]["num_batches_tracked"] == 1 and found[0][-1]["running_var"].tolist() == [1.0] * 3
 
     @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
     @pytest.mark.parametrize("channels", [2, 6])
     def test_another_number_of_channels_is_refused_as_by_pytorch(self, channels, options):
-        for norm in (nn.BatchNorm2d(4, **options), BatchNorm2d(4, **options)):
-            with pytest.raises(RuntimeError, match=f"should contain {channels} elements not 4"):
+        norm = nn.BatchNorm2d(4, **options)
+        for mode in (nullcontext(), twice_differentiable()):
+            with mode, pytest.raises(RuntimeError, match=f"should contain {channels} elements not 4"):
                 norm(torch.randn(3, channels, 5, 5))
 
     def test_negative_and_zero_scales_pool_the_right_value(self):
@@ -208,153 +237,6 @@ class TestBatchNorm:
             norm.bias.data = torch.tensor([0.2, 0.1, -0.3], dtype=torch.float64)
         x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
         torch.testing.assert_close(block(x), plain(x))
-
-    def test_converting_keeps_parameters_and_leaves_subclasses_alone(self):
-        class Own(nn.BatchNorm2d):
-            pass
-
-        model = nn.Sequential(nn.BatchNorm2d(2), Own(2), nn.Sequential(nn.BatchNorm1d(2)))
-        before = dict(model.named_parameters())
-        assert convert_batchnorm(model) is model
-        assert [type(m) for m in (model[0], model[1], model[2][0])] == [BatchNorm2d, Own, BatchNorm1d]
-        assert all(p is before[name] for name, p in model.named_parameters())
-
-
-class TestInstanceNorm:
-    @pytest.mark.parametrize("shape, layout", [((3, 2, 4), "contiguous"), *itertools.product(MAPS, FORMATS)])
-    def test_derivatives_to_third_order(self, shape, layout):
-        torch.manual_seed(0)
-        inputs = leaf(*shape, memory_format=FORMATS[layout]), leaf(2), leaf(2)
-
-        def plain(x, w, b):  # image by image
-            return [torch.cat([plain_norm(image[None], w, b) for image in x])]
-
-        assert torch.autograd.gradcheck(instance_norm, inputs)
-        assert torch.autograd.gradgradcheck(instance_norm, inputs)
-        found = derivatives(lambda *t: [instance_norm(*t)], inputs)
-        for f, e in zip(found, derivatives(plain, inputs), strict=True):
-            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
-
-    @pytest.mark.parametrize("tracked", [False, True])
-    @pytest.mark.parametrize("affine", [False, True])
-    @pytest.mark.parametrize(
-        "kind, shape, layout",
-        [
-            (nn.InstanceNorm1d, (3, 4, 5), "contiguous"),
-            (nn.InstanceNorm1d, (4, 5), "contiguous"),
-            (nn.InstanceNorm2d, (3, 4, 5, 6), "contiguous"),
-            (nn.InstanceNorm2d, (3, 4, 5, 6), "channels-last"),
-            (nn.InstanceNorm2d, (4, 5, 6), "contiguous"),
-            (nn.InstanceNorm3d, (2, 4, 2, 3, 3), "contiguous"),
-        ],
-    )
-    def test_drop_in_for_the_stock_layers(self, kind, shape, layout, affine, tracked):
-        """Values, memory format, gradients to second order, running statistics, evaluation mode, state dict."""
-        options = {"affine": affine, "track_running_stats": tracked, "momentum": 0.3, "eps": 1e-3}
-        stock = kind(4, **options).double()
-        for p in stock.parameters():
-            nn.init.uniform_(p, 0.5, 2.0)
-        fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
-        x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
-        for scale, training in ((1.0, True), (3.0, True), (0.5, False)):
-            found = []
-            for norm in (fast.train(training), stock.train(training)):
-                leaves = [(scale * x + scale).requires_grad_(), *norm.parameters()]
-                y = norm(leaves[0])
-                first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
-                second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves)
-                found.append([y, torch.tensor(y.stride()), *first, *second, norm.state_dict()])
-            torch.testing.assert_close(*found)
-            assert list(fast.state_dict()) == list(stock.state_dict())
-
-    def test_an_image_is_normalised_by_itself(self):
-        """Law: neither the other images nor their number change an image's result."""
-        x, norm = torch.randn(5, 3, 6, 6), InstanceNorm2d(3)
-        torch.testing.assert_close(norm(x)[2:4], norm(x[2:4]))
-        torch.testing.assert_close(norm(2 * x + 7), norm(x), atol=1e-4, rtol=1e-4)
-
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
-    def test_other_dtypes_against_float64(self, dtype, tolerance):
-        x = (torch.randn(4, 3, 10, 10) * 2 + 1).to(dtype)
-        norm = InstanceNorm2d(3, affine=True, track_running_stats=True)
-        expected, found = copy.deepcopy(norm).double()(x.double()), norm.to(dtype)(x)
-        assert found.dtype == dtype and (found.double() - expected).norm() < tolerance * expected.norm()
-        assert norm.running_var.dtype == dtype and not torch.equal(norm.running_var, torch.ones(3, dtype=dtype))
-
-    def test_what_pytorch_refuses_is_refused_alike(self):
-        for norm in (nn.InstanceNorm2d(3, affine=True), InstanceNorm2d(3, affine=True)):
-            with pytest.raises(ValueError, match="Expected more than 1 spatial element when training"):
-                norm(torch.randn(2, 3, 1, 1))
-            with pytest.raises(ValueError, match="expected input's size at dim=1 to match num_features"):
-                norm(torch.randn(2, 4, 5, 5))
-            with pytest.raises(ValueError, match="expected 3D or 4D input"):
-                norm(torch.randn(2, 3))
-        for norm in (nn.InstanceNorm2d(3), InstanceNorm2d(3)):
-            with pytest.warns(UserWarning, match="You can silence this warning"):
-                assert norm(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
-
-
-class TestLayerNorm:
-    @pytest.mark.parametrize(
-        "shape, over", [((3, 5), (5,)), ((2, 3, 4), (4,)), ((2, 3, 2, 3), (3, 2, 3)), ((4,), (4,))]
-    )
-    def test_derivatives_to_third_order(self, shape, over):
-        inputs = leaf(*shape), leaf(*over), leaf(*over)
-        assert torch.autograd.gradcheck(lambda x, w, b: layer_norm(x, over, w, b), inputs)
-        assert torch.autograd.gradgradcheck(lambda x, w, b: layer_norm(x, over, w, b), inputs)
-
-        def plain(x, w, b):
-            dims = tuple(range(x.ndim - len(over), x.ndim))
-            return [w * (x - x.mean(dims, True)) * (x.var(dims, correction=0, keepdim=True) + 1e-5).rsqrt() + b]
-
-        found = derivatives(lambda x, w, b: [layer_norm(x, over, w, b)], inputs)
-        for f, e in zip(found, derivatives(plain, inputs), strict=True):
-            torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-10)
-
-    @pytest.mark.parametrize(
-        "stock, shape, layout",
-        [
-            (nn.LayerNorm(5), (2, 3, 5), "contiguous"),
-            (nn.LayerNorm((6, 4, 5)), (2, 6, 4, 5), "channels-last"),
-            (nn.LayerNorm((4, 5), elementwise_affine=False), (2, 3, 4, 5), "contiguous"),
-            (nn.LayerNorm(5, bias=False, eps=0.1), (2, 5), "contiguous"),
-            (nn.LayerNorm(1), (3, 1), "contiguous"),  # one value each
-            (nn.LayerNorm(5), (0, 5), "contiguous"),
-        ],
-        ids=str,
-    )
-    def test_drop_in_for_the_stock_layers(self, stock, shape, layout):
-        """Values, gradients to second order, state dict."""
-        stock = copy.deepcopy(stock).double()
-        for p in stock.parameters():
-            nn.init.uniform_(p, 0.5, 2.0)
-        fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
-        x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
-        found = []
-        for norm in (fast, stock):
-            leaves = [x.clone().requires_grad_(), *norm.parameters()]
-            y = norm(leaves[0])
-            first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
-            second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves, allow_unused=True)
-            found.append([y, *first, *(torch.zeros(()) if g is None else g for g in second)])
-        torch.testing.assert_close(*found)
-        assert list(fast.state_dict()) == list(stock.state_dict())
-
-    def test_each_input_is_normalised_by_itself(self):
-        """Law: neither the other inputs nor an input's own scale and shift change its result."""
-        x = torch.randn(5, 6, 4, dtype=torch.float64)
-        norm = LayerNorm((6, 4), eps=0.0).double()
-        torch.testing.assert_close(norm(x)[2:4], norm(x[2:4]))
-        torch.testing.assert_close(norm(2 * x + 7), norm(x))
-
-    def test_what_pytorch_refuses_is_refused_alike(self):
-        for norm in (nn.LayerNorm((3, 5)), LayerNorm((3, 5))):
-            with pytest.raises(RuntimeError, match="[Gg]iven normalized_shape"):
-                norm(torch.randn(2, 5, 3))
-            with pytest.raises(RuntimeError):
-                norm(torch.randn(5))
 
 
 class TestGroupNorm:
@@ -387,43 +269,30 @@ class TestGroupNorm:
         ids=str,
     )
     def test_drop_in_for_the_stock_layers(self, stock, shape, layout):
-        """Values, gradients to second order, state dict."""
-        stock = copy.deepcopy(stock).double()
-        for p in stock.parameters():
-            nn.init.uniform_(p, 0.5, 2.0)
-        fast = convert_batchnorm(copy.deepcopy(stock))
-        assert type(fast).__module__ == "l2g_meta.models.batchnorm_policy" and repr(fast) == repr(stock)
-        x = torch.randn(shape, dtype=torch.float64)
-        x = x.contiguous(memory_format=FORMATS[layout])
-        found = []
-        for norm in (fast, stock):
-            leaves = [x.clone().requires_grad_(), *norm.parameters()]
-            y = norm(leaves[0])
-            first = torch.autograd.grad(y.exp().sum(), leaves, create_graph=True)
-            second = torch.autograd.grad(sum((g**3).sum() for g in first), leaves, allow_unused=True)
-            strides = torch.tensor(y.stride()) if y.numel() else torch.zeros(())
-            found.append([y, strides, *first, *(torch.zeros(()) if g is None else g for g in second)])
-        torch.testing.assert_close(*found)
-        assert list(fast.state_dict()) == list(stock.state_dict())
+        """Values, strides, gradients to second order, state dict."""
+        x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
+        fast, plain, ran = with_and_without(copy.deepcopy(stock).double(), x)
+        torch.testing.assert_close(fast, plain)
+        assert ran == ({"_GroupNormBackward"} if x.shape[1:].numel() > stock.num_groups and len(x) else set())
 
     def test_one_group_is_layer_norm_and_one_per_channel_instance_norm(self):
         x = torch.randn(5, 6, 4, 3, dtype=torch.float64)
-        torch.testing.assert_close(group_norm(x, 1), layer_norm(x, x.shape[1:]))
-        torch.testing.assert_close(group_norm(x, 6), instance_norm(x))
+        torch.testing.assert_close(group_norm(x, 1), F.layer_norm(x, x.shape[1:]))
+        torch.testing.assert_close(group_norm(x, 6), F.instance_norm(x))
         torch.testing.assert_close(group_norm(x, 3)[2:4], group_norm(x[2:4], 3))
 
     def test_what_pytorch_refuses_is_refused_alike(self):
-        for norm in (nn.GroupNorm(2, 4), GroupNorm(2, 4)):
-            with pytest.raises(RuntimeError, match="to be a vector of size equal to the number of channels"):
-                norm(torch.randn(2, 6, 3))
-            with pytest.raises(RuntimeError, match="at least 2 dimensions"):
-                norm(torch.randn(4))
-        for norm in (nn.GroupNorm(4, 4), GroupNorm(4, 4)):
-            with pytest.raises(ValueError, match="more than 1 value per channel"):
-                norm(torch.randn(1, 4))
+        for mode in (False, True):
+            with twice_differentiable() if mode else nullcontext():
+                with pytest.raises(RuntimeError, match="to be a vector of size equal to the number of channels"):
+                    nn.GroupNorm(2, 4)(torch.randn(2, 6, 3))
+                with pytest.raises(RuntimeError, match="at least 2 dimensions"):
+                    nn.GroupNorm(2, 4)(torch.randn(4))
+                with pytest.raises(ValueError, match="more than 1 value per channel"):
+                    nn.GroupNorm(4, 4)(torch.randn(1, 4))
 
 
-NORMS = [BatchNorm2d(8), InstanceNorm2d(8, affine=True), GroupNorm(2, 8), LayerNorm((8, 10, 10))]
+NORMS = [nn.BatchNorm2d(8), nn.GroupNorm(2, 8)]
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
@@ -439,7 +308,9 @@ def test_other_dtypes_against_float64(norm, dtype, tolerance, layout):
 
     def run(norm, x):
         x = x.detach().requires_grad_()
-        y = norm(x)
+        with twice_differentiable():
+            y = norm(x)
+        assert ours(y)
         first = torch.autograd.grad((y.double() * c).sin().sum(), x, create_graph=True)[0]
         second = torch.autograd.grad((first.double() * c).square().sum(), [x, norm.weight])
         return y, first, *second
@@ -487,29 +358,57 @@ class TestConv:
         ids=str,
     )
     def test_drop_in_for_the_stock_layer(self, stock):
-        fast = convert_conv(copy.deepcopy(stock))
-        assert type(fast) is Conv2d
-        for x in (torch.randn(2, 2, 6, 6), torch.randn(2, 6, 6)):
-            torch.testing.assert_close(fast(x), stock(x))
+        stock = stock.double()
+        for x in (torch.randn(2, 2, 6, 6).double(), torch.randn(2, 6, 6).double()):
+            fast, plain, ran = with_and_without(stock, x)
+            torch.testing.assert_close(fast, plain)
+            assert ran == (set() if x.ndim == 3 or stock.padding == "same" else {"_ConvBackward"})
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x, w: F.conv2d(x, w, None, 2),
+            lambda x, w: torch.conv2d(x, w, stride=(1, 2), padding=[1]),
+            lambda x, w: F.conv2d(input=x, weight=w, dilation=2, padding=(2, 1)),
+            lambda x, w: F.conv2d(x, w, padding="valid"),
+        ],
+    )
+    def test_arguments_as_people_write_them(self, call):
+        torch.manual_seed(0)
+        inputs, found = (leaf(2, 2, 7, 7), leaf(3, 2, 3, 3)), []
+        for mode in (twice_differentiable(), nullcontext()):
+            with mode:
+                y = call(*inputs)
+            found.append([y, *derivatives(lambda *_, y=y: [y], inputs, orders=2)])
+        torch.testing.assert_close(*found)
+
+    @pytest.mark.parametrize(
+        "message, shape", [("to have 2 channels", (2, 3, 6, 6)), ("can't be greater", (2, 2, 1, 1))]
+    )
+    def test_what_pytorch_refuses_is_refused_alike(self, message, shape):
+        for mode in (twice_differentiable(), nullcontext()):
+            with mode, pytest.raises(RuntimeError, match=message):
+                nn.Conv2d(2, 4, 3)(torch.randn(shape))
 
     @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
     def test_complex_numbers_are_pytorchs_own(self, dtype):
-        stock = nn.Conv2d(2, 4, 3, padding=1, dtype=dtype)
-        fast, found = convert_conv(copy.deepcopy(stock)), []
+        layer, found = nn.Conv2d(2, 4, 3, padding=1, dtype=dtype), []
         data = torch.randn(2, 2, 5, 5, dtype=dtype)
-        for layer in (fast, stock):
+        for mode in (twice_differentiable(), nullcontext()):
             leaves = [data.clone().requires_grad_(), *layer.parameters()]
-            y = layer(leaves[0])
+            with mode:
+                y = layer(leaves[0])
+            assert not ours(y)
             first = torch.autograd.grad((y * y).real.sum(), leaves, create_graph=True)
             found.append([y, *first, *torch.autograd.grad(sum(g.abs().square().sum() for g in first), leaves)])
-        assert type(fast) is Conv2d and found[0][0].dtype == dtype
+        assert found[0][0].dtype == dtype
         torch.testing.assert_close(*found)
 
     def test_autocast_computes_in_bfloat16_and_differentiates_in_float32(self):
-        layer, x = Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)
-        with torch.autocast("cpu", torch.bfloat16):
+        layer, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 6)
+        with torch.autocast("cpu", torch.bfloat16), twice_differentiable():
             y = layer(x)
-        assert y.dtype == torch.bfloat16
+        assert y.dtype == torch.bfloat16 and ours(y)
         (gradient,) = torch.autograd.grad(y.float().square().sum(), layer.weight, create_graph=True)
         assert gradient.dtype == torch.float32
         (second,) = torch.autograd.grad(gradient.square().sum(), layer.weight)
@@ -545,7 +444,7 @@ class TestUnderTorchFunc:
 @pytest.mark.parametrize("method", OBJECTIVES)
 @pytest.mark.parametrize("head", HEADS)
 def test_fast_and_plain_give_the_same_meta_gradient(head, method, options):
-    """Every head, objective and option, in float64: fused operators against stock ones, gradients and buffers."""
+    """Every head, objective and option, in float64: fused operators and the mode against stock layers without it."""
     torch.manual_seed(0)
     pools = 2 if head == "relation" else 4
     fast, plain = Conv4(1, 4, pools=pools), Conv4(1, 4, pools=pools, fused=False)
@@ -557,7 +456,7 @@ def test_fast_and_plain_give_the_same_meta_gradient(head, method, options):
     x, y = torch.randn(2, 9, 1, 18, 18, dtype=torch.float64), torch.arange(9) % 3
     tasks = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
     batch = [tasks if method == "l2g" else tasks[:1]]
-    wrappers = [L2GWrapper(model, 0.05, **options) for model in models]
+    wrappers = [L2GWrapper(m, 0.05, **o) for m, o in zip(models, (options, options | {"fast": False}), strict=True)]
     losses = [meta_gradient(OBJECTIVES[method], wrapper, batch).loss for wrapper in wrappers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
     for (name, f), p in zip(wrappers[0].named_parameters(), wrappers[1].parameters(), strict=True):
@@ -593,8 +492,8 @@ def test_fast_and_plain_agree_under_autocast_as_far_as_bfloat16_goes():
     assert 1e-4 < errors[0] < max(1.5 * errors[1], 0.05) and errors[1] < 0.5
 
 
-def test_a_users_own_network_converted():
-    """A residual network of stock layers: the same meta-gradient after conversion."""
+def test_a_users_own_network_as_it_is():
+    """A residual network of stock layers: the same meta-gradient with the mode as without."""
 
     class Residual(nn.Module):
         def __init__(self):
@@ -610,23 +509,18 @@ def test_a_users_own_network_converted():
 
     torch.manual_seed(0)
     plain = MetricModel(Residual(), HEADS["prototypical"]()).double()
-    fast = convert_conv(convert_batchnorm(copy.deepcopy(plain)))
+    fast = copy.deepcopy(plain)
     x, y = torch.randn(2, 9, 1, 10, 10, dtype=torch.float64), torch.arange(9) % 3
     pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
     for model in (fast, plain):
-        meta_gradient(OBJECTIVES["l2g"], L2GWrapper(model, 0.1, inner_steps=2), [pair])
+        meta_gradient(OBJECTIVES["l2g"], L2GWrapper(model, 0.1, inner_steps=2, fast=model is fast), [pair])
     for (name, f), p in zip(fast.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(f.grad, p.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
     torch.testing.assert_close(fast.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize(
-    "convert, lazy, fast",
-    [(convert_batchnorm, nn.LazyBatchNorm2d(), BatchNorm2d), (convert_conv, nn.LazyConv2d(4, 3), Conv2d)],
-)
-def test_lazy_layers_are_converted_when_they_have_parameters_and_refused_before(convert, lazy, fast):
-    model = nn.Sequential(nn.ReLU(), lazy)
-    with pytest.raises(FitError, match="as '1'; call the model once"):
-        convert(model)
-    model(torch.randn(2, 3, 5, 5))
-    assert type(convert(model)[1]) is fast
+@pytest.mark.parametrize("lazy", [nn.LazyBatchNorm2d(), nn.LazyConv2d(4, 3)], ids=lambda m: type(m).__name__)
+def test_lazy_layers_get_their_parameters_in_the_mode(lazy):
+    with twice_differentiable():
+        assert ours(lazy(torch.randn(2, 3, 5, 5)))
+    assert not any(nn.parameter.is_lazy(p) for p in lazy.parameters())

@@ -16,7 +16,7 @@ def write_log(run, iterations, *, every):
     lines = [",".join(COLUMNS)]
     for k in range(1, iterations + 1):
         done = k % every == 0
-        lines.append(f"{k},{1 / k},,,0.001,4,0.1,{40 + k if done else ''},{2.0 if done else ''}")
+        lines.append(f"{k},{1 / k},,,0.001,4,0.1,0,{40 + k if done else ''},{2.0 if done else ''},,")
     (run / "log.csv").write_text("\n".join(lines) + "\n")
     return run
 

@@ -156,7 +156,25 @@ def test_names_that_cannot_be_printed(blob_run, photos, capsys):
     out, err = capsys.readouterr()
     assert r"\udcff\x1b[2J\n.png  class" in out and r"\udcfe.png: need a readable" in err and "\x1b" not in out
     assert predict(blob_run, photos, "--csv", photos / "rows.csv") == 1
-    assert os.fsencode(name) in (photos / "rows.csv").read_bytes()
+    assert (
+        r"\udcff\x1b[2J\n.png" in (photos / "rows.csv").read_text() and "\x1b" not in (photos / "rows.csv").read_text()
+    )
+    assert predict(blob_run, photos, "--json", photos / "rows.json") == 1
+    found = json.loads((photos / "rows.json").read_text())["predictions"]
+    assert str(photos / "query" / name) in [row["file"] for row in found]  # as they are
+
+
+@pytest.mark.parametrize("name", ["=cmd|' C calc'!A0", "@SUM(1+1)", "+1", "\t=1", "＝1"])
+def test_names_are_no_formulas(blob_run, photos, monkeypatch, name):
+    os.rename(photos / "support" / "class00", photos / "support" / name)
+    (photos / "here").mkdir()
+    shutil.copy(photos / "query" / "class01" / "3.png", photos / "here" / f"{name}.png")
+    monkeypatch.chdir(photos / "here")
+    assert predict(blob_run, photos, "--csv", photos / "rows.csv", query=[f"{name}.png"]) == 0
+    with open(photos / "rows.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["file"] == f"'{name}.png".replace("\t", r"\t")
+    assert not any(value.startswith(("=", "+", "-", "@", "\t", "＝")) for value in row.values())
 
 
 def test_links_to_folders_are_not_followed(photos):

@@ -18,6 +18,7 @@ from l2g_meta.cli import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate, paired_difference
+from l2g_meta.files.sealed import opened
 from l2g_meta.report.confusion import confusion, hardest
 from l2g_meta.report.embeddings import choose_rows, flat
 from l2g_meta.report.gather import Experiment, differences, gather
@@ -153,7 +154,7 @@ def page_of(*runs, **asked):
 
 def change_config(run, **values):
     path = run / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(opened(json.loads(path.read_text())) | values))
 
 
 def test_strings_of_a_strangers_run_are_text(copied):
@@ -208,12 +209,12 @@ def test_a_run_that_goes_on(copied):
     lines = (copied / "log.csv").read_text().splitlines(keepends=True)
     (copied / "log.csv").write_text("".join(lines[:3]) + "4,rubbish,,,\n5,nan,\n" + "x" * 300)
     report, text = page_of(copied)
-    assert report.runs[0].folder.updates == 5 and "unfinished: 5 of 8 updates" in Parsed(text).text
+    assert report.runs[0].folder.updates == 2 and "unfinished: 2 of 8 updates" in Parsed(text).text
     (copied / "log.csv").write_text("")
     text = Parsed(page_of(copied)[1]).text
     assert "learning curve cut off: log.csv ends at update 0, the best checkpoint is of" in text
     (copied / "log.csv").write_bytes(b"iteration,loss\n\xff\xfe\x00\n")
-    assert "no learning curve: need a run" in Parsed(page_of(copied)[1]).text
+    assert "learning curve cut off: log.csv ends at update 0" in Parsed(page_of(copied)[1]).text
 
 
 def test_a_model_given_from_python_is_not_guessed(copied):

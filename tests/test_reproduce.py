@@ -16,8 +16,9 @@ from l2g_meta import updates
 from l2g_meta.cli import main
 from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.locks import claim
+from l2g_meta.files.sealed import opened
 from l2g_meta.functional import confidence_interval
-from l2g_meta.lock import claim
 from l2g_meta.logs import read_log
 from l2g_meta.plots import Scatter, draw_scatters
 from l2g_meta.reproduce import paper
@@ -66,13 +67,20 @@ def test_the_published_numbers_have_a_row_and_a_column():
 
 
 def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
+    own = {"spread": ("spread", 600), "length": ("long", 8000)}  # scales
+    screened = {name: study for name, study in STUDIES.items() if name not in own}
+    for name, (scale, length) in own.items():
+        configs = [cell.config() for cell in everything(scale, {name: STUDIES[name]})]
+        assert {(c.iterations, c.image_size, c.pairs, c.average) for c in configs if c.method == "l2g"} == {
+            (length, 28, 2, True)
+        }
     cells = set()
-    for cell in everything("screen", STUDIES):
+    for cell in everything("screen", screened):
         config = cell.config()
         assert config.image_size == 28 and config.pairs == ROWS[cell.row].options.get("pairs", 2) and cell.seed == 0
         assert config.iterations == 200 and cell.row in STUDIES[cell.plan.experiment].rows
         cells.add(cell.folder)
-    assert len(cells) <= 40 and len({c.seed for c in everything("confirm", STUDIES)}) == 3
+    assert len(cells) <= 40 and len({c.seed for c in everything("confirm", screened)}) == 3
     few = plan("few-classes", "screen", Path("none"), root="data").cells[1].config()
     assert few.train_classes == 16 and few.method == "episodic"
 
@@ -166,7 +174,7 @@ def test_what_is_done_is_not_done_again_what_is_lost_is(done, tmp_path):
 
 def test_cells_of_another_config_are_refused(done):
     cell = done.cells[-1]
-    config = json.loads((cell.folder / "config.json").read_text())
+    config = opened(json.loads((cell.folder / "config.json").read_text()))
     (cell.folder / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
     try:
         with pytest.raises(L2GError, match="need --lr 0.001, not 0.5, as .* has it; choose another --out"):
@@ -206,7 +214,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
 
     (cell.folder / "test.json").unlink()
     assert run_cell(cell)["equal_time"]["updates"] == 3 and len(ran) == 5  # neither measured nor trained again
-    changed = json.loads((cell.folder / "config.json").read_text())
+    changed = opened(json.loads((cell.folder / "config.json").read_text()))
     (cell.folder / "config.json").write_text(json.dumps({**changed, "iterations": 7}))
     with pytest.raises(L2GError, match="need --iterations 3, not 7"):
         run_cell(cell)
@@ -437,7 +445,8 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     path = tmp_path / "lock"
     with claim(path) as ours, claim(path) as again:
         assert ours and not again
-    code = f"from l2g_meta.lock import claim\nfrom pathlib import Path\nimport time\nwith claim(Path({str(path)!r})):\n"
+    code = "from l2g_meta.files.locks import claim\nfrom pathlib import Path\nimport time\n"
+    code += f"with claim(Path({str(path)!r})):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", code + " print('held', flush=True)\n time.sleep(60)"], stdout=subprocess.PIPE
     )

@@ -18,6 +18,25 @@ NEVER = {
 NEEDS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "np.save": ("allow_pickle", False)}
 
 
+# Files are written by l2g_meta.files.writing alone. These have reasons of their own: memory maps, downloads, members of
+# archives in a folder that is new, a switch of the Linux kernel.
+WRITERS = {"files/writing.py", "data/cache.py", "data/download.py", "data/archive.py", "bench/run.py"}
+WRITES = {"write_text", "write_bytes", "savefig", "to_csv", "tofile", "open_memmap", "touch"}
+
+
+def written(source: str) -> Iterator[str]:
+    """What a source calls that writes a file by its name."""
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call):
+            name = ast.unparse(call.func)
+            texts = [a.value for a in (*call.args[1:2], *(k.value for k in call.keywords if k.arg == "mode"))
+                     if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+            opens = name in ("open", "os.fdopen", "io.open", "gzip.open") and any(set(t) & set("wax+") for t in texts)
+            to_nowhere = call.args and ast.unparse(call.args[0]) == "os.devnull"
+            if (opens and not to_nowhere) or ("." in name and name.rpartition(".")[2] in WRITES):
+                yield f"{call.lineno}: {name}"
+
+
 def broken(source: str) -> Iterator[str]:
     """What a source calls that it must not."""
     for call in ast.walk(ast.parse(source)):
@@ -38,6 +57,15 @@ def broken(source: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_rules(path: Path) -> None:
     assert list(broken(path.read_text(encoding="utf-8"))) == []
+
+
+def test_one_way_to_write() -> None:
+    package = ROOT / "l2g_meta"
+    found = {path: list(written(path.read_text(encoding="utf-8"))) for path in package.rglob("*.py")}
+    others = {str(path.relative_to(package)): calls for path, calls in found.items() if calls}
+    assert "files/writing.py" in others and {name: c for name, c in others.items() if name not in WRITERS} == {
+        "plots.py": [c for c in others.get("plots.py", []) if c.endswith("figure.savefig")]  # into an open file
+    }
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from l2g_meta.files.names import shown
+
 
 def model_card(values: Mapping[str, Any]) -> str:
     """The text of ``README.md``, from what is in ``model.json``."""
@@ -136,4 +138,4 @@ def _numbers(value: Any) -> str:
 
 def _escaped(text: str) -> str:
     """A name from somebody's folders without what Markdown would take for mark-up."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c in "\r\n" else c for c in text)
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else shown(c) for c in text)

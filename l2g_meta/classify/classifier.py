@@ -73,6 +73,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         preparation: how images become inputs, for a module of which nothing is known; a folder brings its own.
         batch_size: images in one forward pass; memory is bounded by it, whatever the number of images.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+        trust: import the module that a folder may name as its head or backbone, which runs it.
 
     Attributes:
         classes_: labels, sorted.
@@ -111,6 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         preparation: Preparation | None = None,
         batch_size: int = 64,
         device: str = "auto",
+        trust: bool = False,
     ):
         self.model = model
         self.reject_rate = reject_rate
@@ -119,6 +121,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.preparation = preparation
         self.batch_size = batch_size
         self.device = device
+        self.trust = trust
 
     @classmethod
     def load(cls, folder: Path | str, **options: Any) -> FewShotClassifier:
@@ -129,7 +132,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             options: those of the class.
         """
         classifier = cls(str(folder), **options)
-        open_source(classifier.model, classifier.device)
+        open_source(classifier.model, classifier.device, trust=classifier.trust)
         return classifier
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
@@ -228,7 +231,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise L2GError(f"need a temperature above 0 and finite, got {self.temperature!r}")
         if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
             raise L2GError(f"need a batch_size of at least 1, got {self.batch_size!r}")
-        source = open_source(self.model, self.device)
+        source = open_source(self.model, self.device, trust=self.trust)
         scoring.check_inductive(source.model)
         return source
 

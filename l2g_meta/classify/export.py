@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import tempfile
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.checkpoint import read_info, refuse_given, save_tensors, write_text
+from l2g_meta.checkpoint import make_folder, read_info, refuse_given, save_tensors
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.episodes import calibrate
 from l2g_meta.classify.images import Preparation
 from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
 from l2g_meta.config import MACHINE, Config
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.locks import claim
+from l2g_meta.files.sealed import sealed
+from l2g_meta.files.writing import PARTIAL, new_file, sync_folder, write_bytes, write_text
 from l2g_meta.logs import read_log
 from l2g_meta.model import MetricModel
 from l2g_meta.settings import LEARNERS
@@ -40,6 +44,7 @@ def export(
     root: str | None = None,
     checkpoint: str = "best",
     device: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Writes a run as a folder that ``FewShotClassifier`` reads on another machine; returns what is in ``model.json``.
 
@@ -55,6 +60,7 @@ def export(
         root: folder of the data, if it has moved since training.
         checkpoint: ``"best"`` on validation, or ``"last"``.
         device: as of ``load_run``.
+        trust: as of ``load_run``.
 
     Raises:
         L2GError: if the run or its data cannot be used, ``out`` is there, or an encoder does not give the same
@@ -65,7 +71,7 @@ def export(
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
-    wrapper, config = load_run(run, checkpoint=checkpoint, device=device)
+    wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
     info = read_info(run / f"{checkpoint}.safetensors")
     refuse_given(info, run, "fit a FewShotClassifier around its model")
     model, preparation = wrapper.module, Preparation.of_run(config, info["image_shape"])
@@ -87,7 +93,7 @@ def export(
             values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
         header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
         save_tensors(folder / WEIGHTS, model.state_dict(), header)
-        write_text(folder / MODEL, json.dumps(values, indent=1) + "\n")
+        write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
         write_text(folder / CARD, model_card(values))
     return values
 
@@ -107,8 +113,11 @@ def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *
         expected = [encoder(x) for x in images]
         try:
             program = torch.export.export(encoder, (images[1],), dynamic_shapes=({0: torch.export.Dim("n")},))
-            torch.export.save(program, folder / PROGRAM)
+            with new_file(folder / PROGRAM) as file:
+                torch.export.save(program, file)
             read_back = torch.export.load(folder / PROGRAM).module()  # our own file, just written
+        except CheckpointError:
+            raise
         except Exception as error:  # whatever an encoder of one's own makes the tracer raise
             raise L2GError(f"cannot export {type(encoder).__name__} with torch.export: {error}") from error
         found = {PROGRAM: _difference(PROGRAM, [read_back(x) for x in images], expected)}
@@ -122,11 +131,14 @@ def _through_onnx(program: Any, images: list[Tensor], path: Path) -> list[Tensor
     import onnxruntime
 
     try:
-        torch.onnx.export(
-            program, (), path, dynamo=True, external_data=False, input_names=["images"], output_names=["features"],
-            dynamic_shapes=({0: "n"},), verbose=False,
+        written: Any = torch.onnx.export(
+            program, (), dynamo=True, input_names=["images"], output_names=["features"], dynamic_shapes=({0: "n"},),
+            verbose=False,
         )  # fmt: skip
+        write_bytes(path, written.model_proto.SerializeToString())
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except CheckpointError:
+        raise
     except Exception as error:  # the exporter's own errors are many
         raise L2GError(f"cannot write the encoder as ONNX: {error}; --no-onnx leaves it out") from error
     return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
@@ -194,17 +206,21 @@ def _check_onnx() -> None:
 
 @contextmanager
 def _appears(out: Path) -> Iterator[Path]:
-    """A folder beside its place, renamed into it when all is well, else removed."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise L2GError(f"need a folder to export to, cannot make {out}: {error.strerror}; choose another") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it the user's alone
-        partial.rename(out)
-    except OSError as error:
-        raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """A folder beside its place, renamed into it when all is well, else removed; as is what killed exports left."""
+    make_folder(out.parent, "a folder to export to", "choose another")
+    with claim(out.with_name(f".{out.name}.lock"), remove=True) as ours:
+        if not ours:
+            raise L2GError(f"another process exports to {out}; wait for it, or choose another folder")
+        for left in out.parent.glob(f".{glob.escape(out.name)}{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)  # which follows no link
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+            try:
+                yield partial
+                partial.chmod(0o755)  # mkdtemp makes it the user's alone
+                partial.rename(out)
+                sync_folder(out.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from l2g_meta.config import Config
 from l2g_meta.data import dataset_module
 from l2g_meta.data.classes import prepared
-from l2g_meta.data.images import FORMATS, IMAGENET_MEAN, IMAGENET_STD, read_image, stretch
+from l2g_meta.data.images import FORMATS, IMAGENET_MEAN, IMAGENET_STD, is_deep, read_image, stretch
 from l2g_meta.errors import DataError, L2GError
 
 PREPARED = "pass preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
@@ -213,8 +213,8 @@ def _pixels(image: Any, preparation: Preparation) -> np.ndarray | Tensor:
         return preparation.read(os.fspath(image))
     if not isinstance(image, Image.Image):
         return _as_tensor(image)
-    if image.mode[0] in "IF":
-        raise DataError(f"need 8-bit images, got one of mode {image.mode}; convert it")
+    if is_deep(image):
+        raise DataError(f"need 8-bit images, got one of mode {image.mode} with more; convert it")
     try:
         return preparation.pixels(image)
     except (OSError, SyntaxError) as error:  # Pillow reads a file's pixels when they are asked for

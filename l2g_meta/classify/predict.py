@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from l2g_meta.checkpoint import make_folder
 from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
 from l2g_meta.classify.source import open_source
 from l2g_meta.errors import L2GError
+from l2g_meta.files.names import cell, shown
+from l2g_meta.files.writing import new_file
 
 COLUMNS = ("file", "class", "probability", "nearest")
 
@@ -32,6 +36,7 @@ def predict(
     reject_rate: float | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    trust: bool = False,
 ) -> int:
     """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
 
@@ -46,6 +51,7 @@ def predict(
         reject_rate: as of ``FewShotClassifier``.
         batch_size: images at a time.
         device: as ``--device``.
+        trust: as of ``open_source``.
 
     Raises:
         L2GError: if the model, a folder or an option is unusable.
@@ -54,7 +60,7 @@ def predict(
 
     if csv_file is not None and str(csv_file) == "-":
         raise L2GError("need a file for --csv, got -; name one, or take --json, which writes to the standard output")
-    source = open_source(model, device)
+    source = open_source(model, device, trust=trust)
     if source.preparation is None:
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
@@ -89,17 +95,17 @@ def _output(
 ) -> Iterator[Callable[[Row], None]]:
     """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
     if csv_file is not None:
-        try:
-            csv_file.parent.mkdir(parents=True, exist_ok=True)
-            file = open(csv_file, "w", newline="", encoding="utf-8", errors="surrogateescape")  # names as they are
-        except OSError as error:
-            raise L2GError(
-                f"need a file to write for --csv, got {csv_file}: {error.strerror}; choose another"
-            ) from error
-        with file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            yield lambda row: writer.writerow(row._replace(probability=f"{row.probability:.4f}"))  # type: ignore[arg-type]
+        make_folder(csv_file.parent, "a file to write for --csv", "choose another")
+        with new_file(csv_file) as raw:
+            file = TextIOWrapper(raw, newline="", encoding="utf-8")
+            try:
+                writer = csv.writer(file)
+                writer.writerow(COLUMNS)
+                yield lambda row: writer.writerow(
+                    [cell(row.file), cell(row.label), f"{row.probability:.4f}", cell(row.nearest)]
+                )
+            finally:
+                file.detach()  # which flushes; the file is closed when it is on the disk
     elif not table:
         yield lambda row: None
     else:
@@ -133,16 +139,6 @@ def proportion_interval(right: int, n: int) -> tuple[float, float]:
     share = right / n
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return tuple(100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))  # type: ignore[return-value]
-
-
-def shown(text: str) -> str:
-    r"""A file's name without what would steer a terminal or cannot be printed.
-
-    Example:
-        >>> print(shown("a\n\x1b[2J é"))
-        a\n\x1b[2J é
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _summary(

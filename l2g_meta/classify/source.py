@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.build import build_device, build_model, load_run, n_classes_of, set_precision
+from l2g_meta.build import build_device, build_model, load_run, n_classes_of, refuse_modules, set_precision
 from l2g_meta.checkpoint import load_tensors, put, read_info
 from l2g_meta.classify.calibration import Calibration
 from l2g_meta.classify.images import Preparation
 from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.reading import read_text
+from l2g_meta.files.sealed import opened
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
 FORMAT = 1  # of model.json; raised when an older version could not read it
@@ -42,16 +44,18 @@ class Source:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def open_source(model: Any, device: str = "auto") -> Source:
+def open_source(model: Any, device: str = "auto", *, trust: bool = False) -> Source:
     """A trained model from its folder, or a copy of a module.
 
     Args:
         model: a folder made by ``l2g train`` or ``l2g export``; ``model(task) -> scores`` or its ``L2GWrapper``; or
             what this function has opened, which is returned.
         device: as ``--device``.
+        trust: import the module that a folder may name as its head or backbone, which runs it.
 
     Raises:
-        L2GError: if it is none of these, or the folder is missing, damaged or of another kind.
+        L2GError: if it is none of these, or the folder is missing, damaged, of another kind, or names a module and is
+            not trusted.
     """
     place = build_device(device)
     if isinstance(model, Source):
@@ -64,13 +68,13 @@ def open_source(model: Any, device: str = "auto") -> Source:
         raise L2GError(f"need a run directory, an exported folder or a torch.nn.Module as model, got {model!r}")
     folder = Path(model)
     if (folder / MODEL).is_file():
-        return _open_export(folder, place)
+        return _open_export(folder, place, trust)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"need a folder made by `l2g train` (with config.json) or by `l2g export` (with {MODEL}), got {folder}; "
             "name one"
         )
-    wrapper, config = load_run(folder, device=str(place))
+    wrapper, config = load_run(folder, device=str(place), trust=trust)
     info = read_info(folder / "best.safetensors")
     if "data" in info.get("given", []):
         raise CheckpointError(
@@ -85,7 +89,7 @@ def architecture(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name not in NOT_BUILT}
 
 
-def _open_export(folder: Path, device: torch.device) -> Source:
+def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     values = read_values(folder)
     preparation = Preparation.of(values.get("preparation") or {})
     calibration = None if values.get("calibration") is None else Calibration.of(values["calibration"])
@@ -95,6 +99,8 @@ def _open_export(folder: Path, device: torch.device) -> Source:
         raise
     except Exception as error:  # names and values of any kind
         raise CheckpointError(f"need an architecture in {folder / MODEL}, got: {error!r}; export again") from error
+    if not trust:
+        refuse_modules(config, folder)
     tensors, info = load_tensors(folder / WEIGHTS)
     model = build_model(config, preparation.image_shape, n_classes_of(info))
     put(tensors, model, folder / WEIGHTS)
@@ -110,7 +116,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     """
     path = folder / MODEL
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = opened(json.loads(read_text(path)))
         if not isinstance(values, dict) or not isinstance(values.get("format"), int):
             raise ValueError("no object with a format")
     except (OSError, ValueError, RecursionError) as error:

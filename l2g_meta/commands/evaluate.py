@@ -78,7 +78,7 @@ def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2G
     """Trained runs that are seeds of one experiment."""
     from l2g_meta.build import load_run
 
-    loaded = [load_run(run, checkpoint=args.checkpoint, device=args.device) for run in runs]
+    loaded = [load_run(run, checkpoint=args.checkpoint, device=args.device, trust=args.trust) for run in runs]
     seeds = [config.seed for _, config in loaded]
     if len(set(seeds)) < len(seeds):
         raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     values = export(
         args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
-        device=args.device,
+        device=args.device, trust=args.trust,
     )  # fmt: skip
     print("\n".join(summary(values)))
     print(f"{args.out}: written; l2g predict --model {args.out} --support DIR --query DIR")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from l2g_meta.errors import L2GError
+from l2g_meta.files.writing import check_writable, write_text
 
 STDOUT = Path("-")
 PLAIN = {"±": "+-", "×": "x", "α": "alpha", "θ": "theta", "…": "...", "—": "-", "–": "-", "’": "'", "“": '"', "”": '"'}
@@ -63,8 +64,6 @@ def emit(args: argparse.Namespace, values: Any) -> None:
     if args.json == STDOUT:
         print(text, file=args.stdout, flush=True)
     else:
-        from l2g_meta.checkpoint import write_text
-
         write_text(args.json, text + "\n")
 
 
@@ -147,10 +146,7 @@ def _check_writable(path: Path) -> None:
         raise L2GError(f"need a file to write for --json, got the folder {path}; put --json last, or before a FILE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", encoding="utf-8"):
-            pass
-        if new:
-            path.unlink()
+        check_writable(path)
     except OSError as error:
-        raise L2GError(f"need a file to write for --json, got {path}: {error.strerror}; choose another") from error
+        reason = error.strerror or error
+        raise L2GError(f"need a file to write for --json, got {path}: {reason}; choose another") from error

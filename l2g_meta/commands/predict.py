@@ -8,9 +8,10 @@ from pathlib import Path
 
 from l2g_meta.commands.output import STDOUT, add_output, emit
 from l2g_meta.commands.parser import Commands, new_command
+from l2g_meta.commands.runs import add_trust
 from l2g_meta.commands.types import number, positive
 
-INTERRUPTED = "the rows so far are printed, or in the file of --csv; run it again for all"
+INTERRUPTED = "the rows so far are printed, a file of --csv is as it was; run it again for all"
 EXAMPLES = """\
 l2g predict --model model --support known --query photos    # known/<class>/*.jpg
 l2g predict --model runs/a --support known --query a.jpg b.jpg --unknown 0.1
@@ -35,6 +36,7 @@ def add(commands: Commands) -> None:
     predict.add_argument("--batch-size", type=positive, metavar="N", default=64, help="images at a time (default: 64)")
     predict.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
     predict.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
+    add_trust(predict)
     add_output(predict, json="all rows and a summary")
 
 
@@ -53,4 +55,5 @@ def run(args: argparse.Namespace) -> int:
         reject_rate=args.unknown,
         batch_size=args.batch_size,
         device=args.device,
+        trust=args.trust,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from l2g_meta.checkpoint import make_folder
 from l2g_meta.commands.output import add_output, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.runs import add_episodes
+from l2g_meta.commands.runs import add_episodes, add_trust
 from l2g_meta.commands.types import positive
 from l2g_meta.errors import L2GError
 
@@ -36,6 +37,7 @@ def add(commands: Commands) -> None:
     flag("--classes", type=positive, metavar="N", default=10, help="hard classes shown (default: 10)")
     flag("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     flag("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
+    add_trust(report)
     add_output(report, json="where the page is and what could not be read or tested")
 
 
@@ -46,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from l2g_meta.report.page import write_report
 
     _check_place(args.out)
-    names = ("split", "episodes", "ways", "shots", "queries", "bn", "episode_seed", "classes", "root", "device")
-    report = gather(args.run, Asked(**{name: getattr(args, name) for name in names}))
+    report = gather(args.run, Asked(**{f.name: getattr(args, f.name) for f in fields(Asked)}))
     size = write_report(report, args.out)
     problems = [f"{r.folder.path}: {problem}" for r in report.runs for problem in r.problems]
     for problem in problems:

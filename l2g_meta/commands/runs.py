@@ -16,6 +16,13 @@ def add_run(parser: Arguments) -> None:
                         "after the last update, or the average of a run with --average (default: best)")  # fmt: skip
     parser.add_argument("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
+    add_trust(parser)
+
+
+def add_trust(parser: Arguments) -> None:
+    """Whether modules that a run or an exported folder names are imported."""
+    parser.add_argument("--trust", action="store_true", help="import the module that a stored run or model names as "
+                        "its head or backbone, package.module:Class, which runs it")  # fmt: skip
 
 
 def add_episodes(parser: Arguments, each: str) -> None:

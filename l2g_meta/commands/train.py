@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from l2g_meta.checkpoint import read_info
 from l2g_meta.commands.output import add_output, bold, complain, emit
 from l2g_meta.commands.parser import Commands, new_command
-from l2g_meta.commands.runs import describe
+from l2g_meta.commands.runs import add_trust, describe
 from l2g_meta.commands.types import METAVARS, TYPES
 from l2g_meta.config import Config
 from l2g_meta.distributed import World
 from l2g_meta.errors import L2GError
+from l2g_meta.files.reading import read_text
 from l2g_meta.options import flag
 from l2g_meta.presets import PRESETS, preset
 from l2g_meta.settings import SUPERVISED
@@ -92,6 +93,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; without "
                      "one: that in --out if there is one, else begin it")  # fmt: skip
     run.add_argument("--force", action="store_true", help="resume with another config or other data than the run had")
+    add_trust(run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +128,7 @@ def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
     from l2g_meta.supervised import by_distance
     from l2g_meta.training import validate
 
-    wrapper, _ = load_run(out, device=config.device)
+    wrapper, _ = load_run(out, device=config.device, trust=True)  # this process has trained it
     data, device = build_data(config, "validation"), build_device(config.device)
     return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
@@ -146,6 +148,7 @@ def _result(out: Path, config: Config, best: dict[str, Any], skipped: int | None
 
 def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
     """Config, folder, and whether a run is there to go on with."""
+    from l2g_meta.build import refuse_modules
     from l2g_meta.run import holds_run
     from l2g_meta.state import newest, numbers
 
@@ -170,6 +173,8 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
             raise
         complain(f"{error}; its states have the config, too")
     config = stored or Config.of(newest(out)[2]["config"])
+    if not args.trust:
+        refuse_modules(config, out, named=given)
     return replace(config, **given).resolved(), out, True
 
 
@@ -183,6 +188,6 @@ def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        return isinstance(json.loads(read_text(path)), dict)
     except (OSError, ValueError):
         return False

@@ -23,7 +23,7 @@ import numpy as np
 
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
-from l2g_meta.lock import claim, turn
+from l2g_meta.files.locks import claim, turn
 
 CHECKSUMS = "checksums.json"
 

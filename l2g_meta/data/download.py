@@ -20,7 +20,7 @@ from urllib.parse import urljoin
 
 from l2g_meta.data.cache import file_digest, new_file, sync
 from l2g_meta.errors import DataError
-from l2g_meta.lock import turn
+from l2g_meta.files.locks import turn
 
 TIMEOUT = 60.0  # seconds without any data
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from l2g_meta.data.cache import cached, create_images, open_dataset, reserve, write_classes
 from l2g_meta.data.classes import ClassDataset
 from l2g_meta.errors import DataError
+from l2g_meta.files.reading import open_regular
 
 SPLITS = ("train", "validation", "test")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB on the [0, 1] scale
@@ -53,7 +54,7 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
         if size > MAX_BYTES:
             remedy = "make it smaller"
             raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
             start = file.read(4)
             file.seek(0)
             if other := next((f for f, s in SIGNATURES.items() if f != file_format and start.startswith(s)), None):
@@ -63,7 +64,7 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
                 if image.width * image.height > MAX_PIXELS:
                     remedy = "make it smaller"
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-                if image.mode[0] in "IF":  # Pillow would clip it to white
+                if is_deep(image):
                     remedy = "convert it to 8 bits"
                     raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
                 return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
@@ -73,6 +74,15 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
         raise DataError(
             f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); {remedy}"
         ) from error
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not yet decoded has more than 8 bits per channel.
+
+    Pillow would clip grey ones to white and keep the upper 8 bits of colours, whose mode does not say so.
+    """
+    layouts = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in getattr(image, "tile", ()) if tile[3]]
+    return image.mode[0] in "IF" or any(";16" in str(layout) for layout in layouts)
 
 
 def read_image(path: str, *, upright: bool = False) -> Image.Image:

@@ -95,9 +95,20 @@ class Stream(ABC, Generic[T_co]):
                 "by task.to(device), or take workers=0"
             )
         dataset: Dataset[T_co] = _Positions(self)
-        return DataLoader(
+        return _Loader(
             dataset, batch_size=None, sampler=Epochs(len(self)), num_workers=workers, collate_fn=_same, **options
         )
+
+
+class _Loader(DataLoader[T_co]):
+    """A loader that looks at its sampler's epoch when the first item is wanted.
+
+    PyTorch's looks when the iterator is made. PyTorch Lightning 2.6 makes the first one before it sets the epoch: a
+    resumed training would begin with the tasks of epoch 0 again (Lightning-AI/pytorch-lightning#21938).
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
 
 class Epochs(Sampler[int]):

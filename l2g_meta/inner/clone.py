@@ -13,7 +13,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,6 +80,40 @@ def own_buffers(source: nn.Module, clone: nn.Module) -> None:
             if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
                 original._buffers[name] = buffer.detach()
             child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
+
+
+def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
+    """A copied tree of modules, after ``own_methods`` for each."""
+    originals = dict(original.named_modules(remove_duplicate=False))
+    for path, module in copy.named_modules(remove_duplicate=False):
+        own_methods(originals[path], module)
+    return copy
+
+
+def own_methods(original: nn.Module, copy: nn.Module) -> None:
+    """Has methods that a copy holds as attributes (``self.forward = self.fast``) be its own, not the original's.
+
+    Example:
+        >>> original, copy = nn.Identity(), nn.Identity()
+        >>> original.forward = copy.forward = original.extra_repr
+        >>> own_methods(original, copy)
+        >>> copy.forward.__self__ is copy
+        True
+    """
+    for name, value in vars(copy).items():
+        if isinstance(value, MethodType) and value.__self__ is original:
+            vars(copy)[name] = MethodType(value.__func__, copy)
+
+
+def same_tensors(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The same tree of modules with the same tensors, so that others can be put into one of the two."""
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        memo[id(module)] = copy = module.__new__(type(module))
+        own = {"_parameters": module._parameters.copy(), "_buffers": module._buffers.copy()}
+        copy.__dict__ = module.__dict__ | own
+        copy._modules = {name: m if m is None else same_tensors(m, memo) for name, m in module._modules.items()}
+    return memo[id(module)]
 
 
 def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:

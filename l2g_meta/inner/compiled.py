@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import sys
 from itertools import chain
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError
+from l2g_meta.inner.clone import own_methods
 
 WRAPPED = "_orig_mod."  # what torch.compile puts into names
+# A decorator: compiled code around the function calls it as it is. Optimizers use this one, since
+# torch.compiler.disable imports the compiler, which takes seconds.
+eagerly = torch._disable_dynamo
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -30,7 +36,9 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """
     modules = list(module.modules())
     for m in modules:
-        if "forward" in vars(m) and not _is_wrapper(m):
+        forward = vars(m).get("forward")
+        own = isinstance(forward, MethodType) and forward.__self__ is m  # a method of its class, by another name
+        if forward is not None and not own and not _is_wrapper(m):
             raise FitError(
                 f"need the forward of {type(m).__name__} to be its class's, got one that was set on the instance and "
                 "calls the original, not its copy in the inner step; compile the module, or override forward in a class"
@@ -51,6 +59,7 @@ def _without(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in memo:
         memo[id(module)] = bare = module.__new__(type(module))
         bare.__dict__ = module.__dict__ | {"_compiled_call_impl": None}
+        own_methods(module, bare)
         bare._modules = {name: m if m is None else _without(m, memo) for name, m in module._modules.items()}
     return memo[id(module)]
 
@@ -61,9 +70,10 @@ def plain_names(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_as_they_are)
 
 
-def _plain(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    for name in [name for name in state if WRAPPED in name]:
-        state[name.replace(WRAPPED, "")] = state.pop(name)
+def _plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in list(state):  # what lies outside of the module is not ours to name
+        if name.startswith(prefix) and WRAPPED in name[len(prefix) :]:
+            state[prefix + name[len(prefix) :].replace(WRAPPED, "")] = state.pop(name)
 
 
 def _as_they_are(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
     # The cache would hand the inner step's casts of θ, or their graph, to later passes.
     with torch.autocast(task.query_y.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
         try:
-            scores = model(task)
+            scores = scores_of(model, task)
         except (TypeError, AttributeError) as error:
             if _takes_images(model, task.query_x):
                 raise FitError(
@@ -50,6 +51,15 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
             f"need scores of shape (n_query, n_way) = {expected} from {type(model).__name__}.forward(task), got {got}"
         )
     return scores if autocast is None else scores.to(task.query_x.dtype)
+
+
+def scores_of(model: nn.Module, task: Task) -> Any:
+    """``model(task)``; a classifier with easyfsl's two calls gets the supports by one, and the queries by the other."""
+    process_support_set = getattr(model, "process_support_set", None)
+    if process_support_set is None:
+        return model(task)
+    process_support_set(task.support_x, task.support_y)
+    return model(task.query_x)
 
 
 def _takes_images(model: nn.Module, x: Tensor) -> bool:

@@ -8,8 +8,9 @@ derivatives of any order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     ``L2GWrapper`` enters it for each pass of a learner. A pass that you run yourself (``learner.module(x)``, a loop
     around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
-    ``hardsigmoid`` as ``relu6``. Inside functorch transforms, forward-mode differentiation, compiled, exported or
-    traced regions and ``torch.utils.checkpoint``, PyTorch's own operators run.
+    ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
+    forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
+    operators run.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
@@ -48,8 +50,15 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 3, 4])
     """
-    with sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
+    with _eager(), sdpa_kernel(SDPBackend.MATH), _Operators(MISSING | FAST if fast else MISSING):  # new for each pass
         yield
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Has functions and methods that are compiled run as written: PyTorch differentiates compiled code once only."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class _Operators(TorchFunctionMode):
@@ -86,8 +95,12 @@ def _transformed() -> bool:
     )
 
 
-def _taken(x: Tensor, dims: int = 2) -> bool:
-    return x.is_floating_point() and x.ndim >= dims and x.numel() > 0 and x.device.type in ("cpu", "cuda")
+def _taken(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether our operators are for such maps and vectors; what is refused, PyTorch refuses."""
+    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
+        return False
+    dtypes = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    return all(t is None or (t.ndim == 1 and t.dtype in dtypes) for t in vectors)
 
 
 def _batch_norm(
@@ -100,7 +113,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not training or not _taken(input):
+    fits = _taken(input, running_mean, running_var, weight, bias) and (running_mean is None) == (running_var is None)
+    if not training or not fits:
         return NotImplemented
     return batch_norm(
         input, weight, bias, running_mean=running_mean, running_var=running_var, momentum=momentum, eps=eps
@@ -110,7 +124,8 @@ def _batch_norm(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    fits = _taken(input) and input.shape[1] % num_groups == 0 and input.shape[1:].numel() > num_groups
+    fits = _taken(input, weight, bias) and input.shape[1] % num_groups == 0 and input.shape[1:].numel() > num_groups
+    fits = fits and (input.ndim < 5 or input.is_contiguous())
     return group_norm(input, num_groups, weight, bias, eps=eps) if fits else NotImplemented
 
 
@@ -129,12 +144,15 @@ def _conv2d(
 
 
 def _pair(n: Pair) -> tuple[int, ...]:
-    n = (n,) if isinstance(n, int) else tuple(n)
+    n = tuple(n) if isinstance(n, tuple | list) else (int(n),)
     return n * 2 if len(n) == 1 else n
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    y = F.relu6(input + 3) / 6
+    if not input.is_floating_point():
+        return NotImplemented
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))  # rounded once, as PyTorch's
+    y = (F.relu6(wide + 3) / 6).to(input.dtype)
     return input.copy_(y) if inplace else y
 
 

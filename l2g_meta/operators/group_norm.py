@@ -1,7 +1,7 @@
 r"""Group normalisation as an operator with a closed-form double backward.
 
 A row is a group of channels of one input. Per row, with M the mean over it, x̂ = r (x − m), y = w x̂ + b, and the
-projection P(t) = r (t − M(t) − x̂ M(t x̂)), the formulas are those of ``layer_norm``, with sums over inputs and places:
+projection P(t) = r (t − M(t) − x̂ M(t x̂)), the formulas are those of layer norm, with sums over inputs and places:
 
 .. math:: g_x = P(w g), \qquad g_w = \Sigma\, g \hat x, \qquad g_b = \Sigma\, g
 

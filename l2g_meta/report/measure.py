@@ -35,6 +35,7 @@ class Asked:
         classes: hard classes shown.
         root: folder of the data, if it has moved since training.
         device: another one than the run's.
+        trust: as of ``load_run``.
     """
 
     split: str = "test"
@@ -47,6 +48,7 @@ class Asked:
     classes: int = 10
     root: str | None = None
     device: str | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ def measure(run: RunFolder, asked: Asked, splits: Splits) -> Measured:
     Raises:
         L2GError: if the checkpoint or the data is missing, damaged or does not fit.
     """
-    wrapper, config = load_run(run.path, device=asked.device)
+    wrapper, config = load_run(run.path, device=asked.device, trust=asked.trust)
     data, device = splits.of(config, asked), build_device(config.device)
     shape: dict[str, Any] = {
         "ways": asked.ways or config.outer_ways,

@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from l2g_meta.checkpoint import write_text
 from l2g_meta.config import MACHINE, Config
+from l2g_meta.files.writing import write_text
 from l2g_meta.options import flag
 from l2g_meta.report.charts import accuracy_chart, loss_chart, validation_chart
 from l2g_meta.report.details import (
@@ -41,7 +41,7 @@ def write_report(report: Report, path: Path) -> int:
     """
     text = render(report)
     write_text(path, text)
-    return len(text.encode())
+    return path.stat().st_size
 
 
 def render(report: Report) -> str:

@@ -25,13 +25,13 @@ from l2g_meta.allocator import keep_freed_memory
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.run import describe_machine
 from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.checkpoint import write_text
 from l2g_meta.config import Config
 from l2g_meta.data.images import SPLITS
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation import evaluate
-from l2g_meta.lock import claim
+from l2g_meta.files.locks import claim
+from l2g_meta.files.writing import check_writable, write_text
 from l2g_meta.logs import read_log
 from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.objectives import OBJECTIVES
@@ -87,9 +87,7 @@ def check(plan: Plan) -> None:
     build_device(plan.device)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        with open(plan.out / ".writable", "w"):  # now, not after the first cell's hours
-            pass
-        (plan.out / ".writable").unlink(missing_ok=True)
+        check_writable(plan.out / RESULT)  # now, not after the first cell's hours
     except OSError as error:
         raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
     for config in {cell.data: cell.config() for cell in plan.cells}.values():

@@ -6,11 +6,13 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from l2g_meta.files.writing import write_text
 from l2g_meta.functional import confidence_interval
 from l2g_meta.logs import read_log
 from l2g_meta.models.batchnorm_policy import POLICIES, Policy
@@ -39,11 +41,12 @@ def write_tables(plan: Plan) -> Path:
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
     write_json(path.with_suffix(".json"), values)
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CURVE)
-        writer.writeheader()
-        writer.writerows(line for cell in plan.cells if cell.done for line in curve(cell))
-    path.write_text(markdown(values), encoding="utf-8")
+    file = StringIO(newline="")
+    writer = csv.DictWriter(file, CURVE)
+    writer.writeheader()
+    writer.writerows(line for cell in plan.cells if cell.done for line in curve(cell))
+    write_text(path.with_suffix(".csv"), file.getvalue())
+    write_text(path, markdown(values))
     return path
 
 

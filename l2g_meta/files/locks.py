@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from l2g_meta.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -26,7 +23,7 @@ def claim(path: Path, *, remove: bool = False) -> Iterator[bool]:
     share a folder see each other's locks where its file system passes them on (NFS, Lustre with ``flock``).
 
     Raises:
-        CheckpointError: if the file system has no locks or the folder cannot be written.
+        CheckpointError: if the file system has no locks, the folder cannot be written, or the file is a link.
 
     Example:
         >>> import tempfile
@@ -34,18 +31,26 @@ def claim(path: Path, *, remove: bool = False) -> Iterator[bool]:
         ...     print(ours)
         True
     """
+    lock = FileLock(path, timeout=0)
     try:
-        file = open(path, "a")  # noqa: SIM115
-    except OSError as error:
-        raise CheckpointError(f"need to write {path}, got: {error.strerror}; choose another folder") from error
-    with file:
-        ours = _lock(file, path)
-        try:
-            yield ours
-        finally:
-            if ours and remove:
+        _refuse_links(path)
+        lock.acquire()
+        ours = True
+    except Timeout:
+        ours = False
+    except (NotImplementedError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(
+            f"need to lock {path}, got: {reason}; choose another folder, on a file system with locks (a local one)"
+        ) from error
+    try:
+        yield ours
+    finally:
+        if ours:
+            if remove:
                 with suppress(OSError):  # Windows removes no open file
                     path.unlink()
+            lock.release()
 
 
 @contextmanager
@@ -66,15 +71,10 @@ def turn(path: Path, what: str) -> Iterator[None]:
         time.sleep(0.5)
 
 
-def _lock(file: IO[str], path: Path) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else it was removed meanwhile
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot lock {path}: {error.strerror}; choose a folder on a file system with locks (a local one)"
-        ) from error
+def _refuse_links(path: Path) -> None:
+    """A link, symbolic or hard, would have the lock made or emptied elsewhere."""
+    os.stat(path.parent)  # which the lock would make
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+            raise OSError("it is a link or no regular file; remove it")

@@ -1,0 +1,199 @@
+"""The wrapper as people meet it: their tasks, their networks, checkpoints, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
+from l2g_meta.errors import DataError, FitError
+from l2g_meta.testing import random_task
+
+IMAGE = (3, 16, 16)
+
+
+@pytest.fixture
+def tasks():
+    return random_task(IMAGE, n_way=3, queries=2), random_task(IMAGE, n_way=3, queries=2)
+
+
+def network():
+    return MetricModel(Conv4(3, 4), PrototypicalHead()).double()
+
+
+def gradients(wrapper, pair):
+    wrapper.zero_grad()
+    wrapper(*pair).backward()
+    return [p.grad.clone() for p in wrapper.parameters()]
+
+
+class TestTasks:
+    def test_plain_tuples(self, tasks):
+        model = network()
+        expected = gradients(L2GWrapper(model, 0.1), tasks)
+        for pair in (
+            [tuple(t)[:4] for t in tasks],
+            [list(t) for t in tasks],
+            [(*t[:4], [11, 5, 7]) for t in tasks],  # easyfsl's class ids
+            [tuple(part[None] for part in t[:4]) for t in tasks],  # a DataLoader's
+            [(t.support_x, t.support_y * 2 + 5, t.query_x, t.query_y * 2 + 5) for t in tasks],
+        ):
+            found = gradients(L2GWrapper(model, 0.1), pair)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+        wrapper, plain = L2GWrapper(model, 0.1), tuple(tasks[0])[:4]
+        assert torch.equal(wrapper.loss(plain), wrapper.loss(tasks[0]))
+        learner = wrapper.clone()
+        assert torch.equal(learner(plain), learner(tasks[0])) and wrapper.adapted(plain).updates
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"n_way": 4}, r"need a support of each of the 4 classes, got none of \[3\]"),
+            ({"support_y": torch.tensor([0, 1, 1])}, r"need a support of each of the 3 classes, got none of \[2\]"),
+            (
+                {"query_x": torch.zeros(0, *IMAGE), "query_y": torch.zeros(0).long()},
+                "need at least one query, got none",
+            ),
+            ({"query_y": torch.tensor([0, 1, 2, 3, 1, 2])}, r"need query labels in 0 … 2, got \[0, 1, 2, 3\]"),
+            ({"query_y": torch.tensor([0, 1, 2, -1, 1, 2])}, r"need query labels in 0 … 2, got \[-1, 0, 1, 2\]"),
+            ({"query_y": torch.arange(3)}, "one label per query, got torch.int64 of shape"),
+            ({"n_way": torch.tensor(3)}, "need n_way to be a Python int"),
+        ],
+        ids=["way", "class", "queries", "high", "negative", "length", "tensor"],
+    )
+    def test_a_wrong_task_is_told_on_every_call(self, change, message, tasks):
+        wrapper, wrong = L2GWrapper(network(), 0.1), tasks[0]._replace(**change)
+        learner = wrapper.clone()
+        for call in (
+            lambda: wrapper(wrong, tasks[1]),
+            lambda: wrapper(tasks[0], wrong),
+            lambda: wrapper.outcome(tasks[1], wrong),
+            lambda: wrapper.loss(wrong),
+            lambda: wrapper.adapted(wrong),
+            lambda: learner.loss(wrong),
+            lambda: learner(wrong),
+        ):
+            wrapper(*tasks)  # that an earlier task was right does not matter
+            with pytest.raises(DataError, match=message):
+                call()
+
+    @pytest.mark.parametrize("thing", [None, 3, torch.zeros(4, 3), "task", (torch.zeros(2), torch.arange(2))])
+    def test_what_is_no_task(self, thing, tasks):
+        with pytest.raises(DataError, match="need a"):
+            L2GWrapper(network(), 0.1)(tasks[0], thing)
+
+
+class TestModels:
+    @pytest.mark.parametrize("kind", ["sequential", "torchvision", "learn2learn"])
+    def test_a_bare_encoder_is_told_to_be_wrapped(self, kind, tasks, either_backend):
+        if kind == "sequential":
+            encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        elif kind == "torchvision":
+            encoder = pytest.importorskip("torchvision").models.resnet18(weights=None)
+        else:
+            library = pytest.importorskip("learn2learn", reason="learn2learn is not installed")
+            encoder = library.vision.models.ConvBase(hidden=4, channels=3, max_pool=True)
+        wrapper, state = L2GWrapper(encoder.double(), 0.1), copy.deepcopy(encoder.state_dict())
+        for call in (lambda: wrapper(*tasks), lambda: wrapper.loss(tasks[0]), lambda: wrapper.clone()(tasks[0])):
+            with pytest.raises(FitError, match=r"forward takes images; wrap it: MetricModel\(encoder, Prototypical"):
+                call()
+        assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
+        assert all(m.training for m in encoder.modules())
+        assert L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.1)(*tasks).isfinite()
+
+    def test_an_error_of_ones_own_forward_stays_what_it_is(self, tasks):
+        class Wrong(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.p = nn.Parameter(torch.ones(()))
+
+            def forward(self, task):
+                return task.suport_x * self.p
+
+        with pytest.raises(AttributeError, match="suport_x"):
+            L2GWrapper(Wrong(), 0.1)(*tasks)
+
+    @pytest.mark.parametrize("autocast", [True, "bf16", torch.int32])
+    def test_autocast_is_a_type(self, autocast):
+        with pytest.raises(FitError, match=r"need autocast to be a type such as torch.bfloat16, got"):
+            L2GWrapper(network(), 0.1, autocast=autocast)
+
+    def test_a_model_is_an_instance(self):
+        with pytest.raises(FitError, match=r"need a model to wrap, an nn.Module, got .*a class is called first: Model"):
+            L2GWrapper(Conv4, 0.1)
+
+    def test_a_learner_is_copied_by_clone(self, tasks):
+        learner = L2GWrapper(network(), 0.1).adapted(tasks[0])
+        for copied in (copy.deepcopy, lambda thing: copy.deepcopy({"learner": thing})):
+            with pytest.raises(
+                FitError, match=r"call clone\(\) for another learner, or copy learner.module.state_dict"
+            ):
+                copied(learner)
+        assert copy.deepcopy(learner.module.state_dict()).keys() == network().state_dict().keys()
+
+    def test_a_clone_is_in_the_mode_of_its_wrapper(self, tasks, either_backend):
+        wrapper = L2GWrapper(network(), 0.1)
+        wrapper(*tasks).backward()
+        buffers = [b.clone() for b in wrapper.buffers()]
+        learner = wrapper.eval().clone()
+        assert not any(m.training for m in learner.module.modules())
+        learner.adapt(learner.loss(tasks[0])).loss(tasks[1])
+        assert not any(m.training for m in learner.module.modules())
+        assert all(torch.equal(a, b) for a, b in zip(wrapper.buffers(), buffers, strict=True))
+        assert all(m.training for m in wrapper.train().clone().module.modules())
+
+    def test_recurrent_layers_compute_with_the_weights_of_the_step(self, either_backend):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rnn, self.out = nn.LSTM(4, 5, bidirectional=True), nn.Linear(10, 3)
+
+            def forward(self, task):
+                return self.out(self.rnn(task.query_x)[0]) + task.support_x.sum()
+
+        model, pair = Recurrent().double(), [random_task((4,), n_way=3, queries=2) for _ in range(2)]
+        wrapper = L2GWrapper(model, 0.5, inner_steps=2)
+        learner = wrapper.clone()
+        for _ in range(3):
+            rnn = learner.module.rnn
+            assert all(w is getattr(rnn, n) for w, n in zip(rnn._flat_weights, rnn._flat_weights_names, strict=True))
+            before = learner.loss(pair[0])
+            learner.adapt(before)
+            assert learner.loss(pair[0]) < before
+        assert all(w is p for w, p in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
+        parameters, h = list(model.parameters()), 1e-6
+        found = torch.autograd.grad(wrapper(*pair), parameters)
+        v, values = [torch.randn_like(p) for p in parameters], []
+        for step in (h, -2 * h):
+            for p, d in zip(parameters, v, strict=True):
+                p.data += step * d
+            values.append(wrapper(*pair).item())
+        expected = (values[0] - values[1]) / (2 * h)
+        assert sum((g * d).sum().item() for g, d in zip(found, v, strict=True)) == pytest.approx(expected, rel=1e-5)
+
+
+CONV4 = [
+    f"encoder.blocks.{k}.{name}"
+    for k in range(4)
+    for name in ("conv.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var",
+                 "norm.num_batches_tracked")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("learn", [False, "scalar", "tensor", "element"])
+def test_checkpoints_of_the_version_before_load(learn):
+    """Their keys, written out: the model's under ``module.``, the step sizes under ``inner_lr.``."""
+    sizes = ["value"] if learn in (False, "scalar") else [n for n in CONV4 if n.endswith(("weight", "bias"))]
+    wrapper = L2GWrapper(network(), 0.1, learn_inner_lr=learn)
+    keys = {f"module.{name}" for name in CONV4} | {f"inner_lr.{name}" for name in sizes}
+    assert set(wrapper.state_dict()) == keys
+    state = {key: torch.full_like(value, 2) for key, value in wrapper.state_dict().items()}
+    assert wrapper.load_state_dict(state, strict=True) is not None
+    assert all((value == 2).all() for value in wrapper.module.state_dict().values())
+    assert (wrapper.inner_lr(CONV4[0]) == 2).all()
+
+
+def test_a_task_is_a_tuple_of_five():
+    task = random_task(IMAGE)
+    assert Task(*task) == task and Task.of(task) is task
