@@ -33,6 +33,7 @@ PACKAGES = {  # by module: the package, with what it needs, and who needs it
     "PIL": ("Pillow", "all steps"),
     "pytest": ("pytest iniconfig packaging pluggy pygments", "tests"),
     "safetensors": ("safetensors", "training"),
+    "tqdm": ("tqdm", "training"),
     "matplotlib": (
         "matplotlib contourpy cycler fonttools kiwisolver packaging pyparsing python-dateutil six",
         "training, whose letters are of its fonts",
@@ -125,7 +126,7 @@ def _bench(kind: str, backbone: str, pairs: int, rows: Sequence[str], out: Path,
 
 
 def _training(out: Path, device: str, *, tiny: bool) -> list[Step]:
-    run, needs = out / "run", ["safetensors", "matplotlib"]
+    run, needs = out / "run", ["safetensors", "tqdm", "matplotlib"]
     size = "--iterations 200 --eval-every 100 --eval-episodes 100".split()
     if tiny:
         size = "--iterations 2 --pairs 1 --queries 1 --eval-every 2 --eval-episodes 2".split()
@@ -255,7 +256,7 @@ def missing() -> list[str]:
         names = " ".join(dict.fromkeys(" ".join(packages for packages, _ in lacking.values()).split()))
         version = ".".join(map(str, sys.version_info[:2]))
         lines.append(
-            f"to bring them: python -m pip install --target packages --no-deps --only-binary=:all: --python-version "
+            f"to bring them: python -m pip install --target packages --no-compile --no-deps --only-binary=:all: --python-version "
             f"{version} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
         )
     return lines

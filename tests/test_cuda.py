@@ -209,8 +209,8 @@ class TestRuns:
 
     @pytest.mark.parametrize("options", [{}, {"precision": "bf16", "learn_inner_lr": "tensor"}], ids=str)
     def test_resuming_gives_the_same_bits(self, options, tmp_path, deterministic):
-        pytest.importorskip("safetensors")
-        pytest.importorskip("matplotlib")
+        for package in ("safetensors", "tqdm", "matplotlib"):
+            pytest.importorskip(package)
         from l2g_meta.config import Config
         from l2g_meta.training import train
 
