@@ -256,8 +256,8 @@ def missing() -> list[str]:
         names = " ".join(dict.fromkeys(" ".join(packages for packages, _ in lacking.values()).split()))
         version = ".".join(map(str, sys.version_info[:2]))
         lines.append(
-            f"to bring them: python -m pip install --target packages --no-compile --no-deps --only-binary=:all: --python-version "
-            f"{version} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
+            "to bring them: python -m pip install --target packages --no-compile --no-deps --only-binary=:all: "
+            f"--python-version {version} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
         )
     return lines
 
