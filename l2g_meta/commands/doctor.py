@@ -20,7 +20,8 @@ l2g doctor
 l2g doctor --json                                    # for a bug report or a script
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
-REQUIRED = ("l2g-meta", "torch", "torchvision", "numpy", "Pillow", "matplotlib", "safetensors", "tqdm", "pooch")
+REQUIRED = ("l2g-meta", "torch", "torchvision", "numpy", "Pillow", "matplotlib", "safetensors", "tqdm", "filelock",
+            "pooch")  # fmt: skip
 MODULES = {"l2g-meta": "l2g_meta", "Pillow": "PIL.Image", "safetensors": "safetensors.torch", "scikit-learn": "sklearn"}
 OPTIONAL = {  # what it is for, and the extra that brings it or the command that adds it
     "learn2learn": ("its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
