@@ -303,10 +303,16 @@ class TestValuesAndErrors:
             lambda x: nn.GroupNorm(2, 4)(x.transpose(2, 3)[:, :, ::2]),
             lambda x: nn.GroupNorm(2, 4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
             lambda x: nn.BatchNorm3d(4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=torch.tensor(1)),
             lambda x: F.conv2d(x[:0], torch.ones(2, 4, 3, 3)),
             lambda x: F.hardsigmoid(x.bfloat16() * 4),
-            lambda x: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))(x),
+            lambda x: F.relu(x.transpose(1, 2)),
+            lambda x: F.relu_(x.clone()) + F.relu(x.clone(), inplace=True) + x.relu() + x.clone().relu_(),
+            lambda x: F.relu_(x.clone()[:, :2]),
+            lambda x: F.leaky_relu(x, -0.1) + F.leaky_relu(x, 0.3) + F.leaky_relu(x.clone(), 0.2, inplace=True),
+            lambda x: F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(x.abs(), (3, 3), stride=1, padding=(1, 1)),
+            lambda x: F.max_pool2d(x, 2, ceil_mode=True),
+            lambda x: F.max_pool2d(x, 2, return_indices=True)[1].float(),
+            lambda x: F.max_pool2d(x[0], 2),
         ],
     )
     def test_values_and_strides(self, call):
@@ -317,6 +323,28 @@ class TestValuesAndErrors:
                 found.append(call(self.X))
         close = {"rtol": 0.016, "atol": 1e-3} if found[0].dtype == torch.bfloat16 else {}  # a rounding to bfloat16
         torch.testing.assert_close(*found, **close, check_stride=True)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=torch.tensor(1)),
+            lambda x: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))(x),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(3, -1),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(x.size(0), 2, 9).transpose(1, 2),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view((3, 18)),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).relu_().view(torch.int32).float(),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).flatten(2).permute(2, 0, 1),
+            lambda x: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.PixelShuffle(2))(x),
+        ],
+    )
+    def test_maps_after_a_convolution_are_what_they_were(self, call):
+        """On a CPU they lie channels-last; a ``view`` of them has the values that it has of contiguous maps."""
+        found = []
+        for mode in (twice_differentiable, nullcontext):
+            torch.manual_seed(0)
+            with mode():
+                found.append(call(self.X))
+        torch.testing.assert_close(*found)
 
     @pytest.mark.parametrize(
         "call",

@@ -3,7 +3,9 @@
 An exact inner step differentiates the backward pass of T_i. PyTorch's double backward of batch norm takes some fifty
 element-wise passes, that of convolution copies channels-last maps, fused attention has none. While a pass runs under
 ``twice_differentiable()``, these operators are replaced by those of ``l2g_meta.operators``: the same values, the same
-derivatives of any order.
+derivatives of any order. ReLU and max-pooling are among them: PyTorch's second derivative of both adds maps of zeros.
+On a CPU convolutions hand on channels-last maps, on which all of these are faster; a ``view`` of one gives what it
+would give of a contiguous map.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
+from l2g_meta.operators.selection import max_pool2d, relu
 
 Pair = int | tuple[int, ...]
 
@@ -176,7 +179,43 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4 or not _taken(input):
         return NotImplemented
+    if input.device.type == "cpu":  # where channels-last maps are faster; what follows inherits the layout
+        input = input.contiguous(memory_format=torch.channels_last)
     return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
+
+
+def _view(input: Tensor, *shape: Any) -> Tensor:
+    """A view that contiguous maps, which the network would have without ``_conv2d``'s layout, have."""
+    maps = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return input.reshape(*shape) if maps and not isinstance(shape[0], torch.dtype) else NotImplemented
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _leaky_relu(input, 0.0, inplace)
+
+
+def _relu_(input: Tensor) -> Tensor:
+    return _leaky_relu(input, 0.0, True)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    fits = _taken(input) and negative_slope >= 0 and not (inplace and input._is_view())
+    return relu(input, negative_slope, inplace=inplace) if fits else NotImplemented
+
+
+def _max_pool2d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    if return_indices or input.ndim != 4 or not _taken(input):
+        return NotImplemented
+    size, step, pad, spread = (list(_pair(n)) for n in (kernel_size, stride or kernel_size, padding, dilation))
+    return max_pool2d(input, size, step, pad, spread, ceil_mode)
 
 
 def _pair(n: Pair) -> tuple[int, ...]:
@@ -193,5 +232,14 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
-FAST: Table = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm, F.group_norm: _group_norm}
+FAST: Table = {
+    torch.conv2d: _conv2d,
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.max_pool2d: _max_pool2d,
+    Tensor.view: _view,
+    F.leaky_relu: _leaky_relu,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
+}
 MISSING: Table = {F.hardsigmoid: _hardsigmoid}  # whose second derivative PyTorch lacks

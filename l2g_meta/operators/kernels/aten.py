@@ -62,7 +62,7 @@ def backward(
     g = g if out is None else aten.threshold_backward(g, out, 0)
     if where is None:
         return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
-    sum_g, sum_h = channel_sums(g, _take(x, where), mean, rstd)
+    sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
     of_g, slope, shift = of_backward(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
     return _add_at(affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
 
@@ -81,7 +81,7 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in three passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
-    chosen, v_at = (x, v) if where is None else (_take(x, where), _take(v, where))
+    chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
     sum_g, sum_h = channel_sums(g, chosen, mean, rstd)
     sum_v, sum_vh = channel_sums(v, x, mean, rstd)
     _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
@@ -122,7 +122,7 @@ def per_channel(t: Tensor, like: Tensor) -> Tensor:
     return t.view(-1, *[1] * (like.ndim - 2))
 
 
-def _take(x: Tensor, where: Tensor) -> Tensor:
+def take(x: Tensor, where: Tensor) -> Tensor:
     """Values of x (n, c, H, W) at the pooling's indices, (n, c, H // 2, W // 2)."""
     if x.is_contiguous():
         return x.flatten(2).gather(2, where.flatten(2)).view_as(where)
