@@ -94,7 +94,7 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
     for path in sorted((ROOT / "tests").glob("test_*.py")):  # each by itself: one may need what is not here
         if "mark.cuda" in path.read_text(encoding="utf-8") and path.name not in ("test_cuda.py", "test_gpu.py"):
             found.append(_tests(path.stem.removeprefix("test_"), 60, path.name, here))
-    graphs = (ROOT / "l2g_meta/captured.py").exists() and not tiny
+    graphs = (ROOT / "l2g_meta/training/captured.py").exists() and not tiny
     if graphs:
         found += [_bench("graph", backbone, 5, (WHOLE, CAPTURED), out, tiny=tiny) for backbone in ("conv4", "resnet12")]
         found += [

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from importlib import metadata
 
-from l2g_meta.config import Config
+from l2g_meta.training.config import Config
 
 project = "l2g-meta"
 author = "The l2g-meta developers"

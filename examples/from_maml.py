@@ -12,10 +12,10 @@ import torch
 from torch import nn, optim
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
-from l2g_meta import functional as f
 from l2g_meta.data import Episodes, TaskPairs, load
-from l2g_meta.evaluation import evaluate
+from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.inner.clone import has_learn2learn, require_learn2learn
+from l2g_meta.models import functional as f
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--smoke", action="store_true", help="two updates, ten episodes")

@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
-from l2g_meta.config import Config
 from l2g_meta.data import load
-from l2g_meta.logs import read_log
-from l2g_meta.training import train
+from l2g_meta.training.config import Config
+from l2g_meta.training.log import read_log
+from l2g_meta.training.loop import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", choices=("glyphs", "mini-imagenet", "tiered-imagenet"), default="glyphs")

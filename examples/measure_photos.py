@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from l2g_meta import FewShotClassifier
-from l2g_meta.classify.export import export
-from l2g_meta.config import Config
+from l2g_meta.classify.exported import export
 from l2g_meta.data import load
 from l2g_meta.data.images import class_files
-from l2g_meta.functional import confidence_interval
-from l2g_meta.training import train
+from l2g_meta.models.functional import confidence_interval
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, help="made by `l2g train` or `l2g export`")

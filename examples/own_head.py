@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta import Conv4, MetricModel
-from l2g_meta import functional as f
-from l2g_meta.config import Config
 from l2g_meta.data import load
-from l2g_meta.evaluation import evaluate, paired_difference
+from l2g_meta.evaluation.episodes import evaluate, paired_difference
+from l2g_meta.models import functional as f
 from l2g_meta.testing import check_head
-from l2g_meta.training import train
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 
 class ManhattanHead(nn.Module):

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from l2g_meta import Task
-from l2g_meta.config import Config
 from l2g_meta.data import load
-from l2g_meta.evaluation import evaluate
+from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
-from l2g_meta.training import train
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--root", type=Path, help="folder of images")

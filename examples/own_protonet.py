@@ -11,7 +11,7 @@ from torch import nn
 
 from l2g_meta import L2GWrapper, Task
 from l2g_meta.data import TaskPairs, load
-from l2g_meta.evaluation import evaluate
+from l2g_meta.evaluation.episodes import evaluate
 
 
 class MyProtoNet(nn.Module):

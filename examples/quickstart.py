@@ -13,13 +13,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from l2g_meta.allocator import keep_freed_memory
-from l2g_meta.build import build_data, load_run
-from l2g_meta.config import Config
-from l2g_meta.evaluation import evaluate, paired_difference
-from l2g_meta.logs import read_log
-from l2g_meta.plots import learning_curve, tsne
-from l2g_meta.training import train
+from l2g_meta.evaluation.episodes import evaluate, paired_difference
+from l2g_meta.training.allocator import keep_freed_memory
+from l2g_meta.training.build import build_data, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.curves import learning_curve, tsne
+from l2g_meta.training.log import read_log
+from l2g_meta.training.loop import train
 
 # Config() is 5-way 1-shot with a Conv4-64 Prototypical Network on glyphs, 2 pairs of tasks per update.
 METHODS = {

@@ -8,11 +8,11 @@ From the command line the page is ``l2g report RUN RUN -o report.html``.
 import argparse
 from pathlib import Path
 
-from l2g_meta.config import Config
 from l2g_meta.report.gather import gather
 from l2g_meta.report.measure import Asked
 from l2g_meta.report.page import write_report
-from l2g_meta.training import train
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2g_meta import L2GWrapper
-from l2g_meta.build import build_data, build_pairs, load_run
-from l2g_meta.config import Config
-from l2g_meta.evaluation import evaluate, paired_difference
-from l2g_meta.training import train
+from l2g_meta.evaluation.episodes import evaluate, paired_difference
+from l2g_meta.training.build import build_data, build_pairs, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 Statistics = dict[str, torch.Tensor]
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from l2g_meta import L2GWrapper, Task
-from l2g_meta.alignment import task_gradient
-from l2g_meta.build import build_data, build_model, build_pairs, build_wrapper, load_run
-from l2g_meta.config import Config
-from l2g_meta.functional import confidence_interval
-from l2g_meta.training import train
+from l2g_meta.evaluation.alignment import task_gradient
+from l2g_meta.models.functional import confidence_interval
+from l2g_meta.training.build import build_data, build_model, build_pairs, build_wrapper, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 FIRST = 10**6  # of the pairs of the stream: not those of training
 ROW = "{:24} {:>6} {:>18} {:>8} {:>8} {:>11} {:>12} {:>16}".format

@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from l2g_meta.algorithm import L2GWrapper as L2GWrapper
-    from l2g_meta.backbones import Conv4 as Conv4
-    from l2g_meta.backbones import ResNet12 as ResNet12
-    from l2g_meta.backbones import relation_embedding as relation_embedding
-    from l2g_meta.build import load_run as load_run
     from l2g_meta.classify.classifier import FewShotClassifier as FewShotClassifier
-    from l2g_meta.config import Config as Config
     from l2g_meta.data import Episodes as Episodes
     from l2g_meta.data import TaskPairs as TaskPairs
     from l2g_meta.data import load as load
-    from l2g_meta.evaluation import evaluate as evaluate
-    from l2g_meta.evaluation import paired_difference as paired_difference
-    from l2g_meta.heads import FullContextMatchingHead as FullContextMatchingHead
-    from l2g_meta.heads import MatchingHead as MatchingHead
-    from l2g_meta.heads import PrototypicalHead as PrototypicalHead
-    from l2g_meta.heads import RelationHead as RelationHead
-    from l2g_meta.model import MetricModel as MetricModel
+    from l2g_meta.evaluation.episodes import evaluate as evaluate
+    from l2g_meta.evaluation.episodes import paired_difference as paired_difference
+    from l2g_meta.models.backbones import Conv4 as Conv4
+    from l2g_meta.models.backbones import ResNet12 as ResNet12
+    from l2g_meta.models.backbones import relation_embedding as relation_embedding
     from l2g_meta.models.batchnorm_policy import batchnorm_policy as batchnorm_policy
+    from l2g_meta.models.heads import FullContextMatchingHead as FullContextMatchingHead
+    from l2g_meta.models.heads import MatchingHead as MatchingHead
+    from l2g_meta.models.heads import PrototypicalHead as PrototypicalHead
+    from l2g_meta.models.heads import RelationHead as RelationHead
+    from l2g_meta.models.metric import MetricModel as MetricModel
     from l2g_meta.task import Task as Task
     from l2g_meta.testing import check_head as check_head
-    from l2g_meta.training import train as train
+    from l2g_meta.training.build import load_run as load_run
+    from l2g_meta.training.config import Config as Config
+    from l2g_meta.training.loop import train as train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,19 +62,19 @@ __all__ = [
 
 # Imported at first use: PyTorch takes seconds, which `l2g --help` need not; the classifier takes an extra besides.
 _HOMES = {
-    "backbones": ("Conv4", "ResNet12", "relation_embedding"),
-    "build": ("load_run",),
+    "models.backbones": ("Conv4", "ResNet12", "relation_embedding"),
+    "training.build": ("load_run",),
     "classify.classifier": ("FewShotClassifier",),
-    "config": ("Config",),
+    "training.config": ("Config",),
     "data": ("Episodes", "TaskPairs", "load"),
-    "evaluation": ("evaluate", "paired_difference"),
-    "heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
-    "model": ("MetricModel",),
+    "evaluation.episodes": ("evaluate", "paired_difference"),
+    "models.heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
+    "models.metric": ("MetricModel",),
     "models.batchnorm_policy": ("batchnorm_policy",),
     "task": ("Task",),
     "algorithm": ("L2GWrapper",),
     "testing": ("check_head",),
-    "training": ("train",),
+    "training.loop": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

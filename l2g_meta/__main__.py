@@ -2,6 +2,6 @@
 
 import sys
 
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 
 sys.exit(main())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.model import MetricModel, build_head
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
+from l2g_meta.models.metric import MetricModel, build_head
 from l2g_meta.task import Task
 
 Law = Callable[[nn.Module, tuple[int, ...]], None]

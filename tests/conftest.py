@@ -46,8 +46,8 @@ def _blobs() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def blob_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained for two updates on a folder of 16-pixel images, kept beside it as ``data``."""
-    from l2g_meta.config import Config
-    from l2g_meta.training import train
+    from l2g_meta.training.config import Config
+    from l2g_meta.training.loop import train
 
     base = tmp_path_factory.mktemp("blobs")
     for k, split in enumerate(("train", "validation", "test")):
@@ -75,8 +75,8 @@ def either_backend(request, monkeypatch):
 @pytest.fixture(scope="session")
 def trained_glyphs(tmp_path_factory):
     """Three short runs on glyphs: two seeds of episodic training, one of L2G."""
-    from l2g_meta.config import Config
-    from l2g_meta.training import train
+    from l2g_meta.training.config import Config
+    from l2g_meta.training.loop import train
 
     folder, runs = tmp_path_factory.mktemp("trained"), []
     for name, method, seed in (("episodic-seed0", "episodic", 0), ("episodic-seed1", "episodic", 1), ("l2g", "l2g", 0)):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.data import archive, folder, images
+from l2g_meta.data import archive, images
+from l2g_meta.data.sets import folder
 from l2g_meta.errors import DataError
 
 

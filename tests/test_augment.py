@@ -9,9 +9,9 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 from l2g_meta.data.augment import Augment, Draws, PerImage
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import DataError
 

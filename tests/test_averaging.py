@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from l2g_meta.averaging import ETA, averaged
-from l2g_meta.backbones import Conv4
-from l2g_meta.build import load_run
-from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, FitError
-from l2g_meta.training import train
+from l2g_meta.models.backbones import Conv4
+from l2g_meta.training.averaging import ETA, averaged
+from l2g_meta.training.build import load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 
 def glyphs(**more):

@@ -11,17 +11,17 @@ from test_fast_operators import ours
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, ResNet12
-from l2g_meta.bench import run
+from l2g_meta.bench import comparison as run
 from l2g_meta.bench.case import Case
+from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.floor import Layer, Machine, floor, layers, passes
 from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
-from l2g_meta.bench.run import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS
-from l2g_meta.blocks import BatchNormReLU2d
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 from l2g_meta.errors import L2GError
-from l2g_meta.objectives import l2g, meta_gradient
-from l2g_meta.plots import bench_plot, scaling_plot
+from l2g_meta.models.blocks import BatchNormReLU2d
+from l2g_meta.training.curves import bench_plot, scaling_plot
+from l2g_meta.training.objectives import l2g, meta_gradient
 
 SMALL = Case(image_size=20, ways=2, queries=2, device="cpu")
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.captured import StaticUpdate
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.data.augment import Augment
-from l2g_meta.data.classes import ClassDataset, MapDataset
+from l2g_meta.data.dataset import ClassDataset, MapDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
-from l2g_meta.objectives import OBJECTIVES, meta_gradient
-from l2g_meta.training import train
-from l2g_meta.update_tasks import arrange, positions_of_update, tasks_of_update
+from l2g_meta.training.captured import StaticUpdate
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
+from l2g_meta.training.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.training.task_stream import arrange, positions_of_update, tasks_of_update
 
 DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (60, 16, 16, 1), dtype=np.uint8), np.arange(60) // 6)
 SHAPE = {"ways": 3, "shots": 1, "queries": 2, "outer_ways": 4}

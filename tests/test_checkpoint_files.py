@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from l2g_meta import state
-from l2g_meta.build import build_model, build_wrapper, load_run
-from l2g_meta.checkpoint import load_tensors, save_tensors
-from l2g_meta.config import Config
 from l2g_meta.errors import CheckpointError, FitError, L2GError
+from l2g_meta.files.tensors import load_tensors, save_tensors
+from l2g_meta.training import checkpoints as state
+from l2g_meta.training.build import build_model, build_wrapper, load_run
+from l2g_meta.training.config import Config
 
 CONFIG = Config(backbone="conv4-32").resolved()
 INFO: dict[str, Any] = {"iteration": 1, "best": 0.5, "best_iteration": 1, "skipped": 0, "pending": None}

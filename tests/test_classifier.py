@@ -27,12 +27,12 @@ from l2g_meta import (
     Task,
     relation_embedding,
 )
-from l2g_meta.build import load_run
 from l2g_meta.classify import calibration as c
-from l2g_meta.classify.images import Preparation
+from l2g_meta.classify.photos import Preparation
 from l2g_meta.data import load
 from l2g_meta.errors import DataError, FitError, L2GError
-from l2g_meta.maml import SoftmaxMAML
+from l2g_meta.models.maml import SoftmaxMAML
+from l2g_meta.training.build import load_run
 
 VECTORS = MetricModel(nn.Flatten(), PrototypicalHead())
 GREY = Preparation(16, 1, (0.5,), (0.5,))
@@ -103,7 +103,7 @@ def test_files_are_prepared_exactly_as_in_training(data, blob_run, blobs, tmp_pa
             blobs(tmp_path / "mini-imagenet" / split, 2, 2, size=(20, 16))
         root = tmp_path
     loaded = load(data, "test", root=root, image_size=12)
-    from l2g_meta.config import Config
+    from l2g_meta.training.config import Config
 
     preparation = Preparation.of_run(Config(data=data).resolved(), loaded.image_shape)
     folder = root / "test" if data == "folder" else root / "mini-imagenet" / "test"

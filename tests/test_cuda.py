@@ -13,21 +13,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.data import placement
+from l2g_meta.data import host as placement
 from l2g_meta.data.augment import Augment
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.distributed import join, shutdown
-from l2g_meta.encoders import torchvision_encoder
-from l2g_meta.heads import HEADS
-from l2g_meta.model import build_head, feature_shape
-from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.evaluation.world import join, shutdown
+from l2g_meta.models.heads import HEADS
+from l2g_meta.models.libraries import torchvision_encoder
+from l2g_meta.models.metric import build_head, feature_shape
 from l2g_meta.operators import kernels
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
 from l2g_meta.operators.kernels import aten
 from l2g_meta.testing import random_task
+from l2g_meta.training.objectives import l2g, meta_gradient
 
 DEVICE = os.environ.get("L2G_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -211,8 +211,8 @@ class TestRuns:
     def test_resuming_gives_the_same_bits(self, options, tmp_path, deterministic):
         for package in ("safetensors", "tqdm", "matplotlib"):
             pytest.importorskip(package)
-        from l2g_meta.config import Config
-        from l2g_meta.training import train
+        from l2g_meta.training.config import Config
+        from l2g_meta.training.loop import train
 
         config = Config(
             ways=3, queries=2, pairs=2, iterations=4, eval_every=2, eval_episodes=4, augment=True, deterministic=True,
@@ -241,9 +241,9 @@ class TestProcesses:
 
 def _update(rank, size, port, folder):
     """One update's meta-gradient on so many processes, saved by the first."""
-    from l2g_meta.build import build_pairs
-    from l2g_meta.config import Config
-    from l2g_meta.updates import EagerUpdate
+    from l2g_meta.training.build import build_pairs
+    from l2g_meta.training.config import Config
+    from l2g_meta.training.update import EagerUpdate
 
     torch.set_num_threads(1)
     if size > 1:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import l2g_meta
-from l2g_meta.build import load_run
 from l2g_meta.classify.source import open_source
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 from l2g_meta.errors import CheckpointError
 from l2g_meta.files.sealed import opened
+from l2g_meta.training.build import load_run
 
 PACKAGE = Path(l2g_meta.__file__).parents[1]
 NAMED = {"tqdm", "csv", "torch", "numpy", "safetensors", "PIL"}
@@ -42,7 +42,7 @@ def folders(blob_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def call(how: str, folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command in a folder, started as a user starts it."""
-    script.write_text("import sys\nfrom l2g_meta.cli import main\nsys.exit(main())\n")  # as pip writes l2g
+    script.write_text("import sys\nfrom l2g_meta.cli.main import main\nsys.exit(main())\n")  # as pip writes l2g
     launcher = script.with_name("torchrun")
     launcher.write_text("import sys\nfrom torch.distributed.run import main\nsys.exit(main())\n")
     torchrun = [str(launcher), "--standalone", "--nproc-per-node", "1"]
@@ -82,7 +82,7 @@ STARTS = """\
 import multiprocessing
 import sys
 from contextlib import suppress
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 if __name__ == "__main__":
     sys.argv[1:] = ["--version"]
     with suppress(SystemExit):
@@ -107,7 +107,7 @@ def test_processes_that_a_command_starts(folders, tmp_path):
 
 
 MINE = """\
-from l2g_meta.heads import PrototypicalHead
+from l2g_meta.models.heads import PrototypicalHead
 with open({marker!r}, 'a') as file:
     file.write('imported')
 class Head(PrototypicalHead):
@@ -120,7 +120,7 @@ def named(blob_run: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A run that names a module in its config and states, in a folder that has it; what that writes."""
     shutil.copytree(blob_run, tmp_path / "run")
     (tmp_path / "evil_head.py").write_text(MINE.format(marker=str(tmp_path / "marker")))
-    from l2g_meta.checkpoint import load_tensors, save_tensors
+    from l2g_meta.files.tensors import load_tensors, save_tensors
 
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps({**opened(json.loads(path.read_text())), "head": "evil_head:Head"}))
@@ -181,8 +181,8 @@ def test_what_is_installed_comes_first(tmp_path, monkeypatch, capsys):
 
 
 def test_libraries_need_no_trust(blob_run, tmp_path):
-    from l2g_meta.build import refuse_modules
-    from l2g_meta.config import Config
+    from l2g_meta.training.build import refuse_modules
+    from l2g_meta.training.config import Config
 
     refuse_modules(Config(backbone="timm:resnet10t").resolved(), tmp_path)
     with pytest.raises(CheckpointError, match="names a module as its head"):

@@ -16,19 +16,19 @@ import torch.distributed as dist
 from torch import nn
 
 from l2g_meta import L2GWrapper
-from l2g_meta.build import build_pairs
-from l2g_meta.checkpoint import load_tensors
-from l2g_meta.config import Config
 from l2g_meta.data import ClassDataset
-from l2g_meta.distributed import Joined, World, join
 from l2g_meta.errors import L2GError
-from l2g_meta.evaluation import evaluate
-from l2g_meta.heads import PrototypicalHead
-from l2g_meta.logs import read_log
-from l2g_meta.objectives import OBJECTIVES
-from l2g_meta.signals import Stopped
-from l2g_meta.training import train
-from l2g_meta.updates import EagerUpdate
+from l2g_meta.evaluation.episodes import evaluate
+from l2g_meta.evaluation.world import Joined, World, join
+from l2g_meta.files.tensors import load_tensors
+from l2g_meta.models.heads import PrototypicalHead
+from l2g_meta.training.build import build_pairs
+from l2g_meta.training.config import Config
+from l2g_meta.training.log import read_log
+from l2g_meta.training.loop import train
+from l2g_meta.training.objectives import OBJECTIVES
+from l2g_meta.training.signals import Stopped
+from l2g_meta.training.update import EagerUpdate
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo and Linux")
 IMAGES = np.random.default_rng(0).integers(0, 256, (72, 10, 10, 1), dtype=np.uint8)
@@ -67,7 +67,7 @@ def ranks(size, function, *arguments, timeout=30):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["l2g_meta.training", "learn2learn"])
+    context.set_forkserver_preload(["l2g_meta.training.loop", "learn2learn"])
     queue = context.Queue()
     processes = [
         context.Process(target=_rank, args=(rank, size, port, queue, function, arguments, timeout))
@@ -346,7 +346,7 @@ def test_one_flat_buffer_per_update(monkeypatch):
 
 
 def test_cuda_graphs_are_for_one_process():
-    from l2g_meta.training import build_update
+    from l2g_meta.training.loop import build_update
 
     config = Config(**{**vars(CONFIG), "cuda_graph": True})
     with pytest.raises(L2GError, match="--cuda-graph is for tasks and one process, got 2 with --method l2g"):

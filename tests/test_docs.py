@@ -21,10 +21,10 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 SCRIPTS = {"interop": ["learn2learn_protonet", "easyfsl_prototypical", "lightning_training"]}  # else that of its name
 
 # Modules that are parts of others, not for use from outside. Each other one has something in docs/api.
-COMMANDS = ("l2g_meta.commands", "l2g_meta.report.")  # they explain themselves: --help
+COMMANDS = ("l2g_meta.cli", "l2g_meta.report.")  # they explain themselves: --help
 INTERNAL = {
-    "cli", "inner.compiled", "inner.scores",
-    "bench.timing", "reproduce.equal_time", "classify.card", "classify.folder", "data.images",
+    "inner.compiled", "inner.scores",
+    "bench.timing", "paper.equal_time", "classify.card", "classify.photo_folder", "data.images",
     "operators.kernels", "operators.kernels.aten", "operators.kernels.coefficients", "operators.kernels.programs",
     "operators.kernels.triton",
 }  # fmt: skip

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, ResNet12, Task
-from l2g_meta.build import build_encoder, build_model, load_run
-from l2g_meta.cli import main
-from l2g_meta.config import Config
-from l2g_meta.dropblock import DropBlock
+from l2g_meta.cli.main import main
 from l2g_meta.errors import CheckpointError, FitError, L2GError
 from l2g_meta.inner.clone import adapted_names, clone_module
-from l2g_meta.weights import initialise, put_encoder, read_state_dict
+from l2g_meta.models.dropblock import DropBlock
+from l2g_meta.models.pretrained import put_encoder, read_state_dict
+from l2g_meta.training.build import build_encoder, build_model, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.initial_weights import initialise
 
 VIT_TIMM = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 

@@ -11,16 +11,16 @@ from torch import nn
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 from l2g_meta import Conv4, FewShotClassifier
-from l2g_meta.build import load_run
-from l2g_meta.classify import export as exporting
-from l2g_meta.classify.export import export, export_encoder
-from l2g_meta.classify.images import Preparation
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.classify import exported as exporting
+from l2g_meta.classify.exported import export, export_encoder
+from l2g_meta.classify.photos import Preparation
+from l2g_meta.cli.main import main
 from l2g_meta.data import load
 from l2g_meta.errors import L2GError
 from l2g_meta.files.sealed import opened
-from l2g_meta.training import train
+from l2g_meta.training.build import load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 PREPARATION = Preparation(16, 1, (0.5,), (0.5,))
 

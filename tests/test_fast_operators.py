@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
-from l2g_meta.blocks import BatchNormReLU2d, ConvBlock
-from l2g_meta.heads import HEADS
 from l2g_meta.inner import twice_differentiable
-from l2g_meta.model import build_head, feature_shape
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
-from l2g_meta.objectives import OBJECTIVES, meta_gradient
+from l2g_meta.models.blocks import BatchNormReLU2d, ConvBlock
+from l2g_meta.models.heads import HEADS
+from l2g_meta.models.metric import build_head, feature_shape
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
+from l2g_meta.training.objectives import OBJECTIVES, meta_gradient
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 MAPS = [(3, 2, 4, 4), (2, 2, 5, 3)]

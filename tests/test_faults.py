@@ -17,18 +17,19 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import checkpoint, state
-from l2g_meta.checkpoint import load_tensors
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import CheckpointError, NotFiniteError
+from l2g_meta.files import tensors as checkpoint
 from l2g_meta.files import writing
-from l2g_meta.heads import PrototypicalHead
-from l2g_meta.run import holds_run
-from l2g_meta.signals import Stopped
-from l2g_meta.training import train
-from l2g_meta.updates import EagerUpdate
+from l2g_meta.files.tensors import load_tensors
+from l2g_meta.models.heads import PrototypicalHead
+from l2g_meta.training import checkpoints as state
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
+from l2g_meta.training.run_folder import holds_run
+from l2g_meta.training.signals import Stopped
+from l2g_meta.training.update import EagerUpdate
 
 DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (72, 12, 12, 1), dtype=np.uint8), np.arange(72) // 6)
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
@@ -97,7 +98,7 @@ class TestKilled:
     def test_at_random_moments(self, kills, whole, tmp_path):
         out, rng, killed = tmp_path / "run", np.random.default_rng(kills), 0
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["l2g_meta.training", "learn2learn", "matplotlib.pyplot"])
+        context.set_forkserver_preload(["l2g_meta.training.loop", "learn2learn", "matplotlib.pyplot"])
         for _ in range(3 * kills):
             process = context.Process(target=finish, args=(out,))
             process.start()
@@ -393,7 +394,7 @@ class TestSignals:
         assert rows == whole[1] and found["last.safetensors"] == whole[0]["last.safetensors"]
 
     def test_during_validation_ends_at_once(self, whole, tmp_path, monkeypatch):
-        import l2g_meta.training as training
+        import l2g_meta.training.loop as training
 
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             patch.setattr(training, "evaluate", lambda *a, **o: signal.raise_signal(signal.SIGTERM))
@@ -467,7 +468,7 @@ def ring_after(patch, update, number, *, times=1, then=lambda: None):
 
 class TestFolders:
     def test_two_runs_into_one_are_refused(self, tmp_path, monkeypatch):
-        import l2g_meta.training as training
+        import l2g_meta.training.loop as training
 
         real = training.evaluate
 

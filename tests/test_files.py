@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 from l2g_meta.errors import CheckpointError
 from l2g_meta.files.locks import claim
 from l2g_meta.files.reading import open_regular, read_text
 from l2g_meta.files.writing import check_writable, new_file, open_to_append, remove_partial, write_text
-from l2g_meta.plots import save, subplots
+from l2g_meta.training.curves import save, subplots
 
 TEXT = "what the user has elsewhere\n"
 LINKS = pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs links")
@@ -145,7 +145,7 @@ class TestWriting:
     def test_rows_of_predict_replace_the_old_ones_at_the_end(self, blob_run, tmp_path, elsewhere):
         """A process that is killed while it writes rows leaves the old file."""
         data = blob_run.parent / "data"
-        code = "import os, sys\nfrom l2g_meta.cli import main\nfrom l2g_meta.classify import predict\n"
+        code = "import os, sys\nfrom l2g_meta.cli.main import main\nfrom l2g_meta.classify import predict\n"
         code += "real, n = predict.classify_files, [0]\n"
         code += "def killed(*a):\n  for batch in real(*a):\n    yield batch\n    os.kill(os.getpid(), 9)\n"
         code += "predict.classify_files = killed\nmain(sys.argv[1:])\n"

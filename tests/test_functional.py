@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from l2g_meta import functional as f
+from l2g_meta.models import functional as f
 
 
 def test_prototypes_are_class_means_by_a_plain_loop():

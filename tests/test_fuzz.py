@@ -24,15 +24,16 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from l2g_meta import state
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.build import load_run
-from l2g_meta.checkpoint import load_tensors, save_tensors
-from l2g_meta.config import Config
-from l2g_meta.data import archive, images, mini_imagenet, pickles, tiered_imagenet
+from l2g_meta.data import archive, images, pickles
 from l2g_meta.data.cache import create_images, open_dataset, write_classes
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
+from l2g_meta.data.sets import mini_imagenet, tiered_imagenet
 from l2g_meta.errors import L2GError
+from l2g_meta.files.tensors import load_tensors, save_tensors
+from l2g_meta.training import checkpoints as state
+from l2g_meta.training.build import load_run
+from l2g_meta.training.config import Config
 
 MAX_MEMORY = 500 * 2**20  # bytes, most of it libraries; the files have a few kilobytes
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)

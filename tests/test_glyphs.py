@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from l2g_meta.data import glyphs
+from l2g_meta.data.sets import glyphs
 from l2g_meta.errors import DataError
 
 AT_LEAST = {"train": 300, "validation": 60, "test": 100}

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import FullContextMatchingHead, MatchingHead, PrototypicalHead, RelationHead
-from l2g_meta import functional as f
 from l2g_meta.errors import FitError
-from l2g_meta.heads import HEADS
+from l2g_meta.models import functional as f
+from l2g_meta.models.heads import HEADS
 from l2g_meta.testing import LAWS, check_head
 
 

@@ -18,14 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.classify import export as exporting
-from l2g_meta.classify.images import Preparation, inputs
+from l2g_meta.classify import exported as exporting
+from l2g_meta.classify.photos import Preparation, inputs
 from l2g_meta.classify.source import read_values
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.data.images import decode
 from l2g_meta.errors import CheckpointError, DataError, L2GError
-from l2g_meta.logs import _rows_until, read_log
+from l2g_meta.training.config import Config
+from l2g_meta.training.log import _rows_until, read_log
 
 PREPARATION = Preparation(8, 3, (0.5,), (0.5,))
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from l2g_meta.checkpoint import read_info, save_tensors
-from l2g_meta.config import Config
 from l2g_meta.data import ClassDataset, load
 from l2g_meta.data.identity import changes, identity
 from l2g_meta.errors import CheckpointError
-from l2g_meta.state import load as load_state
-from l2g_meta.state import newest
-from l2g_meta.training import train
+from l2g_meta.files.tensors import read_info, save_tensors
+from l2g_meta.training.checkpoints import load as load_state
+from l2g_meta.training.checkpoints import newest
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)

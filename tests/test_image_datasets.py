@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from pooch import HTTPDownloader
 
-from l2g_meta.data import folder, images, mini_imagenet, tiered_imagenet
+from l2g_meta.data import images
+from l2g_meta.data.sets import folder, mini_imagenet, tiered_imagenet
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")

@@ -11,7 +11,7 @@ from torch import nn
 
 from l2g_meta import L2GWrapper, Task
 from l2g_meta.data import ClassDataset, Episodes
-from l2g_meta.evaluation import evaluate
+from l2g_meta.evaluation.episodes import evaluate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PEERS = {"learn2learn_protonet": "learn2learn", "easyfsl_prototypical": "easyfsl", "lightning_training": "lightning"}

@@ -97,7 +97,7 @@ CONVERT = (
     STATUS
     + """
 from threading import Thread
-from l2g_meta.data import tiered_imagenet
+from l2g_meta.data.sets import tiered_imagenet
 
 anonymous, before = 0, resident("RssAnon")
 def watch():

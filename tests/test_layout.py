@@ -13,11 +13,11 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.backbones import ResNet12
 from l2g_meta.data import DATASETS, ClassDataset, Episodes, MapDataset, TaskPairs, load
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
-from l2g_meta.data.placement import HostDataset
+from l2g_meta.data.host import HostDataset
+from l2g_meta.models.backbones import ResNet12
 
 SHAPE = {"ways": 2, "shots": 1, "queries": 1}
 VARIATIONS = {

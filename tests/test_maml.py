@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from l2g_meta import L2GWrapper, Task, batchnorm_policy
 from l2g_meta.errors import FitError
-from l2g_meta.maml import SoftmaxMAML
-from l2g_meta.objectives import episodic, meta_gradient
+from l2g_meta.models.maml import SoftmaxMAML
+from l2g_meta.training.objectives import episodic, meta_gradient
 
 
 def small_task(n_way=3, dtype=torch.float64, seed=0):

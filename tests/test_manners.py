@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import l2g_meta
-from l2g_meta.cli import main
-from l2g_meta.commands import COMMANDS, command, doctor
-from l2g_meta.commands.output import bold, print_anything, red
-from l2g_meta.commands.parser import build_parser
-from l2g_meta.config import Config
+from l2g_meta.cli import COMMANDS, command
+from l2g_meta.cli.main import doctor, main
+from l2g_meta.cli.output import bold, print_anything, red
+from l2g_meta.cli.parser import build_parser
+from l2g_meta.training.config import Config
 
 TINY = "--image-size 16 --ways 3 --queries 2 --pairs 1 --iterations 2 --eval-every 2 --eval-episodes 4 --device cpu"
 
@@ -33,8 +33,9 @@ def said(capsys, line):
 
 def test_help_takes_no_pytorch():
     code = (
-        "import sys; from l2g_meta.cli import main\n"
-        "try: main(['--help'])\nfinally: print(sorted({'torch', 'numpy', 'l2g_meta.config'} & set(sys.modules)))"
+        "import sys; from l2g_meta.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'numpy', 'l2g_meta.training.config'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and "examples:" in done.stdout
@@ -275,7 +276,7 @@ def test_doctor(capsys):
 @pytest.mark.usefixtures("few_parts")
 def test_doctor_finds_what_does_not_work(monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("l2g_meta.blocks.ConvBlock", lambda *_, **__: 1 / 0)
+        patch.setattr("l2g_meta.models.blocks.ConvBlock", lambda *_, **__: 1 / 0)
         code, out, _ = said(capsys, "doctor")
         assert code == 1 and out.count("does not work: ZeroDivisionError: division by zero\n") == 2
     with monkeypatch.context() as patch:  # a gradient that is not the exact one

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2g_meta import L2GWrapper, Task, batchnorm_policy, meta_lstm
+from l2g_meta import L2GWrapper, Task, batchnorm_policy
 from l2g_meta.errors import FitError
-from l2g_meta.meta_lstm import MetaLSTM, preprocess
-from l2g_meta.objectives import episodic, meta_gradient
+from l2g_meta.models import meta_lstm
+from l2g_meta.models.meta_lstm import MetaLSTM, preprocess
+from l2g_meta.training.objectives import episodic, meta_gradient
 
 
 def small_task(n_way=3, per_class=4, seed=0):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.inner import twice_differentiable
-from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.training.objectives import l2g, meta_gradient
 
 
 def pair_of(size, *, channels=3, ways=3, each=4):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from l2g_meta import Conv4, MatchingHead, MetricModel, PrototypicalHead, RelationHead, batchnorm_policy
-from l2g_meta.backbones import BACKBONES, relation_embedding
 from l2g_meta.errors import FitError
-from l2g_meta.model import build_head, feature_shape
+from l2g_meta.models.backbones import BACKBONES, relation_embedding
+from l2g_meta.models.metric import build_head, feature_shape
 from l2g_meta.testing import random_task
 
 

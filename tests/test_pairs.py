@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
+from l2g_meta.data.class_splits import Far
 from l2g_meta.data.pairs import generator
-from l2g_meta.data.relation import Far
 from l2g_meta.errors import DataError
 
 

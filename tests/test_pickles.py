@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from l2g_meta.data import mini_imagenet, pickles, tiered_imagenet
-from l2g_meta.data.classes import integers
+from l2g_meta.data import pickles
+from l2g_meta.data.dataset import integers
 from l2g_meta.data.pickles import load_pickle
+from l2g_meta.data.sets import mini_imagenet, tiered_imagenet
 from l2g_meta.errors import DataError
 
 U8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1I00\nI01\ntR"  # protocol 0 and 1 instructions, readable with pickletools.dis

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from l2g_meta import Conv4, MetricModel, PrototypicalHead
-from l2g_meta.config import Config
-from l2g_meta.data import ClassDataset, Episodes, TaskPairs, placement
+from l2g_meta.data import ClassDataset, Episodes, TaskPairs
+from l2g_meta.data import host as placement
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.cache import create_images, open_dataset, write_classes
-from l2g_meta.data.placement import HostDataset, fits, free_memory, placed
+from l2g_meta.data.host import HostDataset, fits, free_memory, placed
 from l2g_meta.errors import L2GError
-from l2g_meta.evaluation import evaluate
-from l2g_meta.training import train
+from l2g_meta.evaluation.episodes import evaluate
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(60) // 6

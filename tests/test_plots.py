@@ -7,8 +7,8 @@ from PIL import Image
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
-from l2g_meta.logs import COLUMNS
-from l2g_meta.plots import learning_curve, tsne
+from l2g_meta.training.curves import learning_curve, tsne
+from l2g_meta.training.log import COLUMNS
 
 
 def write_log(run, iterations, *, every):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, relation_embedding
-from l2g_meta.build import set_precision
-from l2g_meta.cli import main
-from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.cli.main import main
 from l2g_meta.testing import random_task
+from l2g_meta.training.build import set_precision
+from l2g_meta.training.objectives import l2g, meta_gradient
 
 HEADS = {
     "prototypical": lambda: MetricModel(Conv4(1, 8), PrototypicalHead()),

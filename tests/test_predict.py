@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
-from l2g_meta.classify import folder
-from l2g_meta.classify.images import Preparation
-from l2g_meta.cli import main
+from l2g_meta.classify import photo_folder as folder
+from l2g_meta.classify.photos import Preparation
+from l2g_meta.cli.main import main
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from l2g_meta.cli import main
-from l2g_meta.commands.parser import build_parser
-from l2g_meta.commands.train import new_run
-from l2g_meta.config import REMOVED, Config
-from l2g_meta.presets import PRESETS, preset
-from l2g_meta.reproduce.plan import plan
+from l2g_meta.cli.main import main
+from l2g_meta.cli.parser import build_parser
+from l2g_meta.cli.train import new_run
+from l2g_meta.paper.plan import plan
+from l2g_meta.training.config import REMOVED, Config
+from l2g_meta.training.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,19 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.build import build_model, build_objective, build_optimizer, load_run
-from l2g_meta.checkpoint import load_tensors, read_info, save_tensors
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.errors import CheckpointError, DataError, FitError, L2GError
-from l2g_meta.evaluation import evaluate
-from l2g_meta.objectives import meta_gradient
-from l2g_meta.supervised import LinearHead, by_distance
-from l2g_meta.training import learning_rate, train
-from l2g_meta.update_tasks import calls_of_update
+from l2g_meta.evaluation.episodes import evaluate
+from l2g_meta.files.tensors import load_tensors, read_info, save_tensors
+from l2g_meta.models.linear_head import LinearHead, by_distance
+from l2g_meta.training.build import build_model, build_objective, build_optimizer, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import learning_rate, train
+from l2g_meta.training.objectives import meta_gradient
+from l2g_meta.training.task_stream import calls_of_update
 
 SMALL = ["--image-size", "16", "--eval-every", "2", "--eval-episodes", "10", "--queries", "2", "--device", "cpu"]
 

@@ -12,22 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.checkpoint import load_tensors, save_tensors
 from l2g_meta.classify.calibration import expected_calibration_error
-from l2g_meta.cli import main
+from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
-from l2g_meta.evaluation import evaluate, paired_difference
+from l2g_meta.evaluation.episodes import evaluate, paired_difference
 from l2g_meta.files.sealed import opened
+from l2g_meta.files.tensors import load_tensors, save_tensors
 from l2g_meta.report.confusion import confusion, hardest
-from l2g_meta.report.embeddings import choose_rows, flat
 from l2g_meta.report.gather import Experiment, differences, gather
 from l2g_meta.report.measure import Answers, Asked, Splits, measure
 from l2g_meta.report.page import LIMIT, render
 from l2g_meta.report.reliability import reliability
-from l2g_meta.report.runs import read_run
+from l2g_meta.report.run_facts import read_run
 from l2g_meta.report.svg import escaped
 from l2g_meta.report.thumbnails import COLUMNS, Sheet
+from l2g_meta.report.tsne import choose_rows, flat
 
 FEW = Asked(episodes=12, classes=6)
 SCRIPT = "<script>alert(1)</script>"

@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from l2g_meta import updates
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import opened
-from l2g_meta.functional import confidence_interval
-from l2g_meta.logs import read_log
-from l2g_meta.plots import Scatter, draw_scatters
-from l2g_meta.reproduce import paper
-from l2g_meta.reproduce.catalogue import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.reproduce.cells import run_cell, work
-from l2g_meta.reproduce.equal_time import equal_time
-from l2g_meta.reproduce.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
-from l2g_meta.reproduce.report import curve, difference, markdown, tables, write_tables
-from l2g_meta.reproduce.study import STUDIES
-from l2g_meta.training import learning_rate
-from l2g_meta.updates import EagerUpdate
+from l2g_meta.models.functional import confidence_interval
+from l2g_meta.paper import paper
+from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
+from l2g_meta.paper.cells import run_cell, work
+from l2g_meta.paper.equal_time import equal_time
+from l2g_meta.paper.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
+from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.tables import curve, difference, markdown, tables, write_tables
+from l2g_meta.training.config import Config
+from l2g_meta.training.curves import Scatter, draw_scatters
+from l2g_meta.training.log import read_log
+from l2g_meta.training.loop import learning_rate
+from l2g_meta.training import update as updates
+from l2g_meta.training.update import EagerUpdate
 
 
 def smoke(out, *rows, seeds=1, experiment="table1"):
@@ -201,7 +201,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
         return {theirs: [0.9, 0.6, 50.0], ours: [0.6, 70.0, 0.2]}
 
     monkeypatch.setattr(EagerUpdate, "__call__", recorded)
-    monkeypatch.setattr("l2g_meta.reproduce.equal_time.interleaved", three_to_two)
+    monkeypatch.setattr("l2g_meta.paper.equal_time.interleaved", three_to_two)
     assert work([cell], progress=False, say=lambda _: None) == []
     assert ran == [("l2g", 10, 0), ("episodic", 10, 0), *(("episodic", 10, k) for k in range(3))]
     found = cell.result
@@ -223,7 +223,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
 def test_equal_wall_time_of_earlier_versions_is_taken_as_it_is(tmp_path, tiny, monkeypatch):
     (cell,) = smoke(tmp_path, "proto-time").cells
     cell.folder.mkdir(parents=True)
-    monkeypatch.setattr("l2g_meta.reproduce.cells.equal_time", lambda _: {"updates": 3})
+    monkeypatch.setattr("l2g_meta.paper.cells.equal_time", lambda _: {"updates": 3})
     result = run_cell(cell)
     (cell.folder / "equal-time.json").unlink()
     del result["equal_time"]
@@ -308,7 +308,7 @@ def test_the_disk_is_full_in_one_cell(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return run_cell(cell, **options)
 
-    monkeypatch.setattr("l2g_meta.reproduce.cells.run_cell", full)
+    monkeypatch.setattr("l2g_meta.paper.cells.run_cell", full)
     failed = work(what.cells, progress=False, say=lambda _: None)
     assert len(failed) == 1 and "No space left on device" in failed[0]
     assert [cell.row for cell in what.cells if cell.done] == ["proto"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
-from l2g_meta.heads import HEADS
-from l2g_meta.objectives import l2g, meta_gradient
+from l2g_meta.models.heads import HEADS
 from l2g_meta.testing import check_head
+from l2g_meta.training.objectives import l2g, meta_gradient
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader
 
 from l2g_meta import MetricModel, PrototypicalHead, Task
 from l2g_meta.errors import DataError
-from l2g_meta.maml import SoftmaxMAML
-from l2g_meta.meta_lstm import MetaLSTM
+from l2g_meta.models.maml import SoftmaxMAML
+from l2g_meta.models.meta_lstm import MetaLSTM
 
 X, Y = torch.ones(4, 2), torch.tensor([0, 1, 0, 1])
 

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
-from l2g_meta.build import build_model, load_run
-from l2g_meta.checkpoint import load_tensors, save_tensors
-from l2g_meta.cli import main
-from l2g_meta.config import Config
+from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset, TaskPairs
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.sealed import opened
-from l2g_meta.training import train
-from l2g_meta.update_tasks import tasks_of_update
+from l2g_meta.files.tensors import load_tensors, save_tensors
+from l2g_meta.training.build import build_model, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.loop import train
+from l2g_meta.training.task_stream import tasks_of_update
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_validation_data_is_needed_beside_data(tmp_path):
 
 
 def test_a_run_stopped_before_its_first_validation_resumes(folder, tmp_path, monkeypatch, capsys):
-    import l2g_meta.training as training
+    import l2g_meta.training.loop as training
 
     def stop(*args, **options):
         raise KeyboardInterrupt

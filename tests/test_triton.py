@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta.blocks import BatchNormReLU2d
 from l2g_meta.inner import twice_differentiable
+from l2g_meta.models.blocks import BatchNormReLU2d
 from l2g_meta.operators import kernels
 from l2g_meta.operators.kernels import aten
 

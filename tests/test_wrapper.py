@@ -10,11 +10,11 @@ from torch import nn
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, Task
 from l2g_meta.algorithm import Learner
 from l2g_meta.errors import DataError, FitError
-from l2g_meta.heads import HEADS
 from l2g_meta.inner import clone, twice_differentiable
-from l2g_meta.model import build_head, feature_shape
-from l2g_meta.objectives import episodic, l2g, meta_gradient
+from l2g_meta.models.heads import HEADS
+from l2g_meta.models.metric import build_head, feature_shape
 from l2g_meta.testing import functional_meta_loss, random_task, second_order_is_kept
+from l2g_meta.training.objectives import episodic, l2g, meta_gradient
 
 IMAGE = (2, 16, 16)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import DataError
 
 SPLITS = ("train", "validation", "test")

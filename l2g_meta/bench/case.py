@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from l2g_meta.errors import L2GError
-from l2g_meta.options import flag
+from l2g_meta.training.options import flag
 
 OURS = ("conv4", "resnet12")
 

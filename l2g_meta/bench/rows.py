@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2g_meta.backbones import Conv4, ResNet12
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.updates import UPDATES, Update
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.build import build_encoder
+from l2g_meta.bench.whole_updates import UPDATES, Update
 from l2g_meta.data.augment import Augment
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
-from l2g_meta.heads import PrototypicalHead, RelationHead
-from l2g_meta.model import MetricModel, feature_shape
-from l2g_meta.options import parsed_options
+from l2g_meta.models.backbones import Conv4, ResNet12
+from l2g_meta.models.heads import PrototypicalHead, RelationHead
+from l2g_meta.models.metric import MetricModel, feature_shape
+from l2g_meta.training.build import build_encoder
+from l2g_meta.training.options import parsed_options
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
 RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare

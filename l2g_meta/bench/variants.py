@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.build import set_precision
 from l2g_meta.errors import L2GError
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
-from l2g_meta.objectives import episodic, l2g, meta_gradient
 from l2g_meta.task import Task
+from l2g_meta.training.build import set_precision
+from l2g_meta.training.objectives import episodic, l2g, meta_gradient
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from l2g_meta.classify import calibration as c
-from l2g_meta.classify import images, scoring
-from l2g_meta.classify.images import Preparation
+from l2g_meta.classify import photos as images
+from l2g_meta.classify import scoring
+from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import Source, open_source
 from l2g_meta.errors import DataError, L2GError
 
@@ -54,7 +55,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """Classifies images of new classes from a few examples of each, without training.
 
     ``fit`` embeds the examples once and keeps the embeddings; ``partial_fit`` adds examples and classes. Images may be
-    paths, PIL images, arrays or tensors, see ``l2g_meta.classify.images.inputs``. BatchNorm takes its running
+    paths, PIL images, arrays or tensors, see ``l2g_meta.classify.photos.inputs``. BatchNorm takes its running
     statistics, so that what is said of an image depends on no other image of the call.
 
     The number of examples may differ from class to class; no class is favoured for having more

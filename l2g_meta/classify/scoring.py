@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2g_meta import functional as f
 from l2g_meta.errors import FitError
-from l2g_meta.evaluation import scores_from_embeddings
-from l2g_meta.heads import FullContextMatchingHead, MatchingHead, RelationHead
-from l2g_meta.model import MetricModel
+from l2g_meta.evaluation.episodes import scores_from_embeddings
+from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
+from l2g_meta.models.heads import FullContextMatchingHead, MatchingHead, RelationHead
+from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
 
 PAIRS = 2**22  # numbers in one table of differences, query by class by dimension

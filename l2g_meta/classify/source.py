@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.build import build_device, build_model, load_run, n_classes_of, refuse_modules, set_precision
-from l2g_meta.checkpoint import load_tensors, put, read_info
 from l2g_meta.classify.calibration import Calibration
-from l2g_meta.classify.images import Preparation
-from l2g_meta.config import MACHINE, Config
+from l2g_meta.classify.photos import Preparation
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.sealed import opened
+from l2g_meta.files.tensors import load_tensors, put, read_info
+from l2g_meta.training.build import build_device, build_model, load_run, n_classes_of, refuse_modules, set_precision
+from l2g_meta.training.config import MACHINE, Config
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
 FORMAT = 1  # of model.json; raised when an older version could not read it
@@ -79,7 +79,7 @@ def open_source(model: Any, device: str = "auto", *, trust: bool = False) -> Sou
     if "data" in info.get("given", []):
         raise CheckpointError(
             f"{folder} was given its data from Python, so that how its images were prepared is not known; pass its "
-            "model instead, l2g_meta.build.load_run(folder)[0], with inputs as in training"
+            "model instead, l2g_meta.training.build.load_run(folder)[0], with inputs as in training"
         )
     return Source(wrapper.module, Preparation.of_run(config, info["image_shape"]))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from l2g_meta.data.classes import ClassDataset as ClassDataset
-from l2g_meta.data.classes import MapDataset as MapDataset
+from l2g_meta.data.dataset import ClassDataset as ClassDataset
+from l2g_meta.data.dataset import MapDataset as MapDataset
 from l2g_meta.data.pairs import Episodes as Episodes
 from l2g_meta.data.pairs import TaskPairs as TaskPairs
 from l2g_meta.errors import DataError
@@ -24,7 +24,7 @@ def dataset_module(name: str) -> ModuleType:
     """
     if name not in DATASETS:
         raise DataError(f"need a data set of {', '.join(DATASETS)}; got {name!r}")
-    return importlib.import_module(f"l2g_meta.data.{name.replace('-', '_')}")
+    return importlib.import_module(f"l2g_meta.data.sets.{name.replace('-', '_')}")
 
 
 def load(

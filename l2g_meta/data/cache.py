@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
 

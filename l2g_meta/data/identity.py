@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.sources import task_source
 
 SAMPLE = 2**26  # values of images that are digested

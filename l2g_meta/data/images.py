@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from l2g_meta.data.cache import cached, create_images, open_dataset, reserve, write_classes
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import DataError
 from l2g_meta.files.reading import open_regular
 

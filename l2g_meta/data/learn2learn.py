@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2g_meta.data.classes import contiguous
-from l2g_meta.data.relation import Disjoint
+from l2g_meta.data.class_splits import Disjoint
+from l2g_meta.data.dataset import contiguous
 from l2g_meta.errors import DataError
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.task import Task

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Variation
-from l2g_meta.data.relation import Disjoint, Relation
+from l2g_meta.data.class_splits import Disjoint, Relation
 from l2g_meta.data.sources import Shapes, TaskRows, TaskSource, task_source
 from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
@@ -67,7 +67,7 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
             torchvision v2, which gets one image (C, H, W) at a time; for uint8 ``ClassDataset``.
         device: where the tasks are wanted; a ``ClassDataset`` is moved there once, if it fits (see
-            ``l2g_meta.data.placement``). By default, where the data is.
+            ``l2g_meta.data.host``). By default, where the data is.
 
     Raises:
         DataError: if the data set has too few classes or images, with what would fit.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from l2g_meta.data.augment import Drawn, Variation, variation
-from l2g_meta.data.classes import ClassDataset, MapDataset
-from l2g_meta.data.placement import placed
-from l2g_meta.data.relation import Disjoint, Relation
+from l2g_meta.data.class_splits import Disjoint, Relation
+from l2g_meta.data.dataset import ClassDataset, MapDataset
+from l2g_meta.data.host import placed
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 

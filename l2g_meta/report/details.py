@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from l2g_meta.classify.calibration import expected_calibration_error
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import L2GError
 from l2g_meta.report.charts import reliability_chart, scatter
 from l2g_meta.report.confusion import Confusion, confusion, hardest
-from l2g_meta.report.embeddings import POINTS, choose_rows, flat
 from l2g_meta.report.gather import Experiment, Report, Run
 from l2g_meta.report.measure import Measured, among
 from l2g_meta.report.reliability import reliability
 from l2g_meta.report.svg import colour, escaped
 from l2g_meta.report.thumbnails import Sheet
+from l2g_meta.report.tsne import POINTS, choose_rows, flat
 from l2g_meta.report.words import badge, figure, of_episodes
 
 DETAILED = 6  # experiments whose images are shown

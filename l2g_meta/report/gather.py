@@ -8,12 +8,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from l2g_meta.config import MACHINE, Config
 from l2g_meta.errors import L2GError
-from l2g_meta.evaluation import Evaluation, over_models, paired_difference
-from l2g_meta.functional import confidence_interval
+from l2g_meta.evaluation.episodes import Evaluation, over_models, paired_difference
+from l2g_meta.models.functional import confidence_interval
 from l2g_meta.report.measure import Asked, Measured, Splits, measure
-from l2g_meta.report.runs import RunFolder, read_run
+from l2g_meta.report.run_facts import RunFolder, read_run
+from l2g_meta.training.config import MACHINE, Config
 
 
 @dataclass(eq=False)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.build import build_data, build_device, load_run
-from l2g_meta.config import Config
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
-from l2g_meta.evaluation import Evaluation, evaluate
+from l2g_meta.evaluation.episodes import Evaluation, evaluate
 from l2g_meta.models.batchnorm_policy import Policy
-from l2g_meta.report.runs import RunFolder
+from l2g_meta.report.run_facts import RunFolder
+from l2g_meta.training.build import build_data, build_device, load_run
+from l2g_meta.training.config import Config
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from l2g_meta.config import MACHINE, Config
 from l2g_meta.files.writing import write_text
-from l2g_meta.options import flag
 from l2g_meta.report.charts import accuracy_chart, loss_chart, validation_chart
 from l2g_meta.report.details import (
     DETAILED,
@@ -29,6 +27,8 @@ from l2g_meta.report.gather import Report, differences
 from l2g_meta.report.svg import escaped
 from l2g_meta.report.thumbnails import SIZES
 from l2g_meta.report.words import CLASSES, badge, figure, plus_minus, shape_of, table
+from l2g_meta.training.config import MACHINE, Config
+from l2g_meta.training.options import flag
 
 LIMIT = 5_000_000  # bytes of a page
 

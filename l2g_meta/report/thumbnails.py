@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from l2g_meta.data.classes import ClassDataset
+from l2g_meta.data.dataset import ClassDataset
 
 COLUMNS = 32  # of the sheet
 SIZES = (

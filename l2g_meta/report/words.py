@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from l2g_meta.data.pairs import listed
-from l2g_meta.evaluation import Evaluation
+from l2g_meta.evaluation.episodes import Evaluation
 from l2g_meta.report.svg import colour, escaped
 
 CLASSES = {

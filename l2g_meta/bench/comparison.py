@@ -1,0 +1,297 @@
+"""Times the variants in turn, measures their memory, compares their gradients."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import resource
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2g_meta.bench.case import Case
+from l2g_meta.bench.floor import floor, layers, measure_machine
+from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
+from l2g_meta.bench.timing import interleaved, seconds
+from l2g_meta.bench.variants import VARIANTS, Pairs, float32_products
+from l2g_meta.bench.whole_updates import LEARN2LEARN, Update
+from l2g_meta.errors import L2GError
+from l2g_meta.training.allocator import keep_freed_memory
+
+
+@float32_products("fp32")  # PyTorch lets convolutions use TF32 unless told otherwise
+def bench(
+    case: Case,
+    *,
+    variants: Sequence[str] | None = None,
+    repeats: int = 5,
+    memory: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Medians of interleaved repeats of each variant, as a dictionary that ``json`` takes.
+
+    Args:
+        case: what is timed.
+        variants: their names, as ``ROWS`` lists them; all that run here by default.
+        repeats: timed steps of each, after one that is not.
+        memory: also measure peak memory, on the CPU in one new process for each variant.
+        say: is given each line of the table.
+
+    Returns:
+        ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update), ``floor`` and ``rows``: for each
+        variant ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
+        ``ratio_to_fastest`` to the fastest in that precision),
+        ``ratio_to_learn2learn`` (of a whole update to learn2learn's with its own data path),
+        ``tasks_per_second``, ``images_per_second``, ``peak_bytes`` beyond model and data, ``of_floor`` (the fraction of
+        the floor's speed that is achieved; ``of_bandwidth_floor`` of that of moving bytes alone), and
+        ``gradient_error``, relative to float64.
+    """
+    kept = keep_freed_memory()
+    device = torch.device(case.device)
+    chosen = available(variants, device=case.device, ours=case.ours, say=say)
+    stream = task_stream(case)
+    pairs = [stream[k] for k in range(case.pairs)]
+    say(f"{describe(case)}; {describe_machine(case)}")
+
+    machine, floors = measure_machine(device), {}
+    if case.ours:  # what a library's encoders consist of is not counted
+        one_i, one_j = (layers(build(case, layers="fused"), task) for task in pairs[0])
+        floors = {
+            exact: floor(one_i, one_j, machine, inner_steps=case.inner_steps if exact else 0) for exact in (False, True)
+        }
+    draws = iter(range(case.pairs, 10 * case.pairs))
+    drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
+
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, variant in chosen.items():
+        try:
+            step = prepare(name, case, build(case, layers=variant.layers), stream, pairs)
+            step()  # some networks have operators without a second derivative
+            steps[name] = step
+        except (L2GError, NotImplementedError, RuntimeError) as error:
+            if variants:
+                raise
+            say(f"left out: {name}: {str(error).partition(chr(10))[0]}")
+    times = interleaved(steps, device, repeats=repeats)
+    del steps
+
+    same = [name for name in times if name in VARIANTS and VARIANTS[name].exact and not VARIANTS[name].mixed]
+    errors = gradient_errors(case, same)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rows = []
+    for name in times:
+        variant = chosen[name]
+        whole = isinstance(variant, Update)
+        own, peers = median.get(variant.base), median.get(LEARN2LEARN)
+        alike = FLOAT32 if variant.base in FLOAT32 else (variant.base,)  # in the same precision
+        plain = [median[other] for other in alike if other in median]
+        row = {
+            "name": name,
+            "seconds": median[name],
+            "ratio": median[name] / own if own else None,
+            "ratio_to_fastest": median[name] / min(plain) if plain else None,
+            "ratio_to_learn2learn": median[name] / peers if peers and whole else None,
+            "tasks_per_second": 2 * case.pairs / median[name],
+            "images_per_second": case.images / median[name],
+            "of_bandwidth_floor": case.pairs * floors[variant.exact]["bytes_s"] / median[name] if floors else None,
+            "of_floor": case.pairs * floors[variant.exact]["floor_s"] / median[name] if floors else None,
+            "peak_bytes": peak_memory(case, name, kept) if memory else None,
+            "gradient_error": errors.get(name),
+            "all_seconds": times[name],
+        }
+        rows.append(row)
+    result = {
+        "case": asdict(case),
+        "machine": {
+            "description": describe_machine(case),
+            "bandwidth": machine.bandwidth,
+            "flops": machine.flops,
+            "keeps_freed_memory": kept,
+        },
+        "repeats": repeats,
+        "data": {"seconds": statistics.median(drawn)},
+        "floor": {"episodic": floors[False], "l2g": floors[True]} if floors else None,
+        "rows": rows,
+    }
+    say(table(result))
+    return result
+
+
+FLOAT32 = [name for name in VARIANTS if name.startswith("episodic") and not VARIANTS[name].cuda]
+AXES: dict[str, Sequence[int]] = {
+    "ways": (5, 10, 20),
+    "shots": (1, 5, 10),
+    "pairs": (1, 2, 5),
+    "image_size": (28, 42, 84),
+    "inner_steps": (1, 2, 5),
+}
+
+
+def scaling(
+    case: Case,
+    *,
+    variants: Sequence[str] | None = None,
+    repeats: int = 3,
+    say: Callable[[str], None] = print,
+    axes: dict[str, Sequence[int]] = AXES,
+) -> list[dict[str, Any]]:
+    """The bench along each axis by itself, the other values as in ``case``.
+
+    Without ``variants``: episodic, L2G, and learn2learn where it is installed.
+    """
+    found = []
+    if variants is None:
+        here = available(device=case.device, say=lambda line: None)
+        variants = [name for name in ("episodic", "l2g", "learn2learn") if name in here]
+    for axis, values in axes.items():
+        for value in values:
+            changed = replace(case, **{axis: value})  # type: ignore[arg-type]
+            result = bench(changed, variants=variants, repeats=repeats, memory=False, say=say)
+            found.append({"axis": axis, "value": value, **result})
+    return found
+
+
+def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
+    """Relative error of each variant's meta-gradient against float64, on smaller images."""
+    size = min(case.image_size, max(28, case.small_image))
+    small = replace(case, image_size=size, pairs=1, queries=min(case.queries, 5))
+    stream = task_stream(small)
+    exact = _gradient(small, "l2g, own network, stock operators", [stream[0]], torch.float64)
+    errors = {}
+    for name in names:
+        g = _gradient(small, name, [stream[0]], torch.float32)
+        errors[name] = ((g - exact).norm() / exact.norm()).item()
+    return errors
+
+
+def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    variant = VARIANTS[name]
+    model = build(case, layers=variant.layers).to(dtype)
+    cast = [tuple(t._replace(support_x=t.support_x.to(dtype), query_x=t.query_x.to(dtype)) for t in p) for p in pairs]
+    variant.make(model, case.inner_lr, case.inner_steps)(cast)  # type: ignore[arg-type]
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def peak_memory(case: Case, name: str, keep: bool) -> int | None:
+    """Bytes beyond model and data at the peak of a step; ``None`` where they cannot be measured."""
+    if case.device.startswith("cuda"):
+        make = _ready(case, name)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step = make()  # a CUDA graph takes its memory when it is recorded
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")  # a process that has held nothing yet
+    with context.Pool(1) as pool:
+        return pool.apply(_resident_peak, (case, name, keep, torch.get_num_threads()))
+
+
+def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+    # Kernels are loaded and threads started by a small step first.
+    _ready(replace(case, image_size=max(28, case.small_image) if case.image_size > 28 else 20, pairs=1), name)()()
+    step = _ready(case, name)()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    for _ in range(2):
+        step()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def _ready(case: Case, name: str) -> Callable[[], Callable[[], Any]]:
+    """A row's ``prepare``, its model and data in place."""
+    stream = task_stream(case)
+    pairs = [stream[k] for k in range(case.pairs)]
+    return partial(prepare, name, case, build(case, layers=ROWS[name].layers), stream, pairs)
+
+
+def describe(case: Case) -> str:
+    """The case in words."""
+    return (
+        f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
+        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}"
+        + (", augmented" if case.augment else "")
+    )
+
+
+def describe_machine(case: Case) -> str:
+    """Processor, threads, version of PyTorch."""
+    if case.device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(case.device)}, PyTorch {torch.__version__}"
+    level = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{cpu_model()} ({level}), {threads} thread{'s' if threads > 1 else ''}, PyTorch {torch.__version__}"
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or another processor's way to say it
+        return platform.processor() or platform.machine()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text."""
+    columns = {
+        "s/step": 9,
+        "ratio": 8,
+        "fastest": 9,
+        "tasks/s": 9,
+        "images/s": 10,
+        "peak MB": 9,
+        "of floor": 10,
+        "of bytes": 10,
+        "error": 10,
+    }
+    names = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
+    lines = [" " * names + "".join(f"{name:>{width}}" for name, width in columns.items())]
+    for row in result["rows"]:
+        ratio, fastest, peak, error = (row[k] for k in ("ratio", "ratio_to_fastest", "peak_bytes", "gradient_error"))
+        lines.append(
+            f"{row['name']:{names}}{row['seconds']:9.4f}"
+            + (f"{ratio:8.2f}" if ratio else f"{'':8}")
+            + (f"{fastest:9.2f}" if fastest else f"{'':9}")
+            + f"{row['tasks_per_second']:9.1f}{row['images_per_second']:10.0f}"
+            + (f"{peak / 1e6:9.0f}" if peak is not None else f"{'':9}")
+            + (
+                f"{100 * row['of_floor']:9.0f}%{100 * row['of_bandwidth_floor']:9.0f}%"
+                if row["of_floor"] is not None
+                else f"{'':20}"
+            )
+            + (f"{error:10.1e}" if error is not None else "")
+        )
+    machine, data = result["machine"], result["data"]["seconds"]
+    share = 100 * data / min(row["seconds"] for row in result["rows"])
+    found = result["floor"]
+    least = (
+        ""
+        if found is None
+        else (
+            f"floor of one pair {found['l2g']['floor_s']:.3f} s (two episodes {found['episodic']['floor_s']:.3f} s) at "
+            f"{machine['bandwidth'] / 1e9:.1f} GB/s and {machine['flops'] / 1e9:.0f} GFLOP/s; "
+        )
+    )
+    lines.append(
+        "ratio: time ÷ two plain episodes on the same layers; fastest: time ÷ the fastest two plain episodes; "
+        f"{least}data {1e3 * data:.1f} ms, {share:.1f}% of the fastest step"
+    )
+    updates = [row for row in result["rows"] if row["ratio_to_learn2learn"] is not None]
+    if len(updates) > 1:
+        ratios = [f"{row['name']} {row['ratio_to_learn2learn']:.2f}" for row in updates]
+        lines.append(f"whole updates, time relative to learn2learn with its own data path: {'; '.join(ratios)}")
+    return "\n".join(lines)

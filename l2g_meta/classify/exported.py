@@ -1,0 +1,226 @@
+"""A trained run as one folder to share: weights, how to build and use them, what they are worth, the encoder alone."""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.classify.calibration import Calibration
+from l2g_meta.classify.card import model_card
+from l2g_meta.classify.drawn import calibrate
+from l2g_meta.classify.photos import Preparation
+from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.locks import claim
+from l2g_meta.files.sealed import sealed
+from l2g_meta.files.tensors import make_folder, read_info, refuse_given, save_tensors
+from l2g_meta.files.writing import PARTIAL, new_file, sync_folder, write_bytes, write_text
+from l2g_meta.models.metric import MetricModel
+from l2g_meta.training.build import build_data, build_device, load_run
+from l2g_meta.training.checks import LEARNERS
+from l2g_meta.training.config import MACHINE, Config
+from l2g_meta.training.log import read_log
+
+TOLERANCE = 1e-4  # largest difference of an exported encoder's embeddings, relative to their largest magnitude
+CARD, PROGRAM, ONNX = "README.md", "encoder.pt2", "encoder.onnx"
+
+
+def export(
+    run: Path | str,
+    out: Path | str,
+    *,
+    onnx: bool = True,
+    episodes: int = 600,
+    root: str | None = None,
+    checkpoint: str = "best",
+    device: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Writes a run as a folder that ``FewShotClassifier`` reads on another machine; returns what is in ``model.json``.
+
+    Temperatures are fitted on episodes of the run's validation split, and checked on its test split. The encoder is
+    written as a ``torch.export`` program and as ONNX, each with any number of images, and each read back and compared.
+    The folder appears when all is well.
+
+    Args:
+        run: folder made by ``l2g train``.
+        out: folder to make.
+        onnx: also write the ONNX file, which takes the extra ``l2g-meta[export]``.
+        episodes: for each number of shots, on each split.
+        root: folder of the data, if it has moved since training.
+        checkpoint: ``"best"`` on validation, or ``"last"``.
+        device: as of ``load_run``.
+        trust: as of ``load_run``.
+
+    Raises:
+        L2GError: if the run or its data cannot be used, ``out`` is there, or an encoder does not give the same
+            embeddings.
+    """
+    run, out = Path(run), Path(out)
+    if onnx:
+        _check_onnx()
+    if out.exists() or out.is_symlink():
+        raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
+    wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
+    info = read_info(run / f"{checkpoint}.safetensors")
+    refuse_given(info, run, "fit a FewShotClassifier around its model")
+    model, preparation = wrapper.module, Preparation.of_run(config, info["image_shape"])
+    data = {
+        split: build_data(replace(config, root=root or config.root), split) for split in ("train", "validation", "test")
+    }
+    calibration = _calibrate(model, config, data, episodes=episodes, device=build_device(config.device))
+    values = {
+        "format": FORMAT,
+        "architecture": architecture(config),
+        "preparation": asdict(preparation),
+        "calibration": asdict(calibration),
+        "classes": list(data["train"].class_names),
+        "training": _training(run, config, info, checkpoint),
+        "encoder": None,
+    }
+    with _appears(out) as folder:
+        if isinstance(model, MetricModel):
+            values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
+        header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
+        save_tensors(folder / WEIGHTS, model.state_dict(), header)
+        write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
+        write_text(folder / CARD, model_card(values))
+    return values
+
+
+def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *, onnx: bool = True) -> dict[str, Any]:
+    """Writes an encoder as ``encoder.pt2`` and ``encoder.onnx``, images (n, C, H, W) normalised to features (n, ...).
+
+    Both are read back and must give the same embeddings for 1, 2 and 7 images of noise.
+
+    Raises:
+        L2GError: if the encoder cannot be exported, or a file gives other embeddings.
+    """
+    encoder = encoder.cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(n, *preparation.image_shape, generator=generator) for n in (1, 2, 7)]
+    with torch.no_grad():
+        expected = [encoder(x) for x in images]
+        try:
+            program = torch.export.export(encoder, (images[1],), dynamic_shapes=({0: torch.export.Dim("n")},))
+            with new_file(folder / PROGRAM) as file:
+                torch.export.save(program, file)
+            read_back = torch.export.load(folder / PROGRAM).module()  # our own file, just written
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever an encoder of one's own makes the tracer raise
+            raise L2GError(f"cannot export {type(encoder).__name__} with torch.export: {error}") from error
+        found = {PROGRAM: _difference(PROGRAM, [read_back(x) for x in images], expected)}
+        if onnx:
+            found[ONNX] = _difference(ONNX, _through_onnx(program, images, folder / ONNX), expected)
+    return {"input": list(preparation.image_shape), "output": list(expected[0].shape[1:]), "largest_difference": found}
+
+
+def _through_onnx(program: Any, images: list[Tensor], path: Path) -> list[Tensor]:
+    """Embeddings by onnxruntime, from a program written as ONNX."""
+    import onnxruntime
+
+    try:
+        written: Any = torch.onnx.export(
+            program, (), dynamo=True, input_names=["images"], output_names=["features"], dynamic_shapes=({0: "n"},),
+            verbose=False,
+        )  # fmt: skip
+        write_bytes(path, written.model_proto.SerializeToString())
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # the exporter's own errors are many
+        raise L2GError(f"cannot write the encoder as ONNX: {error}; --no-onnx leaves it out") from error
+    return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
+
+
+def _difference(name: str, found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of embeddings, relative to their largest magnitude.
+
+    Raises:
+        L2GError: if it is above ``TOLERANCE``.
+    """
+    pairs = list(zip(found, expected, strict=True))
+    difference = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
+    if not difference <= TOLERANCE:
+        raise L2GError(
+            f"need the same embeddings from {name}, got a relative difference of {difference:.1e}; report it"
+        )
+    return difference
+
+
+def _calibrate(
+    model: nn.Module, config: Config, data: dict[str, Any], *, episodes: int, device: torch.device
+) -> Calibration:
+    """On episodes of five ways, or as many as the model and the splits have."""
+    most = min(len(data["validation"].index), len(data["test"].index))
+    ways = min(5, most, config.ways) if config.method in LEARNERS and isinstance(config.ways, int) else min(5, most)
+    smallest = min(len(rows) for split in ("validation", "test") for rows in data[split].index)
+    shots = tuple(k for k in (1, 5) if k < smallest)
+    queries = max(1, min(15, smallest - max(shots)))
+    return calibrate(
+        model,
+        data["validation"],
+        data["test"],
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        episodes=episodes,
+        device=device,
+    )
+
+
+def _training(run: Path, config: Config, info: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """What a reader should know of the training, without what belongs to one machine."""
+    rows = read_log(run) if (run / "log.csv").is_file() else []
+    return {
+        "checkpoint": checkpoint,
+        "iteration": info.get("iteration"),
+        "validation_accuracy": info.get("val_accuracy"),
+        "validation_ways": info.get("val_ways"),
+        "seconds": round(sum(float(row["seconds"] or 0) for row in rows), 1) if rows else None,
+        "config": {name: value for name, value in asdict(config).items() if name not in MACHINE},
+    }
+
+
+def _check_onnx() -> None:
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise L2GError(
+            f'need onnx, onnxscript and onnxruntime to write ONNX, got: {error}; pip install "l2g-meta[export]" adds '
+            "them, --no-onnx leaves it out"
+        ) from error
+
+
+@contextmanager
+def _appears(out: Path) -> Iterator[Path]:
+    """A folder beside its place, renamed into it when all is well, else removed; as is what killed exports left."""
+    make_folder(out.parent, "a folder to export to", "choose another")
+    with claim(out.with_name(f".{out.name}.lock"), remove=True) as ours:
+        if not ours:
+            raise L2GError(f"another process exports to {out}; wait for it, or choose another folder")
+        for left in out.parent.glob(f".{glob.escape(out.name)}{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)  # which follows no link
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}{PARTIAL}", dir=out.parent))
+            try:
+                yield partial
+                partial.chmod(0o755)  # mkdtemp makes it the user's alone
+                partial.rename(out)
+                sync_folder(out.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            raise L2GError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from error

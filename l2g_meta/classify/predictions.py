@@ -1,0 +1,187 @@
+"""The command ``l2g predict``: folders in; a table, a CSV file or one JSON document out."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from l2g_meta.classify.classifier import FewShotClassifier
+from l2g_meta.classify.photo_folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
+from l2g_meta.classify.source import open_source
+from l2g_meta.errors import L2GError
+from l2g_meta.files.names import cell, shown
+from l2g_meta.files.tensors import make_folder
+from l2g_meta.files.writing import new_file
+
+COLUMNS = ("file", "class", "probability", "nearest")
+
+
+def predict(
+    model: Path,
+    support: Path,
+    query: Sequence[Path],
+    *,
+    csv_file: Path | None = None,
+    table: bool = True,
+    emit: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    reject_rate: float | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    trust: bool = False,
+) -> int:
+    """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
+
+    Args:
+        model: a run directory or an exported folder.
+        support: a folder of one folder per class.
+        query: files, and folders of them.
+        csv_file: write the rows there instead of printing them.
+        table: print the rows, if no file takes them, and a summary.
+        emit: is given all rows and the summary as one dictionary, in the end.
+        progress: show a progress bar.
+        reject_rate: as of ``FewShotClassifier``.
+        batch_size: images at a time.
+        device: as ``--device``.
+        trust: as of ``open_source``.
+
+    Raises:
+        L2GError: if the model, a folder or an option is unusable.
+    """
+    from tqdm import tqdm
+
+    if csv_file is not None and str(csv_file) == "-":
+        raise L2GError("need a file for --csv, got -; name one, or take --json, which writes to the standard output")
+    source = open_source(model, device, trust=trust)
+    if source.preparation is None:
+        raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
+    classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
+    files = query_files(query)
+    skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
+    supports = fit_folder(classifier, source.preparation, support, skipped)
+    began = time.perf_counter()
+    rows: list[Row] = []  # a few short strings each: what grows with the number of images
+    hidden = None if progress else True  # None: hidden where there is no terminal
+    with _output(csv_file, table, files, classifier) as write, tqdm(total=len(files), disable=hidden) as bar:
+        for start, batch in enumerate(classify_files(classifier, source.preparation, files, supports, skipped)):
+            for row in batch:
+                write(row)
+            rows += batch
+            bar.update(min(batch_size, len(files) - start * batch_size))
+    if not rows:
+        raise L2GError(
+            f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
+        )
+    summary = _summary(classifier, rows, skipped, supports) | {"seconds": time.perf_counter() - began}
+    if table:
+        _say(summary, csv_file)
+    if emit is not None:
+        predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        emit({"model": str(model), **summary, "predictions": predictions})
+    return 1 if skipped.files else 0
+
+
+@contextmanager
+def _output(
+    csv_file: Path | None, table: bool, files: Sequence[str], classifier: FewShotClassifier
+) -> Iterator[Callable[[Row], None]]:
+    """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
+    if csv_file is not None:
+        make_folder(csv_file.parent, "a file to write for --csv", "choose another")
+        with new_file(csv_file) as raw:
+            file = TextIOWrapper(raw, newline="", encoding="utf-8")
+            try:
+                writer = csv.writer(file)
+                writer.writerow(COLUMNS)
+                yield lambda row: writer.writerow(
+                    [cell(row.file), cell(row.label), f"{row.probability:.4f}", cell(row.nearest)]
+                )
+            finally:
+                file.detach()  # which flushes; the file is closed when it is on the disk
+    elif not table:
+        yield lambda row: None
+    else:
+        from tqdm import tqdm
+
+        names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
+        line = f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
+        header = [COLUMNS]  # goes with the first row: there may be none
+
+        def write(row: Row) -> None:
+            cells = (row.file, row.label, f"{row.probability:.3f}", row.nearest)
+            for values in (*header, cells):
+                tqdm.write(line(*map(shown, values)), file=sys.stdout)
+            header.clear()
+
+        yield write
+
+
+def _counted(n: int, one: str, more: str | None = None) -> str:
+    return f"{n} {one if n == 1 else more or one + 's'}"
+
+
+def proportion_interval(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a share, in per cent: Wilson (1927), which holds for few images and shares near 0 or 1.
+
+    Example:
+        >>> [round(end, 1) for end in proportion_interval(8, 10)]
+        [49.0, 94.3]
+    """
+    z = 1.959964
+    share = right / n
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return tuple(100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))  # type: ignore[return-value]
+
+
+def _summary(
+    classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped, supports: Sequence[str]
+) -> dict[str, Any]:
+    classes = list(map(str, classifier.classes_))
+    right = right_of(rows, classes, supports)
+    return {
+        "classes": classes,
+        "examples": classifier.n_examples_,
+        "temperature": classifier.temperature_,
+        "calibrated": classifier.calibrated_,
+        "calibrated_shots": classifier.calibrated_shots_,
+        "reject_rate": classifier.reject_rate,
+        "threshold_from": classifier.threshold_from_,
+        "classified": len(rows),
+        "unknown": sum(row.label == classifier.unknown_label for row in rows),
+        "right": None if right is None else right[0],
+        "labelled": None if right is None else right[1],
+        "right_ci95": None if right is None else proportion_interval(*right),
+        "unreadable": [{"file": file, "reason": reason} for file, reason in skipped.files],
+    }
+
+
+def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
+    """The summary in a few lines, after the table, or instead of it where that went to a file."""
+    note = "; probabilities are not calibrated, `l2g export` does that"
+    if summary["calibrated"]:
+        note = f"; probabilities are calibrated for {summary['calibrated_shots']} per class"
+    where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
+    print(
+        f"{_counted(summary['classified'], 'image')} classified from {_counted(summary['examples'], 'example')} of "
+        f"{_counted(len(summary['classes']), 'class', 'classes')}{where}{note}"
+    )
+    print(f"{1000 * summary['seconds'] / summary['classified']:.1f} ms per image, reading it included")
+    if summary["reject_rate"] is not None:
+        print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
+    if summary["labelled"]:
+        share = 100 * summary["right"] / summary["labelled"]
+        low, high = summary["right_ci95"]
+        print(
+            f"{share:.1f} % right of the {summary['labelled']} in folders named as a class (95 %: {low:.1f} to "
+            f"{high:.1f}, for other images and these examples)"
+        )
+    if summary["unreadable"]:
+        print(f"{len(summary['unreadable'])} skipped; listed on the error output, with the reason")

@@ -1,0 +1,157 @@
+"""``l2g evaluate``: one trained run, or several as seeds, on unseen classes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2g_meta.cli.output import add_output, bold, emit
+from l2g_meta.cli.parser import Commands, new_command
+from l2g_meta.cli.runs import add_episodes, add_run, describe
+from l2g_meta.cli.types import positive
+from l2g_meta.errors import L2GError
+from l2g_meta.evaluation.world import World, join
+from l2g_meta.files.tensors import read_info, refuse_given
+from l2g_meta.training.config import Config
+
+if TYPE_CHECKING:
+    from l2g_meta.algorithm import L2GWrapper
+    from l2g_meta.evaluation.episodes import Evaluation
+
+INTERRUPTED = "nothing was written; the same command gives the same numbers"
+EXAMPLES = """\
+l2g evaluate runs/a                                  # 600 episodes of the test split, as trained
+l2g evaluate runs/a --ways 5 --shots 5 --runs 5 --json a.json
+l2g evaluate runs/seed0 runs/seed1 runs/seed2        # trained seeds: an interval over them
+l2g evaluate runs/l2g --against runs/episodic        # the paired difference"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    evaluate = new_command(
+        commands,
+        "evaluate",
+        "Evaluates one trained run, or several as trained seeds: only then an interval over runs is given.",
+        EXAMPLES,
+    )
+    evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
+    evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
+    episodes = evaluate.add_argument_group("episodes")
+    add_episodes(episodes, "per stream")
+    episodes.add_argument("--runs", type=positive, metavar="N", default=1, help="streams of episodes for each model "
+                          "(default: 1)")  # fmt: skip
+    add_run(evaluate.add_argument_group("model"))
+    add_output(evaluate, json="the result, in per cent,")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, and compares."""
+    from l2g_meta.evaluation.episodes import paired_difference
+
+    main_process = World.here().main
+    trained, others = _load_runs(args, args.run), _load_runs(args, args.against or [])
+    if others:
+        both = [trained[0][1], others[0][1]]
+        _check_alike(both, ("data", "image_size", "split_seed"), "to compare on the same episodes")
+        _check_same_tasks(args, *both)
+    result = _evaluate_runs(args, args.run, trained)
+    values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for _, c in trained], **asdict(result)}
+    values["accuracies"] = [round(a, 4) for a in result.accuracies]
+    if others:
+        other = _evaluate_runs(args, args.against, others)
+        mean, half = paired_difference(result, other)
+        if main_process:
+            difference = bold(f"{mean:+.2f} ± {half:.2f} points")
+            print(f"difference, paired over the same episodes: {difference} (95% over episodes)")
+        values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
+        values |= {"against_configs": [_published(c) for _, c in others], "against_accuracy_mean": other.accuracy_mean}
+        values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}
+    if main_process:
+        emit(args, values)
+    return 0
+
+
+def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2GWrapper, Config]]:
+    """Trained runs that are seeds of one experiment."""
+    from l2g_meta.training.build import load_run
+
+    loaded = [load_run(run, checkpoint=args.checkpoint, device=args.device, trust=args.trust) for run in runs]
+    seeds = [config.seed for _, config in loaded]
+    if len(set(seeds)) < len(seeds):
+        raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
+    same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard", "weights"}
+    _check_alike([config for _, config in loaded], sorted(same), "to be seeds of one experiment")
+    for run in runs:
+        path = run / f"{args.checkpoint}.safetensors"
+        refuse_given(read_info(path), path, "evaluate it with l2g_meta.evaluation.episodes.evaluate")
+    return loaded
+
+
+def _evaluate_runs(
+    args: argparse.Namespace, runs: Sequence[Path], loaded: Sequence[tuple[L2GWrapper, Config]]
+) -> Evaluation:
+    """The evaluation of one trained run, or of several as seeds, printed."""
+    from l2g_meta.evaluation.episodes import evaluate, over_models
+    from l2g_meta.training.build import build_data, build_device
+
+    results = []
+    for run, (wrapper, config) in zip(runs, loaded, strict=True):
+        world, device = join(build_device(config.device))
+        results.append(
+            evaluate(
+                wrapper.to(device),
+                build_data(replace(config, root=args.root or config.root), args.split),
+                **_sizes(args, config),
+                episodes=args.episodes,
+                runs=args.runs,
+                bn=args.bn,
+                episode_seed=args.episode_seed,
+                device=device,
+                world=world,
+            )
+        )
+        if world.main:
+            print(f"{run}: {describe(config)}: {_with_bold_mean(results[-1])}")
+    if len(results) == 1:
+        return results[0]
+    together = over_models(results)
+    if world.main:
+        print(_with_bold_mean(together))
+    return together
+
+
+def _sizes(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Ways, shots and queries of the episodes, as asked for or as in training."""
+    own = {"ways": config.outer_ways, "shots": config.outer_shots, "queries": config.queries}
+    return {name: getattr(args, name) or size for name, size in own.items()}
+
+
+def _check_same_tasks(args: argparse.Namespace, config: Config, other: Config) -> None:
+    theirs = _sizes(args, other)
+    for name, size in _sizes(args, config).items():
+        if size != theirs[name]:
+            raise L2GError(
+                f"need the same {name} to compare on the same episodes, the runs were trained with {size} and "
+                f"{theirs[name]}; choose by --{name}"
+            )
+
+
+def _with_bold_mean(result: Evaluation) -> str:
+    mean = f": {result.accuracy_mean:.2f} "
+    return str(result).replace(mean, f": {bold(mean[2:-1])} ")
+
+
+def _published(config: Config) -> dict[str, Any]:
+    """The config without what belongs to one machine."""
+    return {name: value for name, value in asdict(config).items() if name not in ("root", "device")}
+
+
+def _check_alike(configs: Sequence[Config], names: Sequence[str], purpose: str) -> None:
+    for config in configs[1:]:
+        for name in names:
+            a, b = getattr(configs[0], name), getattr(config, name)
+            if a != b:
+                raise L2GError(f"need runs with the same {name} {purpose}, got {a} and {b}; evaluate them one by one")

@@ -1,0 +1,50 @@
+"""``l2g export``: a run as one folder to share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from l2g_meta.cli.output import add_output, emit
+from l2g_meta.cli.parser import Commands, new_command
+from l2g_meta.cli.runs import add_run
+from l2g_meta.cli.types import positive
+
+INTERRUPTED = "nothing was written; run it again"
+EXAMPLES = """\
+l2g export runs/a model
+l2g export runs/a model --no-onnx --root DIR         # the data has moved since training
+l2g predict --model model --support known --query photos"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    export = new_command(
+        commands,
+        "export",
+        "Writes a run's weights, how images are prepared, temperatures fitted on the validation split, a model card "
+        "with results on the test split, and the encoder for torch.export and ONNX.",
+        EXAMPLES,
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--no-onnx", action="store_true", help="leave ONNX out, which takes l2g-meta[export]")
+    export.add_argument("--episodes", type=positive, metavar="N", default=600, help="for each number of shots "
+                        "(default: 600)")  # fmt: skip
+    add_run(export)
+    add_output(export, json="what the folder's model.json holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports."""
+    from l2g_meta.classify.card import summary
+    from l2g_meta.classify.exported import export
+
+    values = export(
+        args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
+        device=args.device, trust=args.trust,
+    )  # fmt: skip
+    print("\n".join(summary(values)))
+    print(f"{args.out}: written; l2g predict --model {args.out} --support DIR --query DIR")
+    emit(args, {"out": str(args.out), **values})
+    return 0

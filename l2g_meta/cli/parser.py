@@ -1,0 +1,145 @@
+"""The parser of ``l2g``: help with examples, and errors that say need, got, remedy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
+
+from l2g_meta import __version__
+from l2g_meta.cli import COMMANDS, command
+from l2g_meta.cli.output import red
+from l2g_meta.errors import did_you_mean
+
+Commands = Any  # what ``add_subparsers`` returns; its type is argparse's own
+
+EXAMPLES = """\
+l2g train                                       # L2G on a built-in data set: minutes on a CPU
+l2g evaluate runs/glyphs-l2g-prototypical-seed0 # on classes it has never seen
+l2g predict --model RUN --support known --query new   # your own photos
+l2g doctor                                      # what is installed here, and whether it works"""
+
+
+def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser of ``l2g``; ``command`` is the name of the command given.
+
+    Args:
+        names: commands that get their arguments, which imports their files; the others are only listed.
+    """
+    parser = Parser(
+        prog="l2g",
+        description="Few-shot learning that generalises to unseen tasks.",
+        epilog=examples(EXAMPLES)
+        + "\n\n`l2g COMMAND --help` has a command's flags and examples. Exit codes: 0 done, 1 in part, 2 unusable "
+        "input, 128 + n stopped by signal n.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
+    for name, line in COMMANDS.items():
+        if name in names:
+            command(name).add(commands)
+        else:
+            commands.add_parser(name, help=line)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of one call of ``l2g``; imports the file of its command alone.
+
+    Raises:
+        SystemExit: with 2, after saying what is wrong; with 0 after help.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = next((word for word in words if not word.startswith("-")), None)
+    return build_parser(() if named is None else (named,)).parse_args(words)
+
+
+def new_command(
+    commands: Commands, name: str, description: str, examples_: str, *, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Adds a command; its line in `l2g --help` is that of ``COMMANDS``.
+
+    Args:
+        commands: what ``add`` is given.
+        name: of the command.
+        description: what it does, in a few sentences.
+        examples_: two to four lines `l2g NAME ...  # what this does`.
+        usage: instead of a list of all flags, where there are many.
+    """
+    return commands.add_parser(
+        name, help=COMMANDS[name], description=description, epilog=examples(examples_), usage=usage
+    )
+
+
+def examples(lines: str) -> str:
+    """As they stand at the end of a help text."""
+    return "examples:\n" + textwrap.indent(lines, "  ")
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors name what is near to a word that it does not know, and leave the long usage out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": Help} | options)
+        self.children: Commands = None
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """As argparse's, remembering the commands."""
+        self.children = super().add_subparsers(**options)
+        return self.children
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; a flag that no command has is told by the command that was asked for it."""
+        words = list(sys.argv[1:] if args is None else args)
+        asked = next((w for w in words if not w.startswith("-")), None)
+        children = {} if self.children is None else self.children.choices
+        owner = children.get(asked, self)
+        if asked is None or asked in children:
+            owner.check_flags(words)
+        found, left = self.parse_known_args(words, namespace)
+        if left:
+            owner.error(f"need only what it takes, got {' '.join(left)} besides{owner.near_flag(left[0])}")
+        return found
+
+    def check_flags(self, words: Iterable[str]) -> None:
+        """Before argparse, which would first complain about a flag that a misspelt one was meant to be."""
+        known = (*self._option_string_actions, "--help", "--version")
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag == "--":  # what follows are no flags
+                return
+            if flag.startswith("--") and not any(option.startswith(flag) for option in known):
+                self.error(f"need a flag that it has, got {flag}{self.near_flag(flag)}")
+
+    def near_flag(self, word: str) -> str:
+        """The remedy for an unknown flag."""
+        return did_you_mean("--" + word.lstrip("-"), self._option_string_actions) if word.startswith("-") else ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"need one of {', '.join(known)}; got {value!r}{did_you_mean(str(value), known)}"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and where the help is; exits with 2."""
+        message = message.replace("the following arguments are required: ", "need ")
+        if message == "need COMMAND":
+            message = f"need a command of {', '.join(COMMANDS)}"
+        self.exit(2, f"{red(f'{self.prog}:', sys.stderr)} {message}; see {self.prog} --help\n")
+
+
+class Help(argparse.HelpFormatter):
+    """Fills paragraphs, and leaves indented lines, which are examples, as they are."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, **{"max_help_position": 28} | options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [
+            block if "\n  " in block else textwrap.fill(" ".join(block.split()), width) for block in text.split("\n\n")
+        ]
+        return textwrap.indent("\n\n".join(paragraphs), indent)

@@ -1,0 +1,59 @@
+"""``l2g predict``: folders in; a table, a CSV file or one JSON document out."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from l2g_meta.cli.output import STDOUT, add_output, emit
+from l2g_meta.cli.parser import Commands, new_command
+from l2g_meta.cli.runs import add_trust
+from l2g_meta.cli.types import number, positive
+
+INTERRUPTED = "the rows so far are printed, a file of --csv is as it was; run it again for all"
+EXAMPLES = """\
+l2g predict --model model --support known --query photos    # known/<class>/*.jpg
+l2g predict --model runs/a --support known --query a.jpg b.jpg --unknown 0.1
+l2g predict --model model --support known --query photos --csv out.csv"""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    predict = new_command(
+        commands,
+        "predict",
+        "Classifies images from a few examples of each class, DIR/<class>/*.{jpg,jpeg,png}. Prints a row per image, or "
+        "writes them. Images that cannot be read are listed and skipped; then the exit code is 1.",
+        EXAMPLES,
+    )
+    predict.add_argument("--model", type=Path, required=True, metavar="RUN", help="run directory or exported folder")
+    predict.add_argument("--support", type=Path, required=True, metavar="DIR", help="a folder of one folder per class")
+    predict.add_argument("--query", type=Path, required=True, nargs="+", metavar="DIR|FILE", help="what to classify: "
+                         "images, and folders of them at any depth")  # fmt: skip
+    predict.add_argument("--unknown", type=number, metavar="RATE", help="call images unknown that are like no class, "
+                         "at the price of this share of known ones, for example 0.1")  # fmt: skip
+    predict.add_argument("--batch-size", type=positive, metavar="N", default=64, help="images at a time (default: 64)")
+    predict.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    predict.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
+    add_trust(predict)
+    add_output(predict, json="all rows and a summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classifies."""
+    from l2g_meta.classify.predictions import predict
+
+    return predict(
+        args.model,
+        args.support,
+        args.query,
+        csv_file=args.csv,
+        table=args.json != STDOUT,
+        emit=None if args.json is None else partial(emit, args),
+        progress=not args.quiet,
+        reject_rate=args.unknown,
+        batch_size=args.batch_size,
+        device=args.device,
+        trust=args.trust,
+    )

@@ -1,0 +1,202 @@
+"""Trains and tests cells: one after the other or side by side, on one machine or several that share the folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.bench.case import Case
+from l2g_meta.bench.comparison import describe_machine
+from l2g_meta.data.images import SPLITS
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.errors import L2GError
+from l2g_meta.evaluation.alignment import alignment
+from l2g_meta.evaluation.episodes import evaluate
+from l2g_meta.files.locks import claim
+from l2g_meta.files.writing import check_writable, write_text
+from l2g_meta.models.batchnorm_policy import POLICIES
+from l2g_meta.paper.catalogue import COLUMNS, ROWS
+from l2g_meta.paper.equal_time import equal_time
+from l2g_meta.paper.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
+from l2g_meta.training.allocator import keep_freed_memory
+from l2g_meta.training.build import build_data, build_device, load_run
+from l2g_meta.training.config import Config
+from l2g_meta.training.log import read_log
+from l2g_meta.training.loop import train
+from l2g_meta.training.objectives import OBJECTIVES
+
+ALIGNED_SEED = 2_000_003  # of the pairs of test tasks whose gradients are compared
+WAIT = 5.0  # seconds between looks at cells that others hold
+
+
+def run_cells(
+    plan: Plan,
+    *,
+    parallel: int = 1,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Brings every cell to its result; returns what failed.
+
+    Args:
+        plan: the experiment.
+        parallel: processes, each with its share of the cores.
+        progress: show each run's progress bar, if there is one process.
+        say: is told each cell's accuracy; a function that can be pickled.
+
+    Raises:
+        L2GError: if the plan's folder cannot be written.
+    """
+    check(plan)
+    cells = plan.cells
+    if parallel == 1:
+        failed = work(cells, progress=progress, say=say)
+    else:
+        failed = []  # the workers say what
+        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        threads = max(1, torch.get_num_threads() // parallel)  # of the cores that this process may use
+        workers = [context.Process(target=_worker, args=(cells, threads, say), daemon=True) for _ in range(parallel)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return failed or [f"{cell.name}: not done; run the command again to go on" for cell in cells if not cell.done]
+
+
+def check(plan: Plan) -> None:
+    """That there is the plan's device, its folder can be written and its data read, before hours of work.
+
+    Raises:
+        L2GError: if not.
+    """
+    build_device(plan.device)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        check_writable(plan.out / RESULT)  # now, not after the first cell's hours
+    except OSError as error:
+        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
+    for config in {cell.data: cell.config() for cell in plan.cells}.values():
+        for split in SPLITS:
+            build_data(config, split)  # missing data is found now
+
+
+def _worker(cells: Sequence[Cell], threads: int, say: Callable[[str], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    work(cells, progress=False, say=say)
+
+
+def _end_with_parent() -> None:
+    # However the command ends: a worker left behind would hold its cell and the cores.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def work(cells: Sequence[Cell], *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
+    """Takes the first cell that nobody has until all are done; returns what failed."""
+    failed: dict[Cell, str] = {}
+    while left := [cell for cell in cells if not cell.done and cell not in failed]:
+        if not any(_take(cell, failed, progress, say) for cell in left):
+            time.sleep(WAIT)  # others have them all
+    return list(failed.values())
+
+
+def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[str], None]) -> bool:
+    """Runs a cell unless somebody else does; whether it was ours to run."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with claim(cell.folder / "lock") as ours:
+        if ours and not cell.done:
+            try:
+                began = time.perf_counter()
+                result = run_cell(cell, progress=progress)
+                accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
+                say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
+            except (L2GError, OSError, RuntimeError) as error:  # the disk, or the device's memory, is full: go on
+                failed[cell] = f"{cell.name}: {error}"
+                say(f"l2g: {failed[cell]}")
+        return ours
+
+
+def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
+    """Trains a cell, or goes on with it, and tests it under both BatchNorm policies; returns and stores the result."""
+    device = build_device(cell.plan.device)
+    machine = f"{describe_machine(Case(device=str(device)))}, Python {platform.python_version()}"
+    begun = cell.begun
+    if begun:
+        check_same(cell, Config.load(cell.folder / "config.json"))
+    elif ROWS[cell.row].time_of is not None:
+        write_json(cell.folder / EQUAL_TIME, equal_time(cell) | {"machine": machine})
+    config = cell.config()
+    train(config, cell.folder, resume=begun, progress=progress)
+    wrapper, _ = load_run(cell.folder, device=config.device)
+    data = {split: build_data(config, split) for split in SPLITS}
+    column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    log = read_log(cell.folder)
+    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
+    result = {
+        "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
+        "classes": {split: len(dataset.index) for split, dataset in data.items()},
+        "tests": _tests(cell, wrapper, data["test"], device),
+        "updates": len(log),
+        "tasks": sum(int(line["tasks"]) for line in log),
+        "seconds": sum(float(line["seconds"]) for line in log),
+        "machine": machine,
+        "equal_time": cell.decided,
+        "alignment": None if math.isnan(mean := statistics.fmean(inner)) else mean,
+    }
+    if scale.averaged:
+        average, _ = load_run(cell.folder, checkpoint="average", device=config.device)
+        result["average"] = _tests(cell, average, data["test"], device)
+    if scale.aligned and config.method in OBJECTIVES:
+        pairs = TaskPairs(data["test"], ways=column.ways[0], shots=column.shots[0], queries=scale.test_queries,
+                          seed=ALIGNED_SEED, device=device)  # fmt: skip
+        result["held_out"] = alignment(wrapper, pairs, scale.aligned)._asdict()
+    write_json(cell.folder / RESULT, result)
+    return result
+
+
+def _tests(cell: Cell, wrapper: L2GWrapper, dataset: Any, device: torch.device) -> dict[str, Any]:
+    """Accuracies of a cell's episodes under each BatchNorm policy."""
+    column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    tests: dict[str, Any] = {}
+    for bn in POLICIES:
+        settings = [
+            evaluate(
+                wrapper, dataset, ways=ways, shots=shots, queries=scale.test_queries, episodes=scale.test_episodes,
+                bn=bn, device=device,
+            )
+            for ways in column.ways
+            for shots in column.shots
+        ]  # fmt: skip
+        accuracies = torch.tensor([s.accuracies for s in settings], dtype=torch.float64).mean(0)
+        tests[bn] = {
+            "accuracy_mean": accuracies.mean().item(),
+            "accuracies": [round(a, 4) for a in accuracies.tolist()],  # of an episode, the mean over settings
+            "settings": {f"{s.ways}w{s.shots}s": s.accuracy_mean for s in settings},
+        }
+    return tests
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON beside its place and renames it into it; lists of numbers on one line."""
+    text = re.sub(r"\[[-+.\d\s,e]+\]", lambda found: " ".join(found[0].split()), json.dumps(values, indent=1))
+    write_text(path, text + "\n")

@@ -1,0 +1,269 @@
+"""Tables of an experiment: ours beside the paper's, differences over the same episodes, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.files.writing import write_text
+from l2g_meta.models.batchnorm_policy import POLICIES, Policy
+from l2g_meta.models.functional import confidence_interval
+from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS, rows_beside
+from l2g_meta.paper.cells import write_json
+from l2g_meta.paper.plan import SCALES, Cell, Plan
+from l2g_meta.paper.study import STUDIES
+from l2g_meta.training.log import read_log
+
+
+def write_tables(plan: Plan) -> Path:
+    """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one.
+
+    Also of rows and columns that an earlier command for this folder brought to an end.
+    """
+    spec = EXPERIMENTS[plan.experiment]
+    everything = replace(
+        plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *rows_beside(plan.experiment)))), columns=spec.columns
+    )
+    found = [cell for cell in everything.cells if cell.done]
+    rows, columns = ({getattr(cell, name) for cell in found} for name in ("row", "column"))
+    plan = replace(
+        plan,
+        rows=tuple(row for row in everything.rows if row in plan.rows or row in rows),
+        columns=tuple(column for column in spec.columns if column in plan.columns or column in columns),
+    )
+    values = tables(plan)
+    path = plan.out / f"{plan.experiment}-{plan.scale}.md"
+    write_json(path.with_suffix(".json"), values)
+    file = StringIO(newline="")
+    writer = csv.DictWriter(file, CURVE)
+    writer.writeheader()
+    writer.writerows(line for cell in plan.cells if cell.done for line in curve(cell))
+    write_text(path.with_suffix(".csv"), file.getvalue())
+    write_text(path, markdown(values))
+    return path
+
+
+CURVE = ("data", "column", "row", "seed", "updates", "seconds", "loss", "val_loss", "val_accuracy", "val_ci95")
+
+
+def curve(cell: Cell) -> Iterator[dict[str, Any]]:
+    """A cell's log at its validations: seconds of training so far, and the mean training loss since the last one."""
+    of_cell = {"data": cell.data, "column": cell.column, "row": cell.row, "seed": cell.seed}
+    seconds, losses = 0.0, []
+    for line in read_log(cell.folder):
+        seconds += float(line["seconds"])
+        losses.append(float(line["loss"] or "nan"))
+        if line["val_accuracy"]:
+            numbers = {"loss": np.nanmean(losses), **{k: float(line[k] or "nan") for k in CURVE[-3:]}}
+            rounded = {name: f"{value:.4f}" for name, value in numbers.items()}
+            yield of_cell | {"updates": line["iteration"], "seconds": f"{seconds:.1f}"} | rounded
+            losses = []
+
+
+def tables(plan: Plan) -> dict[str, Any]:
+    """All that the Markdown shows, and each trained model's accuracies, as a dictionary that ``json`` takes."""
+    spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
+    results = {cell: cell.result for cell in plan.cells if cell.done}
+    parts = []
+    for data in plan.data:
+        for column in plan.columns:
+            of_row = {
+                row: [
+                    result
+                    for cell, result in results.items()
+                    if (cell.data, cell.column, cell.row) == (data, column, row)
+                ]
+                for row in plan.rows
+            }
+            rows = []
+            for row, found in of_row.items():
+                paper = dict(zip(spec.columns, spec.paper.get(row, ()), strict=False)).get(column)
+                rows.append(_summary(row, found, None if scale.data else paper, of_row))
+            classes = next((r.get("classes") for cell, r in results.items() if cell.data == data), None)
+            parts.append(
+                {"data": data, "classes": classes, "column": column, "title": COLUMNS[column].title, "rows": rows}
+            )
+    machines = sorted({result["machine"] for result in results.values()})
+    return {
+        "experiment": plan.experiment,
+        "scale": plan.scale,
+        "title": f"{spec.title}, {plan.scale}",
+        "budget": scale.title,
+        "seeds": plan.seeds,
+        "test_episodes": scale.test_episodes,
+        "machines": machines,
+        "missing": [cell.name for cell in plan.cells if not cell.done],
+        "tables": parts,
+    }
+
+
+def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_row: dict[str, Any]) -> dict[str, Any]:
+    spec = ROWS[row]
+    summary: dict[str, Any] = {
+        "row": row, "title": spec.title, "paper": paper, "published_bn": spec.published, "seeds": len(found),
+    }  # fmt: skip
+    if not found:
+        return summary
+    summary |= {
+        "updates": [result["updates"] for result in found],
+        "tasks": [result["tasks"] for result in found],
+        "seconds": [round(result["seconds"], 1) for result in found],
+        "config": {k: v for k, v in found[0]["config"].items() if k != "seed"},
+    }
+    if spec.time_of is not None:
+        summary["equal_time"] = [result.get("equal_time") for result in found]  # None: found by an earlier version
+    for name, values in (
+        ("alignment", [result.get("alignment") for result in found]),
+        ("cosine", [(result.get("held_out") or {}).get("cosine") for result in found]),
+    ):
+        summary[name] = None if None in values else float(np.mean(np.array(values, dtype=float)))
+    for bn in POLICIES:
+        episodes = _episodes(found, bn)  # (seeds, episodes)
+        means = episodes.mean(1)
+        summary[bn] = {
+            "accuracy_mean": means.mean().item(),
+            "ci95_episodes": _number(confidence_interval(episodes.mean(0).tolist())),
+            "ci95_runs": _number(confidence_interval(means.tolist())),
+            "run_means": [round(m, 2) for m in means.tolist()],
+            "accuracies": [result["tests"][bn]["accuracies"] for result in found],
+        }
+    gains = {other: {bn: difference(found, of_row.get(other, ()), bn) for bn in POLICIES} for other in spec.against}
+    summary["against"] = {other: found for other, found in gains.items() if found["running"]}  # with a common seed
+    return summary
+
+
+def difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], bn: Policy) -> dict[str, Any]:
+    """Results a − b over the same test episodes, in points, the mean of the seeds that both have; empty without any.
+
+    ``p`` is of the two-sided test that the mean over episodes is 0 (normal approximation, for hundreds of episodes);
+    ``ci95_runs`` is over the seeds' own differences.
+    """
+    first, second = ({result["config"]["seed"]: result for result in results} for results in (a, b))
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return {}
+    gains = _episodes([first[s] for s in seeds], bn) - _episodes([second[s] for s in seeds], bn)  # (seeds, episodes)
+    mean, spread = gains.mean().item(), gains.mean(0).std(ddof=1) / math.sqrt(gains.shape[1])
+    return {
+        "mean": mean,
+        "ci95_episodes": _number(confidence_interval(gains.mean(0).tolist())),
+        "ci95_runs": _number(confidence_interval(gains.mean(1).tolist())),
+        "runs": [round(g, 2) for g in gains.mean(1).tolist()],
+        "p": math.erfc(abs(mean) / spread / math.sqrt(2)) if spread > 0 else None,
+    }
+
+
+def _episodes(found: Sequence[dict[str, Any]], bn: Policy) -> np.ndarray:
+    return np.array([result["tests"][bn]["accuracies"] for result in found])
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def markdown(values: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    study = values["experiment"] in STUDIES
+    what = "the difference to the paper is that of the published kind, in bold."
+    if study:
+        what = (
+            "alignment: Σ α g_i·g_j / L(θ'; T_j) in the second half of training; cosine: of g_i and g_j of pairs of "
+            "test classes, at the end."
+        )
+    lines = [
+        f"# {values['title']}",
+        "",
+        f"{values['budget'][0].upper()}{values['budget'][1:]}. {values['test_episodes']} test episodes, the same for "
+        f"all rows, trained seeds: {values['seeds']}; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
+        "BatchNorm at test: *running* statistics of training, or those of the episode's *batch*, which is "
+        f"transductive; {what}",
+        "",
+        *(f"Run on {machine}." for machine in values["machines"]),
+    ]
+    if values["missing"]:
+        lines += ["", f"Not done yet: {', '.join(values['missing'])}."]
+    for part in values["tables"]:
+        lines += ["", f"## {part['data']}, {part['title']}", ""]
+        if part["classes"]:
+            train, validation, test = part["classes"].values()
+            ways = max(COLUMNS[part["column"]].ways)
+            fewer = f", validation on {validation} ways" if validation < ways else ""
+            lines += [f"{train} classes to train, {validation} to validate, {test} to test on{fewer}.", ""]
+        lines += [
+            "| | running | batch | ± over seeds | "
+            + ("alignment | cosine" if study else "paper | ours − paper")
+            + " | updates | tasks | s / seed |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_line(row, study) for row in part["rows"]),
+        ]
+        timed = [line for row in part["rows"] if (line := _equal_time(row))]
+        if timed:
+            lines += [
+                "",
+                "Time as L2G: L2G's updates × what one of L2G's costs / what one of this row's costs, medians of "
+                f"updates done in turn, in one process, before a seed began: {'; '.join(timed)}.",
+            ]
+        compared = [row for row in part["rows"] if row.get("against")]
+        if compared:
+            lines += [
+                "",
+                "Differences of these trained models over the same test episodes, in points:",
+                "",
+                "| | against | running | batch |",
+                "|---|---|---|---|",
+            ]
+            lines += [
+                f"| {row['title']} | {ROWS[other].title} | {_gain(found['running'])} | {_gain(found['batch'])} |"
+                for row in compared
+                for other, found in row["against"].items()
+            ]
+            lines += [
+                "",
+                "± is 95 % over episodes, as is p, of the mean difference: what other episodes would give with these "
+                "models. In brackets ± is 95 % over seeds (Student t): what other seeds would give; in parentheses is "
+                "the difference of each seed.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any], study: bool) -> str:
+    paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
+    if not row["seeds"]:
+        return f"| {row['title']} | – | – | | {paper} | | | | |"
+    published = row[row["published_bn"]]
+    cells = {bn: f"{row[bn]['accuracy_mean']:.2f}{_interval(row[bn]['ci95_episodes'])}" for bn in POLICIES}
+    cells[row["published_bn"]] = f"**{cells[row['published_bn']]}**"
+    over_seeds = "" if published["ci95_runs"] is None else f"{published['ci95_runs']:.2f}"
+    ahead = "" if row["paper"] is None else f"{published['accuracy_mean'] - row['paper']:+.2f}"
+    if study:
+        paper, ahead = ("" if row[name] is None else f"{row[name]:.3f}" for name in ("alignment", "cosine"))
+    updates, tasks, seconds = (f"{np.mean(row[name]):,.0f}" for name in ("updates", "tasks", "seconds"))
+    return (
+        f"| {row['title']} | {cells['running']} | {cells['batch']} | {over_seeds} | {paper} | {ahead} | {updates} | "
+        f"{tasks} | {seconds} |"
+    )
+
+
+def _interval(half: float | None) -> str:
+    return "" if half is None else f" ± {half:.2f}"
+
+
+def _equal_time(row: dict[str, Any]) -> str:
+    """How a row's updates were found, of each seed that says so."""
+    found = [seed for seed in row.get("equal_time", ()) if seed is not None]
+    each = ", ".join(f"{s['ratio']:.2f} ({s['of_seconds']:.3g} s / {s['seconds']:.3g} s)" for s in found)
+    return f"{row['title']} × {each}" if found else ""
+
+
+def _gain(found: dict[str, Any]) -> str:
+    p = "" if found["p"] is None else ", p < 0.001" if found["p"] < 0.001 else f", p = {found['p']:.3f}"
+    each = ", ".join(f"{gain:+.2f}" for gain in found["runs"])
+    seeds = "" if found["ci95_runs"] is None else f" [± {found['ci95_runs']:.2f}]"
+    return f"{found['mean']:+.2f}{_interval(found['ci95_episodes'])}{seeds}{p} ({each})"

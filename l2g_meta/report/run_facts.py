@@ -1,0 +1,138 @@
+"""What a run directory says of itself, whatever is missing or damaged in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.files.tensors import read_info, refuse_given
+from l2g_meta.training.config import Config
+from l2g_meta.training.log import read_log
+
+NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """A run as its files have it.
+
+    Args:
+        path: as it was given.
+        config: ``None`` if it cannot be read.
+        log: a row per update, (n, 4): update, loss, validation accuracy and half width in per cent; NaN where empty.
+        best: header of the best checkpoint; empty if there is none.
+        problems: what could not be read.
+    """
+
+    path: Path
+    config: Config | None
+    log: np.ndarray
+    best: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def updates(self) -> int:
+        """Updates in the log."""
+        return int(self.log[:, 0].max()) if len(self.log) else 0
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
+        if self.config is None:
+            return f"{self.updates:,} updates in its log"
+        done = "" if self.updates >= self.config.iterations else "unfinished: "
+        return f"{done}{self.updates:,} of {self.config.iterations:,} updates"
+
+    @property
+    def validation(self) -> np.ndarray:
+        """Rows of the log that have a validation, (n, 4)."""
+        return self.log[np.isfinite(self.log[:, 2])]
+
+
+def read_run(path: Path) -> RunFolder:
+    """All that can be read of a run directory.
+
+    Raises:
+        L2GError: if it is none.
+    """
+    if not any((path / name).is_file() for name in ("config.json", "log.csv", "best.safetensors")):
+        found = "a folder without config.json and log.csv" if path.is_dir() else "no folder of that name"
+        raise L2GError(f"need a run directory, {path}: {found}; name a folder made by `l2g train`")
+    problems: list[str] = []
+    config, log, best, logged = None, np.empty((0, len(NUMBERS))), {}, True
+    try:
+        config = Config.load(path / "config.json")
+    except L2GError as error:
+        problems.append(f"no config: {error}")
+    try:
+        log = read_numbers(path)
+    except L2GError as error:
+        logged = False
+        problems.append(f"no learning curve: {error}")
+    try:
+        best = read_info(path / "best.safetensors")
+        if not isinstance(best, dict):
+            raise CheckpointError(f"need a header in {path / 'best.safetensors'}, got another kind; train again")
+        refuse_given(best, path, "test it with l2g_meta.evaluation.episodes.evaluate")
+    except CheckpointError as error:
+        best = {}
+        problems.append(f"not tested: {error}")
+    if logged:
+        problems += _gaps(log, best, losses=config is not None and not config.skip_nonfinite)
+    return RunFolder(path, config, log, best, tuple(problems))
+
+
+def _gaps(log: np.ndarray, best: Mapping[str, Any], *, losses: bool) -> list[str]:
+    """What a log lacks, in words: of ``read_numbers``, beside the best checkpoint's header; ``losses``: each is due."""
+    found = []
+    last, needed = (log[:, 0].max() if len(log) else 0), number(best.get("best_iteration"))
+    if last < needed:
+        found.append(
+            f"learning curve cut off: log.csv ends at update {last:.0f}, the best checkpoint is of {needed:.0f}"
+        )
+    if losses and (lost := int(np.isnan(log[:, 1]).sum())):
+        found.append(f"learning curve has gaps: {lost} rows of log.csv have no loss that is a number")
+    if missing := int(last) - len(set(log[:, 0])):
+        found.append(f"learning curve has gaps: {missing} of {last:.0f} updates are not in log.csv")
+    if best and len(log) and not np.isfinite(log[:, 2]).any():
+        found.append("no validation in log.csv, though there is a best checkpoint: the file was changed")
+    return found
+
+
+def read_numbers(run: Path) -> np.ndarray:
+    """A run's log as numbers, (n, 4), ascending; a cell that is none is NaN, a row without an update is left out.
+
+    Raises:
+        L2GError: if there is no log, or it is not one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the page says what the log lacks
+        rows = [[number(row[name]) for name in NUMBERS] for row in read_log(run)]
+    log = np.array(rows, dtype=float).reshape(-1, len(NUMBERS))
+    log = log[(log[:, 0] >= 1) & (log[:, 0] < 1e15)]
+    return log[np.argsort(log[:, 0], kind="stable")]
+
+
+def number(text: Any) -> float:
+    """A finite number, or NaN.
+
+    Example:
+        >>> number("1.5"), number(""), number("inf"), number(None)
+        (1.5, nan, nan, nan)
+    """
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return float("nan")
+    return value if np.isfinite(value) else float("nan")

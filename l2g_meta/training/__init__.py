@@ -1,0 +1,1 @@
+"""A training run: its config, loop, tasks, folder, log and checkpoints."""

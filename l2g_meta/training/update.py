@@ -1,0 +1,112 @@
+"""One update of a run, all or nothing: where a number is not finite, weights and statistics stay as they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.data.batches import Batches
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.evaluation.world import Joined, World
+from l2g_meta.training.checkpoints import generators
+from l2g_meta.training.config import Config
+from l2g_meta.training.objectives import Objective, UpdateStats, accumulate
+from l2g_meta.training.signals import SIGNALS
+from l2g_meta.training.task_stream import calls_of_update, tasks_of_calls
+
+
+class Update(NamedTuple):
+    """What an update found: means over its tasks, whether all was finite, and the signal that came to any rank."""
+
+    stats: UpdateStats
+    finite: bool
+    asked: int
+
+
+def seed_update(config: Config, k: int, world: World) -> None:
+    """Seeds PyTorch's generators for what a model draws in update k: the same in any run, another on each rank."""
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, k, world.rank]).generate_state(1)[0]))
+
+
+class EagerUpdate:
+    """Algorithm 1 for update k: tasks, meta-gradient, all-reduce, Adam.
+
+    Args:
+        config: of the run.
+        objective: what it minimises.
+        wrapper: the model and its step sizes.
+        optimizer: of its parameters.
+        pairs: the stream of tasks, or of batches.
+        world: the processes that share each update.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        wrapper: L2GWrapper,
+        optimizer: torch.optim.Optimizer,
+        pairs: TaskPairs | Batches,
+        world: World | None = None,
+    ):
+        self.config, self.objective, self.wrapper, self.optimizer = config, objective, wrapper, optimizer
+        self.pairs, self.world = pairs, world or World()
+        self.device = next(wrapper.parameters()).device
+        self.generators: dict[str, Tensor] = {}  # before the last update, to replay it
+
+    def __call__(self, k: int, asked: int = 0) -> Update:
+        """Runs update k; ``asked`` is the signal that came to this process, or 0."""
+        self.generators = generators(self.device)
+        buffers = {name: b.clone() for name, b in self.wrapper.named_buffers()}
+        calls = calls_of_update(self.config, k)
+        share = self.world.share(len(calls))
+        batch = tasks_of_calls(self.config, self.pairs, [calls[i] for i in share])
+        self.optimizer.zero_grad()
+        means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
+        gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
+        bad = ~(all_finite(gradients, squared=True) & all_finite(self.wrapper.parameters()))
+        values = torch.cat([means, bad.float().view(1)])
+        if self.world.size > 1:
+            signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
+            join = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)
+            found = join(torch.cat([values, signals]))
+        else:
+            found = values.tolist()  # waits for the device, once
+        loss, inner, alignment, anywhere, *counts = found
+        bilevel = self.config.method in ("l2g", "maml")
+        finite = anywhere == 0 and math.isfinite(loss) and (math.isfinite(inner) or not bilevel)
+        if finite:
+            if self.config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.wrapper.parameters(), self.config.clip_norm)
+            self.optimizer.step()  # eq. 5
+        else:
+            for name, b in self.wrapper.named_buffers():
+                b.copy_(buffers[name])
+        asked = next((number for number, count in zip(SIGNALS, counts, strict=False) if count), asked)
+        return Update(UpdateStats(loss, inner, alignment), finite, asked)
+
+
+def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> Tensor:  # ()
+    """Whether all numbers of all tensors are finite, without waiting for the device.
+
+    Args:
+        tensors: of any shapes.
+        squared: whether their squares are, too: Adam would keep ∞, and never move that weight again.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor(float("nan"))])
+        tensor(False)
+        >>> all_finite([torch.tensor(1e18)], squared=True), all_finite([torch.tensor(1e20)], squared=True)
+        (tensor(True), tensor(False))
+    """
+    values = [t.detach() for t in tensors if t.numel() and t.is_floating_point()]
+    if not values:
+        return torch.tensor(True)
+    largest = torch._foreach_norm(values, float("inf"))
+    return torch.stack([(n.square() if squared else n).float() for n in largest]).isfinite().all()
