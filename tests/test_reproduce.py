@@ -17,18 +17,18 @@ from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import opened
 from l2g_meta.models.functional import confidence_interval
-from l2g_meta.paper import paper
+from l2g_meta.paper import published
 from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.cells import run_cell, work
 from l2g_meta.paper.equal_time import equal_time
 from l2g_meta.paper.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
 from l2g_meta.paper.study import STUDIES
 from l2g_meta.paper.tables import curve, difference, markdown, tables, write_tables
+from l2g_meta.training import update as updates
 from l2g_meta.training.config import Config
 from l2g_meta.training.curves import Scatter, draw_scatters
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import learning_rate
-from l2g_meta.training import update as updates
 from l2g_meta.training.update import EagerUpdate
 
 
@@ -36,7 +36,7 @@ def smoke(out, *rows, seeds=1, experiment="table1"):
     return plan(experiment, "smoke", out, rows=rows or None, seeds=seeds, device="cpu")
 
 
-def everything(scale="full", experiments=paper.EXPERIMENTS):
+def everything(scale="full", experiments=published.EXPERIMENTS):
     return [cell for name in experiments for cell in plan(name, scale, Path("none"), root="data").cells]
 
 
@@ -415,7 +415,7 @@ def _runs(pid):
 
 
 def test_every_experiment_runs(tmp_path, capsys):
-    for experiment in (*paper.EXPERIMENTS, "few-classes"):
+    for experiment in (*published.EXPERIMENTS, "few-classes"):
         command = ["reproduce", experiment, "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
         assert main(command) == 0, capsys.readouterr().err
         values = json.loads((tmp_path / f"{experiment}-smoke.json").read_text())
