@@ -9,7 +9,7 @@ from torch import nn
 from l2g_meta import Conv4, L2GWrapper, MatchingHead, MetricModel, PrototypicalHead, RelationHead
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
-from l2g_meta.evaluation.episodes import episodes as evaluation_module
+from l2g_meta.evaluation import episodes as evaluation_module
 from l2g_meta.evaluation.episodes import evaluate, over_models, paired_difference
 from l2g_meta.models.functional import confidence_interval
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import l2g_meta
-from l2g_meta.cli import COMMANDS, command
-from l2g_meta.cli.main import doctor, main
+from l2g_meta.cli import COMMANDS, command, doctor
+from l2g_meta.cli.main import main
 from l2g_meta.cli.output import bold, print_anything, red
 from l2g_meta.cli.parser import build_parser
 from l2g_meta.training.config import Config
