@@ -145,10 +145,8 @@ class TestWriting:
     def test_rows_of_predict_replace_the_old_ones_at_the_end(self, blob_run, tmp_path, elsewhere):
         """A process that is killed while it writes rows leaves the old file."""
         data = blob_run.parent / "data"
-        code = (
-            "import os, sys\nfrom l2g_meta.cli.main import main\nfrom l2g_meta.classify import predictions as predict\n"
-        )
-        code += "real, n = predict.classify_files, [0]\n"
+        code = "import os, sys\nfrom l2g_meta.cli.main import main\nfrom l2g_meta.classify import predictions\n"
+        code += "real = predictions.classify_files\n"
         code += "def killed(*a):\n  for batch in real(*a):\n    yield batch\n    os.kill(os.getpid(), 9)\n"
         code += "predictions.classify_files = killed\nmain(sys.argv[1:])\n"
         words = ["predict", "--model", blob_run, "--support", data / "train", "--query", data / "test"]
