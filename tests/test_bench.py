@@ -219,7 +219,7 @@ def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
     stream = task_stream(SMALL)
     assert stream[0][0].support_x.is_contiguous()  # as a data set hands them out
     for name, norm, contiguous, operators in [
-        ("l2g, own network", nn.BatchNorm2d, False, {"_ConvBackward", "_NormBackward"}),
+        ("l2g, own network", nn.BatchNorm2d, True, {"_ConvBackward", "_NormBackward"}),
         ("l2g, own network, channels-last", nn.BatchNorm2d, False, {"_ConvBackward", "_NormBackward"}),
         ("l2g, own network, stock operators", nn.BatchNorm2d, True, set()),
         ("episodic, own network", nn.BatchNorm2d, True, set()),

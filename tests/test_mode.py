@@ -303,6 +303,11 @@ class TestValuesAndErrors:
             lambda x: nn.GroupNorm(2, 4)(x.transpose(2, 3)[:, :, ::2]),
             lambda x: nn.GroupNorm(2, 4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
             lambda x: nn.BatchNorm3d(4)(x[..., None].contiguous(memory_format=torch.channels_last_3d)),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=torch.tensor(1)),
+            lambda x: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))(x),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(size=(3, -1)),
+            lambda x: torch.stack([z.view(-1) for z in F.conv2d(x, torch.ones(2, 4, 3, 3))]),
+            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(3, 1, 2, 3, 3).view(3, 1, -1),
             lambda x: F.conv2d(x[:0], torch.ones(2, 4, 3, 3)),
             lambda x: F.hardsigmoid(x.bfloat16() * 4),
             lambda x: F.relu(x.transpose(1, 2)),
@@ -324,27 +329,31 @@ class TestValuesAndErrors:
         close = {"rtol": 0.016, "atol": 1e-3} if found[0].dtype == torch.bfloat16 else {}  # a rounding to bfloat16
         torch.testing.assert_close(*found, **close, check_stride=True)
 
-    @pytest.mark.parametrize(
-        "call",
-        [
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), padding=torch.tensor(1)),
-            lambda x: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3))(x),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(3, -1),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view(x.size(0), 2, 9).transpose(1, 2),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).view((3, 18)),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).relu_().view(torch.int32).float(),
-            lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3)).flatten(2).permute(2, 0, 1),
-            lambda x: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.PixelShuffle(2))(x),
-        ],
-    )
-    def test_maps_after_a_convolution_are_what_they_were(self, call):
-        """On a CPU they lie channels-last; a ``view`` of them has the values that it has of contiguous maps."""
-        found = []
-        for mode in (twice_differentiable, nullcontext):
-            torch.manual_seed(0)
-            with mode():
-                found.append(call(self.X))
-        torch.testing.assert_close(*found)
+    def test_writes_through_views_reach_the_map(self):
+        """What shares memory with PyTorch's operators shares it in the mode."""
+
+        class Writes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)
+
+            def forward(self, x):
+                y = self.norm(self.conv(x))
+                F.relu(y.view(len(x), -1), inplace=True)
+                torch.relu_(y.flatten(1))
+                y.view(len(y), -1)[:, :3] = 1.0
+                return F.max_pool2d(y, 2).view(len(x), -1)
+
+        torch.manual_seed(0)
+        model = MetricModel(Writes(), PrototypicalHead()).double()
+        x, y = torch.randn(2, 6, 4, 7, 7, dtype=torch.float64), torch.arange(6) % 3
+        pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+        found = [
+            torch.autograd.grad(L2GWrapper(model, 0.1, fast=fast)(*pair), list(model.parameters()))
+            for fast in (True, False)
+        ]
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
     @pytest.mark.parametrize(
         "call",

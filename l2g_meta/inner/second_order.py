@@ -4,8 +4,7 @@ An exact inner step differentiates the backward pass of T_i. PyTorch's double ba
 element-wise passes, that of convolution copies channels-last maps, fused attention has none. While a pass runs under
 ``twice_differentiable()``, these operators are replaced by those of ``l2g_meta.operators``: the same values, the same
 derivatives of any order. ReLU and max-pooling are among them: PyTorch's second derivative of both adds maps of zeros.
-On a CPU convolutions hand on channels-last maps, on which all of these are faster; a ``view`` of one gives what it
-would give of a contiguous map.
+Every map keeps the layout that it has with PyTorch's operators: views, and writes through them, are the network's own.
 """
 
 from __future__ import annotations
@@ -179,15 +178,7 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4 or not _taken(input):
         return NotImplemented
-    if input.device.type == "cpu":  # where channels-last maps are faster; what follows inherits the layout
-        input = input.contiguous(memory_format=torch.channels_last)
     return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
-
-
-def _view(input: Tensor, *shape: Any) -> Tensor:
-    """A view that contiguous maps, which the network would have without ``_conv2d``'s layout, have."""
-    maps = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    return input.reshape(*shape) if maps and not isinstance(shape[0], torch.dtype) else NotImplemented
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -237,7 +228,6 @@ FAST: Table = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.max_pool2d: _max_pool2d,
-    Tensor.view: _view,
     F.leaky_relu: _leaky_relu,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),

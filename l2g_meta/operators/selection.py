@@ -80,7 +80,7 @@ class _Selected(Function):
 class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        y, where = aten.max_pool2d_with_indices(x, *window)
+        y, where = _pooled(x, window)
         ctx.mark_non_differentiable(where)
         ctx.set_materialize_grads(False)
         ctx.window = window
@@ -90,6 +90,14 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         return None if g is None else _Spread.apply(g, *ctx.saved_tensors, ctx.window), None
+
+
+def _pooled(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Maxima and where they are. On a CPU the pass over contiguous maps is slower than copies around it."""
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return aten.max_pool2d_with_indices(x, *window)
+    y, where = aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
+    return y.contiguous(), where.contiguous()
 
 
 class _Spread(Function):
