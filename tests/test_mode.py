@@ -329,6 +329,18 @@ class TestValuesAndErrors:
         close = {"rtol": 0.016, "atol": 1e-3} if found[0].dtype == torch.bfloat16 else {}  # a rounding to bfloat16
         torch.testing.assert_close(*found, **close, check_stride=True)
 
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_weight_norm_has_its_second_derivative(self, fast):
+        """PyTorch's own fails gradgradcheck."""
+        v, g = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 2, 2), (3, 1, 1, 1)))
+
+        def normed(v, g):
+            with twice_differentiable(fast=fast):
+                return torch._weight_norm(v, g, 0)
+
+        torch.testing.assert_close(normed(v, g), torch._weight_norm(v, g, 0))
+        assert torch.autograd.gradgradcheck(normed, (v, g))
+
     def test_writes_through_views_reach_the_map(self):
         """What shares memory with PyTorch's operators shares it in the mode."""
 

@@ -345,6 +345,9 @@ def test_errors_say_what_to_do(tasks):
     for alpha in (float("nan"), -1, "0.1"):
         with pytest.raises(FitError, match="inner_lr to be a number of at least 0"):
             L2GWrapper(network(), alpha)
+    for adapt in ([], [3]):
+        with pytest.raises(FitError, match="need adapt to be names or patterns, at least one"):
+            L2GWrapper(network(), 0.1, adapt=adapt)
     for steps in (-1, 0, 1.5, True):
         with pytest.raises(FitError, match="inner_steps"):
             L2GWrapper(network(), 0.1, inner_steps=steps)

@@ -184,6 +184,8 @@ def adapted_names(module: nn.Module, patterns: Sequence[str] | None) -> list[str
         return names
     if isinstance(patterns, str):
         raise FitError(f"need adapt to be several names or patterns, got the text {patterns!r}; write [{patterns!r}]")
+    if not all(isinstance(pattern, str) for pattern in patterns) or not patterns:
+        raise FitError(f"need adapt to be names or patterns, at least one, got {patterns!r}; leave it out for all")
     found: set[str] = set()
     for pattern in patterns:
         fitting = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]

@@ -222,6 +222,10 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(y) if inplace else y
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 Table = dict[Callable[..., Any], Callable[..., Any]]
 FAST: Table = {
     torch.conv2d: _conv2d,
@@ -232,4 +236,7 @@ FAST: Table = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
 }
-MISSING: Table = {F.hardsigmoid: _hardsigmoid}  # whose second derivative PyTorch lacks
+MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
+    F.hardsigmoid: _hardsigmoid,
+    torch._weight_norm: _weight_norm,
+}
