@@ -20,6 +20,7 @@ from l2g_meta.data import cache, download
 from l2g_meta.data.cache import cached
 from l2g_meta.errors import DataError
 from l2g_meta.files.locks import claim
+from l2g_meta.files.writing import replaced
 
 
 @pytest.fixture(autouse=True)
@@ -250,11 +251,11 @@ def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pyte
 def test_new_files_follow_no_link(root: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     (root / "precious").write_bytes(b"precious")
     (root / "file").symlink_to(root / "precious")
-    with cache.new_file(root / "file") as file:
+    with replaced(root / "file") as file:
         file.write(b"new")
     assert (root / "precious").read_bytes() == b"precious" and (root / "file").read_bytes() == b"new"
     monkeypatch.setattr(secrets, "token_hex", lambda n: "0")
     (root / ".l2g-0").symlink_to(root / (target or "precious"))
-    with pytest.raises(OSError, match="File exists"), cache.new_file(root / "file") as file:
+    with pytest.raises(OSError, match="File exists"), replaced(root / "file") as file:
         file.write(b"other")
     assert (root / "precious").read_bytes() == b"precious" and not (root / "somewhere").exists()

@@ -24,7 +24,7 @@ from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import sealed
 from l2g_meta.files.tensors import make_folder, read_info, refuse_given, save_tensors
-from l2g_meta.files.writing import PARTIAL, new_file, sync_folder, write_bytes, write_text
+from l2g_meta.files.writing import PARTIAL, new_file, sync, write_bytes, write_text
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.training.build import build_data, build_device, load_run
 from l2g_meta.training.checks import LEARNERS
@@ -219,7 +219,7 @@ def _appears(out: Path) -> Iterator[Path]:
                 yield partial
                 partial.chmod(0o755)  # mkdtemp makes it the user's alone
                 partial.rename(out)
-                sync_folder(out.parent)
+                sync(out.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:

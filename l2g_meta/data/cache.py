@@ -14,16 +14,17 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
+from l2g_meta.files.writing import replaced, sync
 
 CHECKSUMS = "checksums.json"
 
@@ -140,7 +141,7 @@ def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
 
 
 def _write_checksums(folder: Path, checksums: Mapping[str, Any]) -> None:
-    with new_file(folder / CHECKSUMS) as file:
+    with replaced(folder / CHECKSUMS) as file:
         file.write(json.dumps(checksums).encode())
 
 
@@ -151,34 +152,6 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is in its place when the block ends, and never in part.
-
-    It is made exclusively under a random name, so that no link is followed, synced, and renamed; so is the folder.
-    """
-    partial = path.with_name(f".l2g-{secrets.token_hex(8)}")
-    try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, are on the disk."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def file_fingerprint(path: Path) -> list[Any]:

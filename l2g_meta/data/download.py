@@ -18,9 +18,10 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 from urllib.parse import urljoin
 
-from l2g_meta.data.cache import file_digest, new_file, sync
+from l2g_meta.data.cache import file_digest
 from l2g_meta.errors import DataError
 from l2g_meta.files.locks import turn
+from l2g_meta.files.writing import replaced, sync
 
 TIMEOUT = 60.0  # seconds without any data
 
@@ -55,7 +56,7 @@ def fetch(
             partial.mkdir()
             try:
                 part = partial / path.name
-                with new_file(part) as file:
+                with replaced(part) as file:
                     digest = _receive(url, file, max_bytes, certificates)
                 if sha256 is not None and digest != sha256.lower():
                     raise DataError(f"its SHA-256 is {digest}, not {sha256}")
@@ -65,7 +66,7 @@ def fetch(
                 sync(path.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            with new_file(digest_path(path)) as file:
+            with replaced(digest_path(path)) as file:
                 file.write(f"{digest}  {path.name}\n".encode())
     except (OSError, ValueError) as error:  # of files, sockets, TLS and requests, and our own
         reason = " ".join(str(error).split())  # on one line

@@ -34,6 +34,23 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_text()
         'whole'
     """
+    try:
+        with replaced(path) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is untouched; make room or choose "
+            "another folder"
+        ) from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """What ``new_file`` does, with the system's own errors.
+
+    Raises:
+        OSError: as ``new_file``.
+    """
     partial = path.with_name(PARTIAL + secrets.token_hex(8))
     try:
         _check_place(path)
@@ -42,12 +59,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        sync_folder(path.parent)  # the new name, too, survives a power failure
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is untouched; make room or choose "
-            "another folder"
-        ) from error
+        sync(path.parent)  # the new name, too, survives a power failure
     finally:  # also when interrupted
         _remove(partial)
 
@@ -102,10 +114,10 @@ def remove_partial(folder: Path) -> None:
         _remove(left)
 
 
-def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk."""
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
