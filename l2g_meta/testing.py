@@ -110,10 +110,10 @@ def cross_entropy_gets_no_probabilities(head: nn.Module, shape: tuple[int, ...])
     query_y = torch.tensor([0, 1, 2, 0])
     with batchnorm_policy(head, "running"):
         scores = head(_features(3, shape), torch.arange(3), _features(4, shape), 3)
-    probabilities = (scores >= 0).all() and torch.allclose(scores.sum(1), scores.new_ones(4))
-    ratio = _loss_fn(head)(scores, query_y) / nn.functional.cross_entropy(scores, query_y)  # 1 for a mean, 4 for a sum
-    assert not (probabilities and round(ratio.item(), 6) in (1, 4)), (
-        "need logits or log-probabilities for cross-entropy, got rows in [0, 1] that sum to 1; leave the softmax out"
+    probabilities = (scores >= 0).all() and torch.allclose(scores.sum(1), scores.sum(1).mean()) and (scores <= 1).all()
+    loss, shifted = (_loss_fn(head)(s, query_y) for s in (scores, scores + 1))
+    assert not (probabilities and torch.allclose(loss, shifted)), (  # a softmax does not see the shift
+        "need logits or log-probabilities for cross-entropy, got rows in [0, 1] of equal sums; leave the softmax out"
     )
 
 
