@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, relation_embedding
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, Task, relation_embedding
 from l2g_meta.cli.main import main
 from l2g_meta.testing import random_task
 from l2g_meta.training.build import set_precision
@@ -59,3 +59,16 @@ def test_flag_of_the_command_line(tmp_path, monkeypatch):
     set_precision("tf32")
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
     set_precision("fp32")
+
+
+def test_a_callers_own_autocast_stays():
+    """Without ``autocast`` the wrapper neither turns one on nor the caller's off."""
+    seen = []
+    model = MetricModel(Conv4(1, 4), PrototypicalHead())
+    model.encoder.blocks[0].conv.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    x, y = torch.randn(2, 6, 1, 16, 16), torch.arange(6) % 3
+    pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        L2GWrapper(model, 0.1)(*pair)
+    L2GWrapper(model, 0.1)(*pair)
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
         FitError: if the scores are not (n_query, n_way), or the model takes images, not tasks.
     """
     task = Task.of(task).check()
-    # The cache would hand the inner step's casts of θ, or their graph, to later passes.
-    with torch.autocast(task.query_y.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+    # The cache would hand the inner step's casts of θ, or their graph, to later passes. A caller's own autocast stays.
+    device = task.query_y.device.type
+    with nullcontext() if autocast is None else torch.autocast(device, autocast, cache_enabled=False):
         try:
             scores = scores_of(model, task)
         except (TypeError, AttributeError) as error:
