@@ -10,6 +10,7 @@ from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.errors import FitError
 from l2g_meta.inner import clone as clone_room
 from l2g_meta.inner import twice_differentiable
+from l2g_meta.models.maml import SoftmaxMAML
 
 BACKEND = "aot_eager"  # refuses a second derivative, as the default does, and compiles in no time
 
@@ -248,3 +249,15 @@ def test_a_method_that_an_instance_holds_is_the_copys_own(either_backend):
     encoder.forward = lambda x: encoder.flat(x)
     with pytest.raises(FitError, match="need the forward of Plain to be its class's"):
         L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.5)
+
+
+def test_maml_rebinds_methods_that_an_instance_holds(either_backend):
+    x, y = torch.randn(2, 6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % 3
+    torch.manual_seed(1)
+    classifier = Chooses()
+    model = SoftmaxMAML(classifier, 3, inner_lr=0.5, inner_steps=2)
+    before = torch.tanh(x[1].flatten(1) @ classifier.weight.T)
+    scores = model(Task(x[0], y, x[1], y, 3))
+    assert not torch.allclose(scores, before)  # the steps moved what the pass computes with
+    (gradient,) = torch.autograd.grad(scores.sum(), classifier.weight)
+    assert gradient.norm() > 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.algorithm import L2GWrapper, Learner
-from l2g_meta.inner.clone import learn2learn_maml, own_buffers
+from l2g_meta.inner.clone import learn2learn_maml, own_buffers, rebind
 from l2g_meta.inner.compiled import uncompiled
 from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.models.metric import check_trainable, check_ways
@@ -77,11 +77,13 @@ class SoftmaxMAML(nn.Module):
             classifier = uncompiled(self.classifier)
             algorithm = learn2learn_maml() or L2GWrapper
             learner = algorithm(classifier, self.inner_lr, first_order=not exact).clone()
+            if not isinstance(learner, Learner):  # which does so itself
+                rebind(classifier, learner.module)
             for step in range(self.inner_steps if self.training else self.test_steps):
                 with twice_differentiable() if exact else nullcontext():
                     logits = learner.module(task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
                 loss = F.cross_entropy(logits, task.support_y)  # L(θ_t; S)
-                if step == 0 and not isinstance(learner, Learner):  # which does so itself
+                if step == 0 and not isinstance(learner, Learner):
                     own_buffers(classifier, learner.module)
                 learner.adapt(loss)
         return learner.module(task.query_x)[:, : task.n_way]
