@@ -21,7 +21,6 @@ from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.sources import IndexedSource, TaskLayout
 from l2g_meta.errors import L2GError
 from l2g_meta.task import Task
-from l2g_meta.training.checkpoints import generators
 from l2g_meta.training.objectives import Objective, UpdateStats, accumulate, episodic
 from l2g_meta.training.update import Update, all_finite
 
@@ -81,12 +80,10 @@ class StaticUpdate:
         self.draws = None if draws is None else [torch.as_tensor(d).to(self.device) for d in draws]
         self.stats = torch.zeros(4, device=self.device)  # means, and whether all was finite
         self.kept: dict[int, Tensor] = {}  # the state before the last update
-        self.generators: dict[str, Tensor] = {}
         self.next: tuple[int, list[Tensor]] | None = None
 
     def __call__(self, k: int, asked: int = 0) -> Update:
         """Runs update k; ``asked`` is the signal that came to the process, or 0."""
-        self.generators = generators(self.device)
         self.fill(k)
         if self.graph is None:
             self.program()

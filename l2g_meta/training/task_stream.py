@@ -20,7 +20,7 @@ def tasks_of_update(config: Config, pairs: TaskPairs | Batches, k: int) -> list[
     L2G takes B pairs; ``maml`` the T_i of the same B pairs; the others both tasks of the same B pairs. With
     ``tasks_per_update`` N, all but L2G take N consecutive tasks of T_i, T_j, T_i, T_j, ….
     """
-    return tasks_of_calls(config, pairs, calls_of_update(config, k))
+    return tasks_of_calls(pairs, calls_of_update(config, k))
 
 
 Place = tuple[int, int]  # of a task: the position of its pair in the stream, and 0 for T_i or 1 for T_j
@@ -39,9 +39,7 @@ def calls_of_update(config: Config, k: int) -> list[tuple[Place, ...]]:
     return arrange(config, [((p, 0), (p, 1)) for p in positions_of_update(config, k)], skip)
 
 
-def tasks_of_calls(
-    config: Config, pairs: TaskPairs | Batches, calls: Sequence[tuple[Place, ...]]
-) -> list[tuple[Task, ...]]:
+def tasks_of_calls(pairs: TaskPairs | Batches, calls: Sequence[tuple[Place, ...]]) -> list[tuple[Task, ...]]:
     """The tasks of some calls of the objective; their images in one gather."""
     positions = sorted({position for call in calls for position, _ in call})
     found: dict[int, tuple[Task, ...]] = dict(zip(positions, pairs.batch(positions), strict=True)) if positions else {}

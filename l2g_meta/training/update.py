@@ -14,7 +14,6 @@ from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.evaluation.world import Joined, World
-from l2g_meta.training.checkpoints import generators
 from l2g_meta.training.config import Config
 from l2g_meta.training.objectives import Objective, UpdateStats, accumulate
 from l2g_meta.training.signals import SIGNALS
@@ -58,15 +57,13 @@ class EagerUpdate:
         self.config, self.objective, self.wrapper, self.optimizer = config, objective, wrapper, optimizer
         self.pairs, self.world = pairs, world or World()
         self.device = next(wrapper.parameters()).device
-        self.generators: dict[str, Tensor] = {}  # before the last update, to replay it
 
     def __call__(self, k: int, asked: int = 0) -> Update:
         """Runs update k; ``asked`` is the signal that came to this process, or 0."""
-        self.generators = generators(self.device)
         buffers = {name: b.clone() for name, b in self.wrapper.named_buffers()}
         calls = calls_of_update(self.config, k)
         share = self.world.share(len(calls))
-        batch = tasks_of_calls(self.config, self.pairs, [calls[i] for i in share])
+        batch = tasks_of_calls(self.pairs, [calls[i] for i in share])
         self.optimizer.zero_grad()
         means = accumulate(self.objective, self.wrapper, batch, of=len(calls))  # eq. 3 and 4
         gradients = [p.grad for p in self.wrapper.parameters() if p.grad is not None]
