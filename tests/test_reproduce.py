@@ -250,8 +250,8 @@ def test_tasks_of_varying_ways_and_shots_are_trained_on(tmp_path, tiny, monkeypa
     )
     seen, original = [], updates.tasks_of_calls
 
-    def recorded(config, pairs, calls):
-        found = original(config, pairs, calls)
+    def recorded(pairs, calls):
+        found = original(pairs, calls)
         seen.append(
             [[(t.n_way, len(t.support_y) // t.n_way, len(t.query_y) // t.n_way) for t in call] for call in found]
         )
