@@ -26,6 +26,7 @@ Names = tuple[str, ...]
 # Fields of runs up to LAST_WITH that are no more, each with the value at which the run is what it is without them.
 REMOVED: dict[str, Any] = {
     "inner_on": "queries", "fresh_queries": False, "shared_classes": None, "unit_step": False, "recompute": False,
+    "cuda_graph": False,
 }  # fmt: skip
 LAST_WITH = "0.1.0"
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
@@ -120,7 +121,6 @@ class Config:
     precision: str = _flag("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
-    cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
     deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
     average: bool = _flag(False, "also keep an average of the weights over the last part of training, as "
                           "average.safetensors; it moves no update")  # fmt: skip
