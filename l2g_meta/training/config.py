@@ -48,9 +48,7 @@ class Config:
     """
 
     data: str = _flag("glyphs", "data set", choices=DATASETS)
-    root: str | None = _flag(
-        None, "folder that holds the data (not needed for glyphs); for folder also a tar file of it"
-    )
+    root: str | None = _flag(None, "folder that holds the data (not needed for glyphs)")
     image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
     download: bool = _flag(False, "download missing data from where learn2learn gets it")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
