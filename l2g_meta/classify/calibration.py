@@ -71,7 +71,7 @@ def expected_calibration_error(
         >>> round(expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 6)
         0.4
     """
-    gaps = in_bins(correct.double() - confidence.double(), bin_of(confidence, bins), bins)
+    gaps = torch.bincount(bin_of(confidence, bins), correct.double() - confidence.double(), bins)
     return gaps.abs().sum().item() / len(confidence)
 
 
@@ -85,9 +85,42 @@ def bin_of(confidence: Tensor, bins: int = BINS) -> Tensor:  # (n,) -> (n,)
     return (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
 
 
-def in_bins(values: Tensor, at: Tensor, bins: int = BINS) -> Tensor:  # (n,), (n,) -> (bins,)
-    """The sum of the values in each bin."""
-    return torch.zeros(bins, dtype=values.dtype, device=values.device).index_add_(0, at, values)
+@dataclass(frozen=True)
+class Reliability:
+    """Predictions in bins of equal width by their probability.
+
+    Args:
+        count: predictions, (bins,).
+        confidence: their mean probability, (bins,); NaN in an empty bin.
+        accuracy: share that is right, (bins,); NaN in an empty bin.
+    """
+
+    count: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+def reliability(
+    confidence: Tensor,  # (n,)
+    correct: Tensor,  # (n,)
+    *,
+    bins: int = BINS,
+) -> Reliability:
+    """Bins of a reliability diagram, open at the left.
+
+    Shapes: confidence (n,), correct (n,) booleans -> three lists of length ``bins``.
+
+    Source:
+        Guo et al. (2017), section 2.
+
+    Example:
+        >>> reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, True]), bins=2).accuracy
+        [1.0, 0.5]
+    """
+    at = bin_of(confidence, bins)
+    count = torch.bincount(at, minlength=bins)
+    means = (torch.bincount(at, values.double(), bins) / count for values in (confidence, correct))
+    return Reliability(count.tolist(), *(mean.tolist() for mean in means))
 
 
 def rejection_threshold(known: Tensor, rate: float) -> float:
