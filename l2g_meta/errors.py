@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 INSTALL_LEARN2LEARN = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
 
@@ -26,6 +27,21 @@ class CheckpointError(L2GError):
 
 class NotFiniteError(L2GError):
     """A loss, a gradient or a weight is NaN or infinite."""
+
+
+def check_argument(name: str, value: Any, need: str, fits: bool) -> None:
+    """That an argument is what it is said to be.
+
+    Raises:
+        FitError: if it does not fit.
+
+    Example:
+        >>> check_argument("fast", "no", "True or False", False)
+        Traceback (most recent call last):
+        l2g_meta.errors.FitError: need fast to be True or False, got 'no'
+    """
+    if not fits:
+        raise FitError(f"need {name} to be {need}, got {value!r}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
