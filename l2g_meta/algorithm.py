@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError, check_argument
+from l2g_meta.errors import FitError, check_argument, one_of
 from l2g_meta.inner.clone import backend, no_copy, own_buffers, rebind, same_tensors, warn_of_unregistered
 from l2g_meta.inner.compiled import eagerly, plain_names, uncompiled
 from l2g_meta.inner.scores import LossFn, evaluated, loss_of
@@ -103,15 +103,14 @@ class L2GWrapper(nn.Module):
         is_type = autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)
         check_argument("inner_steps", inner_steps, "an integer of at least 1", is_step)
         check_argument("mix", mix, "a number of at least 0 and below 1", is_share)
-        check_argument("first_order", first_order, "True or False", isinstance(first_order, bool))
-        check_argument("fast", fast, "True or False", isinstance(fast, bool))
         check_argument("autocast", autocast, "a type such as torch.bfloat16", is_type)
         warn_of_unregistered(model)
         self.module = model
         self.inner_lr = StepSizes(uncompiled(model), inner_lr, learn_inner_lr, adapt)
         self.step = InnerStep(self.inner_lr, adapt=adapt, first_order=first_order, whole=mix > 0)
-        self.inner_steps, self.mix, self.first_order = inner_steps, mix, first_order
-        self.autocast, self.fast, self._loss_fn = autocast, fast, loss_fn
+        self.inner_steps, self.mix, self.autocast, self._loss_fn = inner_steps, mix, autocast, loss_fn
+        self.first_order = one_of("first_order", first_order, (True, False))
+        self.fast = one_of("fast", fast, (True, False))
         loss_fn = self.loss_fn
         is_function = callable(loss_fn) and not isinstance(loss_fn, type)
         check_argument("loss_fn", loss_fn, "a function of (scores, query_y); a class is called first", is_function)

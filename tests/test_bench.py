@@ -172,15 +172,11 @@ class TestUpdates:
 
     def test_rows_for_cuda_are_not_for_the_cpu(self, capsys):
         rows = [name for name, row in ROWS.items() if row.cuda]
-        assert {"l2g, TF32", "l2g, bf16", "l2g, captured, data included"} <= set(rows)
+        assert {"l2g, TF32", "l2g, bf16"} <= set(rows)
         assert not set(rows) & set(available(device="cpu")) and set(rows) <= set(available(device="cuda:0"))
         for name in rows:
             assert main(["bench", "--device", "cpu", "--variants", name]) == 2
             assert f"the variant {name!r} needs CUDA, got --device cpu" in capsys.readouterr().err
-
-    def test_what_cannot_be_recorded_is_no_row(self):
-        with pytest.warns(UserWarning, match="needs a CUDA device"), pytest.raises(L2GError, match="recorded"):
-            self.ready("l2g, captured, data included")
 
     def test_rows_that_are_not_of_a_case_are_left_out_unless_named(self):
         case, lines = replace(SMALL, inner_steps=2), []

@@ -168,8 +168,8 @@ class TestModels:
         [
             ({"mix": "a"}, "need mix to be a number of at least 0 and below 1, got 'a'"),
             ({"mix": None}, "need mix to be a number"),
-            ({"first_order": "x"}, "need first_order to be True or False, got 'x'"),
-            ({"fast": 1}, "need fast to be True or False, got 1"),
+            ({"first_order": "x"}, "need first_order to be one of True, False; got 'x'"),
+            ({"fast": None}, "need fast to be one of True, False; got None"),
             ({"inner_lr": [0.1]}, r"need inner_lr to be a number of at least 0, finite, got \[0.1\]"),
             ({"inner_lr": torch.tensor(0.1)}, "need inner_lr to be a number"),
             ({"adapt": 3}, "need adapt to be names or patterns, at least one, got 3"),

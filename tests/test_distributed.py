@@ -17,7 +17,6 @@ from torch import nn
 
 from l2g_meta import L2GWrapper
 from l2g_meta.data import ClassDataset
-from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.evaluation.world import Joined, World, join
 from l2g_meta.files.tensors import load_tensors
@@ -28,7 +27,7 @@ from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import train
 from l2g_meta.training.objectives import OBJECTIVES
 from l2g_meta.training.signals import Stopped
-from l2g_meta.training.update import EagerUpdate
+from l2g_meta.training.update import Updater
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo and Linux")
 IMAGES = np.random.default_rng(0).integers(0, 256, (72, 10, 10, 1), dtype=np.uint8)
@@ -99,7 +98,7 @@ def updates(world, config, passes):
     optimizer = torch.optim.Adam(wrapper.parameters())
     data = ClassDataset(torch.from_numpy(IMAGES).permute(0, 3, 1, 2).double() / 255, DATA.labels)
     pairs = build_pairs(config, data, torch.device("cpu"))
-    update = EagerUpdate(config, OBJECTIVES[config.method], wrapper.train(), optimizer, pairs, world)
+    update = Updater(config, OBJECTIVES[config.method], wrapper.train(), optimizer, pairs, world)
     found = []
     for k in range(3):
         stats, finite, _ = update(k)
@@ -343,11 +342,3 @@ def test_one_flat_buffer_per_update(monkeypatch):
         p.grad = torch.ones_like(p)
     values = Joined(World(0, 2), module, before, 1, 1)(torch.arange(3.0))
     assert len(calls) == 1 and len(calls[0]) == 1 and values == [0, 1, 2]
-
-
-def test_cuda_graphs_are_for_one_process():
-    from l2g_meta.training.loop import build_update
-
-    config = Config(**{**vars(CONFIG), "cuda_graph": True})
-    with pytest.raises(L2GError, match="--cuda-graph is for tasks and one process, got 2 with --method l2g"):
-        build_update(config, None, None, None, World(0, 2))

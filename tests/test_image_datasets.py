@@ -128,6 +128,12 @@ def test_resize(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.images[0].numpy(), np.asarray(want))
 
 
+def test_an_archive_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "pets.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"need a folder of images, got the file .*pets.tar; unpack it \(tar -xf"):
+        folder.load("train", root=tmp_path / "pets.tar")
+
+
 @pytest.mark.parametrize("module", [mini_imagenet, tiered_imagenet, folder])
 def test_what_is_missing(tmp_path: Path, module: Any) -> None:
     with pytest.raises(DataError, match=r"need the folder of .* got no root; pass as root .*<split>/<class>/\*\."):

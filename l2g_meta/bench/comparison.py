@@ -184,7 +184,7 @@ def peak_memory(case: Case, name: str, keep: bool) -> int | None:
         make = _ready(case, name)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = make()  # a CUDA graph takes its memory when it is recorded
+        step = make()
         for _ in range(2):
             step()
         torch.cuda.synchronize()

@@ -70,7 +70,7 @@ def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs:
     """What is timed of a row: a step on the given pairs, or an update that draws from the stream.
 
     Raises:
-        L2GError: if the row is not of such cases, or cannot be recorded as a CUDA graph.
+        L2GError: if the row is not of such cases.
     """
     row = ROWS[name]
     if isinstance(row, Update):

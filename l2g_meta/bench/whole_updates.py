@@ -13,18 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import TensorDataset
 
-from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.variants import Layers, Pairs, Step, float32_products, wrapped
+from l2g_meta.bench.variants import Layers, Pairs, Step, wrapped
 from l2g_meta.bench.variants import learn2learn as learn2learn_step
 from l2g_meta.data.learn2learn import isolated_random
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.data.sources import indexed
-from l2g_meta.errors import L2GError
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.task import Task
-from l2g_meta.training.captured import StaticUpdate
-from l2g_meta.training.objectives import l2g
 
 LR = 1e-3  # β, Adam's step size
 LEARN2LEARN = "learn2learn, own data path"
@@ -45,24 +41,6 @@ def eager(model: Any, case: Case, stream: TaskPairs, *, fast: bool = True) -> Ca
     """Algorithm 1 as ``l2g train --mix 0`` runs it; not ``fast``: on PyTorch's own double backward."""
     count, step = itertools.count(), wrapped(fast=fast)(model, case.inner_lr, case.inner_steps)
     return _with_adam(model, step, lambda: stream.batch(_positions(case, next(count))))
-
-
-def captured(model: Any, case: Case, stream: TaskPairs, *, precision: str = "fp32") -> Callable[[], Any]:
-    """Algorithm 1 as ``l2g train --mix 0 --cuda-graph --precision ...`` runs it: recorded once, then replayed.
-
-    Raises:
-        L2GError: if it cannot be recorded; a warning says why.
-    """
-    autocast = torch.bfloat16 if precision == "bf16" else None
-    wrapper = L2GWrapper(model, case.inner_lr, inner_steps=case.inner_steps, autocast=autocast)
-    lr = torch.tensor(LR, device=case.device)
-    optimizer = torch.optim.Adam(wrapper.parameters(), lr, capturable=True)
-    update = StaticUpdate(l2g, wrapper, optimizer, stream, partial(_positions, case))
-    with float32_products(precision):  # a recording keeps its kernels
-        if not update.capture():
-            raise L2GError("need an update that can be recorded as a CUDA graph, got the warning above; leave it out")
-    count = itertools.count()
-    return lambda: update(next(count))
 
 
 def learn2learn(model: Any, case: Case, stream: TaskPairs) -> Callable[[], None]:
@@ -116,7 +94,4 @@ UPDATES: dict[str, Update] = {
     LEARN2LEARN: Update(learn2learn, needs="learn2learn"),
     "l2g, data included": Update(eager, layers="fused"),
     "l2g, own network, stock operators, data included": Update(partial(eager, fast=False)),
-    "l2g, captured, data included": Update(captured, layers="fused", cuda=True),
-    "l2g, captured, data included, TF32": Update(partial(captured, precision="tf32"), layers="fused", cuda=True),
-    "l2g, captured, data included, bf16": Update(partial(captured, precision="bf16"), layers="fused", cuda=True),
 }

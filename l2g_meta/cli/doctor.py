@@ -29,7 +29,6 @@ OPTIONAL = {  # what it is for, and the extra that brings it or the command that
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("l2g export", "export")),
     "timm": ("encoders by --backbone timm:NAME", "timm"),
     "tensorboard": ("l2g train --tensorboard", "tensorboard"),
-    "triton": ("fused kernels on NVIDIA GPUs", "pip install triton"),
     **dict.fromkeys(("higher", "torchopt"), ("l2g bench", "bench")),
     "shtab": ("l2g completion", "completion"),
 }

@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
     ),
     "validation": ("eval_every", "eval_episodes", "bn"),
-    "numerics": ("precision", "deterministic", "skip_nonfinite", "cuda_graph", "device"),
+    "numerics": ("precision", "deterministic", "skip_nonfinite", "device"),
     "run": ("save_every", "keep", "average", "keep_weights", "rank_timeout", "tensorboard"),
 }  # fmt: skip
 PLACES = {"root": "DIR"}  # metavars that the type does not give

@@ -105,8 +105,13 @@ class IndexedSource:
 
     def load(self, drawn: Sequence[TaskRows], draws: Drawn | None = None) -> list[Task]:
         """The tasks of these rows, all images in one gather, varied by ``draws``."""
-        x = self.gather(torch.from_numpy(self.concatenated(drawn)), draws)
-        return TaskLayout.of(drawn, x.device).tasks(x)
+        parts = [part for rows in drawn for part in (rows.support, rows.query)]
+        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
+        x = self.gather(torch.from_numpy(np.concatenate(parts)), draws)
+        xs = x.split([len(part) for part in parts])
+        ys = [torch.from_numpy(y).to(x.device) for y in labels]
+        ways = [len(rows.classes) for rows in drawn]
+        return [Task(*part) for part in zip(xs[0::2], ys[0::2], xs[1::2], ys[1::2], ways, strict=True)]
 
     def gather(self, rows: Tensor, draws: Drawn | None = None) -> Tensor:
         """Inputs of the rows (n,), varied by ``draws``: (n, ...)."""
@@ -114,37 +119,8 @@ class IndexedSource:
             return self.dataset.gather(rows)
         return self.dataset.gather(rows, vary=partial(self.augment.gather, draws=draws))
 
-    @staticmethod
-    def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
-        """Supports' and queries' rows of one task after the other, (n,)."""
-        return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
-
 
 TaskSource: TypeAlias = IndexedSource | DrawingSource
-
-
-class TaskLayout(NamedTuple):
-    """How the inputs of tasks, one after the other, become tasks again."""
-
-    sizes: list[int]  # of supports, queries, supports, …
-    labels: list[Tensor]  # (size,) each
-    ways: list[int]
-
-    @classmethod
-    def of(cls, drawn: Sequence[TaskRows], device: torch.device) -> TaskLayout:
-        """The layout of ``IndexedSource.concatenated(drawn)``."""
-        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
-        return cls(
-            [len(y) for y in labels],
-            [torch.from_numpy(y).to(device) for y in labels],
-            [len(rows.classes) for rows in drawn],
-        )
-
-    def tasks(self, x: Tensor) -> list[Task]:  # (n, ...)
-        """The tasks."""
-        x, y = x.split(self.sizes), self.labels
-        parts = zip(x[0::2], y[0::2], x[1::2], y[1::2], self.ways, strict=True)
-        return [Task(*part) for part in parts]
 
 
 def task_source(

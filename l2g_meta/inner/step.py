@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError, check_argument
+from l2g_meta.errors import FitError, check_argument, one_of
 from l2g_meta.inner.clone import adapted_names, trainable_parameters
 from l2g_meta.inner.scores import checked_loss
 
@@ -39,14 +39,13 @@ class StepSizes(nn.Module):
 
     def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False, adapt: Sequence[str] | None = None):
         super().__init__()
-        is_kind, is_number = learn in (False, "scalar", "tensor", "element"), isinstance(value, Real)
-        check_argument("learn_inner_lr", learn, "False, 'scalar', 'tensor' or 'element'", is_kind)
-        check_argument("inner_lr", value, "a number of at least 0, finite", is_number and 0 <= value < math.inf)
+        is_step = isinstance(value, Real) and 0 <= value < math.inf
+        check_argument("inner_lr", value, "a number of at least 0, finite", is_step)
         trainable = trainable_parameters(model)
         if not trainable:
             raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
         trainable = {name: trainable[name] for name in adapted_names(model, adapt)}
-        self.learn = learn
+        self.learn = one_of("learn_inner_lr", learn, (False, "scalar", "tensor", "element"))
         if learn in ("tensor", "element"):
             for name, p in trainable.items():
                 alpha = torch.full(p.shape if learn == "element" else (), value, dtype=p.dtype, device=p.device)

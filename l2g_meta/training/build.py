@@ -144,19 +144,11 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
     )
 
 
-def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -> torch.optim.Optimizer:
-    """Adam (eq. 5), or SGD with momentum 0.9; Adam in a form that a CUDA graph can record, if that is wanted.
-
-    Raises:
-        FitError: if a CUDA graph of SGD is wanted.
-    """
-    graph = config.cuda_graph and device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if graph else config.lr
+def build_optimizer(config: Config, wrapper: L2GWrapper) -> torch.optim.Optimizer:
+    """Adam (eq. 5), or SGD with momentum 0.9."""
     if config.optimizer == "adam":
-        return torch.optim.Adam(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, capturable=graph)
-    if graph:
-        raise FitError("need --optimizer adam with --cuda-graph, got sgd; leave --cuda-graph out")
-    return torch.optim.SGD(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, momentum=0.9)
+        return torch.optim.Adam(wrapper.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(wrapper.parameters(), lr=config.lr, weight_decay=config.weight_decay, momentum=0.9)
 
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:

@@ -16,7 +16,7 @@ METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
     "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt",
-    "pairs", "cuda_graph", "mix", "far_pairs",
+    "pairs", "mix", "far_pairs",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 TYPES: dict[str, tuple[type, ...]] = {
@@ -62,9 +62,6 @@ def check(config: Any) -> None:
         raise L2GError(f"need --inner-lr of at least 0 and finite, got {config.inner_lr}")
     if config.clip_norm is not None and not 0 < config.clip_norm < math.inf:
         raise L2GError(f"need --clip-norm above 0 and finite, got {config.clip_norm}")
-    if config.clip_norm is not None and config.cuda_graph:
-        by_default = ", the default of --method meta-lstm" if config.method == "meta-lstm" else ""
-        raise L2GError(f"--cuda-graph does not clip, got --clip-norm {config.clip_norm:g}{by_default}; leave one out")
     if not 0 <= config.mix < 1:
         raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")
     if config.method not in ("l2g", "maml") and config.mix:
@@ -79,8 +76,6 @@ def check(config: Any) -> None:
     _check_names(config)
     if config.tasks_per_update is not None and config.method == "l2g":
         raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
-    if config.cuda_graph and (config.tasks_per_update or 0) % 2:
-        raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {config.tasks_per_update}")
 
 
 def _check_names(config: Any) -> None:

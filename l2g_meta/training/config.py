@@ -26,6 +26,7 @@ Names = tuple[str, ...]
 # Fields of runs up to LAST_WITH that are no more, each with the value at which the run is what it is without them.
 REMOVED: dict[str, Any] = {
     "inner_on": "queries", "fresh_queries": False, "shared_classes": None, "unit_step": False, "recompute": False,
+    "cuda_graph": False,
 }  # fmt: skip
 LAST_WITH = "0.1.0"
 MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
@@ -47,9 +48,7 @@ class Config:
     """
 
     data: str = _flag("glyphs", "data set", choices=DATASETS)
-    root: str | None = _flag(
-        None, "folder that holds the data (not needed for glyphs); for folder also a tar file of it"
-    )
+    root: str | None = _flag(None, "folder that holds the data (not needed for glyphs)")
     image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
     download: bool = _flag(False, "download missing data from where learn2learn gets it")
     split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
@@ -120,7 +119,6 @@ class Config:
     precision: str = _flag("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
-    cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
     deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
     average: bool = _flag(False, "also keep an average of the weights over the last part of training, as "
                           "average.safetensors; it moves no update")  # fmt: skip
