@@ -46,6 +46,10 @@ def check(config: Any) -> None:
         sizes = value if isinstance(value, tuple) else (value,)
         if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
             raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
+    if max(config.inner_steps, config.test_steps or 0) > 10_000:
+        raise L2GError(
+            f"need at most 10,000 steps, got --inner-steps {config.inner_steps}, --test-steps {config.test_steps}"
+        )
     if max(config.seed, config.split_seed) >= 2**63:
         raise L2GError("need --seed and --split-seed below 2**63")
     if "\0" in (config.root or ""):
