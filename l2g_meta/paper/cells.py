@@ -28,6 +28,7 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.alignment import alignment
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
+from l2g_meta.files.reading import pass_over_matplotlibrc
 from l2g_meta.files.sealed import sealed
 from l2g_meta.files.writing import check_writable, write_text
 from l2g_meta.models.batchnorm_policy import POLICIES
@@ -99,6 +100,7 @@ def check(plan: Plan) -> None:
 def _worker(cells: Sequence[Cell], threads: int, say: Callable[[str], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
+    pass_over_matplotlibrc()
     torch.set_num_threads(threads)
     keep_freed_memory()
     work(cells, progress=False, say=say)
