@@ -226,11 +226,11 @@ def build_stored(
         FitError: as ``build_model``.
     """
     if not any(_names_module(config, kind) for kind in PARTS):  # those may draw on what is there alone
-        with suppress(FitError), torch.device("meta"):  # a real one says so again, a library's may need memory
-            planned = build_model(config, image_shape, n_classes).state_dict()
-            need, got = (sum(t.numel() for t in found.values()) for found in (planned, tensors))
-            if need > got:
-                raise CheckpointError(f"{path} belongs to another model: it has {got:,} values, its config {need:,}")
+        need, got = 0, sum(t.numel() for t in tensors.values())
+        with suppress(Exception), torch.device("meta"):  # a real one says so again, a library's may need memory
+            need = sum(t.numel() for t in build_model(config, image_shape, n_classes).state_dict().values())
+        if need > got:
+            raise CheckpointError(f"{path} belongs to another model: it has {got:,} values, its config {need:,}")
     return build_model(config, image_shape, n_classes)
 
 
@@ -310,7 +310,7 @@ def build_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn
     try:
         return encoder(in_channels, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        if "can't allocate memory" in str(error):
+        if isinstance(error, L2GError) or "can't allocate memory" in str(error):
             raise
         given = ", ".join(list(options)[:9]) or "none"
         raise FitError(
