@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"l2g-meta {release}"
 html_copy_source = False
+smartquotes = False  # θ' keeps its prime
 html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
@@ -51,7 +52,9 @@ def name_the_fields_once(app, what, name, obj, options, signature, returns):
 
 def write_mathml(self, node):
     """Browsers draw MathML themselves: formulas need no network and no script."""
-    self.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    self.body.append(f'<div class="math" style="padding: 0.5em 0">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
 
