@@ -36,8 +36,8 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
     Args:
         default: its value, if none is given.
         help: of the flag.
-        rules: ``choices``, or the bounds of numbers: ``least`` or ``above``, and ``below`` or ``most`` (whole numbers are
-            at least 1 unless told otherwise); ``nargs`` and ``metavar`` of the flag.
+        rules: ``choices``, or the bounds of numbers: ``least`` or ``above``, and ``below`` or ``most`` (whole numbers
+            are at least 1 unless told otherwise); ``nargs`` and ``metavar`` of the flag.
     """
     return field(default=default, metadata={"help": help, **rules})
 
