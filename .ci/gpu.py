@@ -258,7 +258,7 @@ def main() -> int:
     lacking = missing()
     print("\n".join(lacking), flush=True)
     if machine.get("error") and not (args.cpu and machine["torch"]):
-        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.6 or newer: {machine['error']}; CPU=1 tries it on a CPU")
+        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.8 or newer: {machine['error']}; CPU=1 tries it on a CPU")
         return 2
     if out.exists() and any(out.iterdir()):
         print(f"make gpu needs an empty folder, got {out}; choose another OUT")

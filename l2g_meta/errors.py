@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 INSTALL_LEARN2LEARN = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
 
 
@@ -37,3 +39,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_of(name: str, value: T, choices: Sequence[T]) -> T:
+    """The value of an argument, which must be one of these.
+
+    Raises:
+        FitError: if it is not.
+
+    Example:
+        >>> one_of("reduction", "mean", ("mean", "sum"))
+        'mean'
+    """
+    if value not in choices:
+        raise FitError(f"need {name} to be one of {', '.join(map(str, choices))}; got {value!r}")
+    return value

@@ -45,7 +45,7 @@ cached(sys.argv[1], {}, build)
 
 
 def kill(name: str, number: int) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, name, str(number)], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, name, str(int(number))], check=False)
     assert done.returncode == -number
 
 

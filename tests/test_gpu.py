@@ -25,7 +25,7 @@ def command(*arguments):
 def test_without_a_gpu_it_says_what_is_missing(tmp_path):
     done = command("--out", tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert "make gpu needs an NVIDIA GPU and PyTorch 2.6 or newer: PyTorch" in done.stdout
+    assert "make gpu needs an NVIDIA GPU and PyTorch 2.8 or newer: PyTorch" in done.stdout
 
 
 def test_what_breaks_or_hangs_costs_the_rest_nothing(tmp_path):
