@@ -21,7 +21,7 @@ from l2g_meta.models.backbones import Conv4, ResNet12
 from l2g_meta.models.heads import PrototypicalHead, RelationHead
 from l2g_meta.models.metric import MetricModel, feature_shape
 from l2g_meta.training.build import build_encoder
-from l2g_meta.training.options import parsed_options
+from l2g_meta.training.checks import parsed_options
 
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
 RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare

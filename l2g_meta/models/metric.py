@@ -158,7 +158,7 @@ def feature_shape(encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int
     with _dry_run(encoder) as zeros:
         try:
             features = encoder(zeros(2, *image_shape))
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
             raise FitError(
                 f"{type(encoder).__name__} does not take images of shape {tuple(image_shape)}: {error}; use larger "
                 "images, or another encoder"

@@ -27,8 +27,8 @@ from l2g_meta.report.gather import Report, differences
 from l2g_meta.report.svg import escaped
 from l2g_meta.report.thumbnails import SIZES
 from l2g_meta.report.words import CLASSES, badge, figure, plus_minus, shape_of, table
+from l2g_meta.training.checks import flag
 from l2g_meta.training.config import MACHINE, Config
-from l2g_meta.training.options import flag
 
 LIMIT = 5_000_000  # bytes of a page
 

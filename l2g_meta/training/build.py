@@ -31,10 +31,9 @@ from l2g_meta.models.linear_head import LinearHead
 from l2g_meta.models.maml import SoftmaxMAML
 from l2g_meta.models.meta_lstm import MetaLSTM
 from l2g_meta.models.metric import MetricModel, SoftmaxClassifier, build_head, feature_shape
-from l2g_meta.training.checks import LEARNERS, SUPERVISED
+from l2g_meta.training.checks import LEARNERS, SUPERVISED, parsed_options
 from l2g_meta.training.config import Config
 from l2g_meta.training.objectives import OBJECTIVES, Objective, episodic
-from l2g_meta.training.options import parsed_options
 
 
 def build_device(name: str) -> torch.device:
