@@ -37,7 +37,7 @@ class Task(NamedTuple):
             value: a task, or ``(support_x, support_y, query_x, query_y)``. A fifth element that is an int is n_way;
                 any other, such as easyfsl's list of class ids, is ignored. Without n_way the labels may be any
                 integers: the classes of ``support_y`` are numbered in sorted order, which synchronises with the device.
-                Each tensor may have the leading 1 of a ``DataLoader``.
+                Each tensor may have the leading 1 of a ``DataLoader``, or be an array or a list of numbers.
 
         Raises:
             DataError: for anything else, or a query of a class without support.

@@ -192,6 +192,21 @@ class TestModels:
                 with pytest.raises(FitError, match=r"one number, .* got (a tensor of shape \(6,\)|1.0)"):
                     call(wrapper)
 
+    def test_a_tied_weight_goes_by_any_of_its_names(self, either_backend):
+        encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        encoder[2].weight = encoder[0].weight
+        model, task = MetricModel(encoder.double(), PrototypicalHead()), random_task((4,), n_way=3, queries=2)
+        for adapt, adapted in (
+            (["encoder.2.weight"], {"encoder.0.weight"}),
+            (["encoder.2"], {"encoder.0.weight", "encoder.2.bias"}),
+            (["encoder.0"], {"encoder.0.weight", "encoder.0.bias"}),
+        ):
+            learner = L2GWrapper(model, 0.1, adapt=adapt, learn_inner_lr="tensor").adapted(task)
+            assert set(learner.updates) == adapted
+            assert learner.module.encoder[0].weight is learner.module.encoder[2].weight
+        with pytest.raises(FitError, match="there are encoder.0.weight, .*, encoder.2.weight"):
+            L2GWrapper(model, 0.1, adapt=["encoder.1"])
+
     def test_parameters_that_pytorch_does_not_see(self):
         class Hidden(nn.Module):
             def __init__(self, *, kept=list):
