@@ -8,24 +8,24 @@ from typing import Any
 
 from l2g_meta.errors import L2GError
 from l2g_meta.training.objectives import OBJECTIVES
-from l2g_meta.training.options import flag, parsed_options
+from l2g_meta.training.options import Names, Sizes, flag, parsed_options, types_of
 
 LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
 SUPERVISED = "supervised"  # the encoder with a linear classifier of the training classes: `l2g pretrain`
 METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt",
-    "pairs", "cuda_graph", "mix", "far_pairs",
+    "inner_lr", "inner_steps", "first_order", "learn_inner_lr", "adapt",
+    "pairs", "cuda_graph", "mix",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
-TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "Sizes": (int, tuple),
-    "Names": (tuple,),
+TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    bool: (bool,),
+    Sizes: (int, tuple),
+    Names: (tuple,),
 }
 
 
@@ -35,14 +35,15 @@ def check(config: Any) -> None:
     Raises:
         L2GError: naming the flag, what it needs and what it got.
     """
+    types = types_of(type(config))
     for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if value is not None and type(value) not in TYPES[str(f.type).removesuffix(" | None")]:
-            kind = str(f.type).replace("Sizes", "int or list")
-            raise L2GError(f"need {flag(f.name)} to be of type {kind}, got {value!r}")
+        kind, value, choices = types[f.name], getattr(config, f.name), f.metadata.get("choices")
+        if value is not None and type(value) not in TYPES[kind]:
+            names = " or ".join(of.__name__.replace("tuple", "list") for of in TYPES[kind])
+            raise L2GError(f"need {flag(f.name)} to be of type {names}, got {value!r}")
         if choices and value is not None and value not in choices:
             raise L2GError(f"need {flag(f.name)} to be one of {', '.join(choices)}; got {value!r}")
-        counted = str(f.type).split()[0] in ("int", "Sizes") and f.name not in ("seed", "split_seed")
+        counted = kind in (int, Sizes) and f.name not in ("seed", "split_seed")
         sizes = value if isinstance(value, tuple) else (value,)
         if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
             raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
@@ -54,8 +55,6 @@ def check(config: Any) -> None:
         raise L2GError("need --seed and --split-seed to be at least 0")
     if config.temperature is not None and not 0 < config.temperature < math.inf:
         raise L2GError(f"need --temperature above 0 and finite, got {config.temperature}")
-    if not 0 < config.rank_timeout < math.inf:
-        raise L2GError(f"need --rank-timeout above 0 and finite, got {config.rank_timeout}")
     if not 0 < config.lr < math.inf:
         raise L2GError(f"need --lr above 0 and finite, got {config.lr}")
     if not 0 <= config.inner_lr < math.inf:
@@ -100,7 +99,7 @@ def _check_supervised(config: Any) -> None:
         if config.batch is not None or config.head == "linear":
             raise L2GError(f"--batch and --head linear belong to --method supervised, got --method {config.method}")
         return
-    filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
+    filled = ("method", "head", "outer_ways", "outer_shots", "inner_lr", "inner_steps", "pairs")
     given = [name for name in NOT_SUPERVISED if name not in filled and getattr(config, name)]
     if given or config.head != "linear":
         flags = ", ".join(map(flag, given if config.head == "linear" else ["head"]))
@@ -109,17 +108,17 @@ def _check_supervised(config: Any) -> None:
 
 def _check_learner(config: Any) -> None:
     if config.method not in LEARNERS:
-        if config.head == "softmax" or config.test_steps is not None:
+        if config.head == "softmax":
             raise L2GError(
-                f"--test-steps and --head softmax belong to --method {' or '.join(LEARNERS)}, got --method "
+                f"--head softmax belongs to --method {' or '.join(LEARNERS)}, got --method "
                 f"{config.method}, which classifies unseen classes without adapting"
             )
         return
     if config.head != "softmax":
         raise L2GError(f"--method {config.method} has no metric head, got --head {config.head}; leave it out")
     given = [name for name in HEAD_FLAGS if getattr(config, name)]
-    if config.method == "meta-lstm":
-        given += [name for name in ("test_steps", "first_order") if getattr(config, name)]
+    if config.method == "meta-lstm" and config.first_order:
+        given.append("first_order")
     if given:
         flags = ", ".join(map(flag, given))
         raise L2GError(f"--method {config.method} does not take {flags}; leave them out")

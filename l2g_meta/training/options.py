@@ -1,14 +1,19 @@
-"""Options of parts that the config does not know, as NAME=VALUE."""
+"""Settings: their flags and types, and options of parts that the config does not know, as NAME=VALUE."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from l2g_meta.errors import L2GError
 
 Value = bool | int | float | str | None | tuple[Any, ...]
 WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
+Names = tuple[str, ...]
 
 
 def flag(name: str) -> str:
@@ -19,6 +24,22 @@ def flag(name: str) -> str:
         '--inner-lr'
     """
     return "--" + name.replace("_", "-")
+
+
+def types_of(settings: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, without ``None``.
+
+    Example:
+        >>> from l2g_meta.training.config import Config
+        >>> types_of(Config)["seed"], types_of(Config)["temperature"]
+        (<class 'int'>, <class 'float'>)
+    """
+
+    def given(hint: Any) -> Any:
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        return functools.reduce(operator.or_, kinds) if isinstance(hint, UnionType) else hint
+
+    return {name: given(hint) for name, hint in get_type_hints(settings).items()}
 
 
 def parsed_options(given: Sequence[str] | None) -> dict[str, Value]:
