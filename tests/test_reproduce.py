@@ -81,8 +81,6 @@ def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
         assert config.iterations == 200 and cell.row in STUDIES[cell.plan.experiment].rows
         cells.add(cell.folder)
     assert len(cells) <= 40 and len({c.seed for c in everything("confirm", screened)}) == 3
-    few = plan("few-classes", "screen", Path("none"), root="data").cells[1].config()
-    assert few.train_classes == 16 and few.method == "episodic"
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
@@ -110,7 +108,7 @@ def test_base_rows_have_one_task_per_update_fair_ones_as_many_as_l2g_with_its_sc
     assert by_row["maml-proto"].tasks_of_an_update == 5  # inner and outer loss on one task
     for k in (0, 1999, 2000, 19_999):
         assert learning_rate(by_row["proto-tasks"], k) == learning_rate(by_row["l2g-proto"], k)
-    assert by_row["maml"].inner_steps == 5 and by_row["maml"].test_steps == 10
+    assert by_row["maml"].inner_steps == 5
     assert by_row["l2g-proto-meta-sgd"].learn_inner_lr == "element" and by_row["l2g-proto"].inner_lr == 0.01
 
 

@@ -244,7 +244,6 @@ class Cell:
             "lr_halve_every": HALVE_EVERY[row.family],
             "bn": row.published,
             "average": scale.averaged,
-            "keep_weights": scale.averaged,
             "seed": self.seed,
             "device": self.plan.device,
         }
