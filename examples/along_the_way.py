@@ -3,8 +3,8 @@
     python examples/along_the_way.py RUN [RUN ...] [--episodes 600] [--pairs 100] [--json FILE] [--figure FILE]
     python examples/along_the_way.py --smoke
 
-Runs are of `train(..., keep_weights=True)`, or of `l2g reproduce length` and `spread`; a run's name up to "-seed" is its
-row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and how
+Runs are of `train(..., keep_weights=True)`, or of `l2g reproduce length` and `spread`. A run's name up to "-seed" is
+its row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and how
 well gradients of disjoint tasks agree on both. The last table compares rows at equal loss on training classes. A method
 that generalises better has the lower loss on test classes there. Numbers are means over the runs of a row.
 """
@@ -98,7 +98,8 @@ def main() -> None:
         for run in runs:
             method = run.name.partition("-")[0]
             config = Config(
-                method=method, pairs=1, queries=2, iterations=2, eval_every=1, eval_episodes=4,                 backbone_options=("channels=8",), device="cpu",
+                method=method, pairs=1, queries=2, iterations=2, eval_every=1, eval_episodes=4,
+                backbone_options=("channels=8",), device="cpu",
             )  # fmt: skip
             train(config, run, resume=run.exists(), progress=False, keep_weights=True)
     if not runs:

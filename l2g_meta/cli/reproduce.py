@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
-    if not args.experiment.startswith("table") and all(cell.done for cell in what.cells):
-        picture = draw(what)
+    if all(cell.done for cell in what.cells) and (picture := draw(what)) is not None:
         print(f"picture: {picture}")
     cells = [{"name": cell.name, "folder": cell.folder, "done": cell.done} for cell in what.cells]
     emit(args, {"tables": tables, "picture": picture, "cells": cells, "failed": failed})
