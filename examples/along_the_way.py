@@ -4,9 +4,9 @@
     python examples/along_the_way.py --smoke
 
 Runs are of `train(..., keep_weights=True)`, or of `l2g reproduce length` and `spread`. A run's name up to "-seed" is
-its row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and how
-well gradients of disjoint tasks agree on both. The last table compares rows at equal loss on training classes. A method
-that generalises better has the lower loss on test classes there. Numbers are means over the runs of a row.
+its row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and
+how well gradients of disjoint tasks agree on both. The last table compares rows at equal loss on training classes. A
+method that generalises better has the lower loss on test classes there. Numbers are means over the runs of a row.
 """
 
 import argparse
