@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
 from l2g_meta.data.pairs import generator
+from l2g_meta.data.sources import disjoint_classes
 from l2g_meta.errors import DataError
 
 
@@ -26,7 +27,7 @@ def test_no_shared_class_in_100_000_draws():
     for k in range(100_000):
         rng = generator(pairs.seed, k)
         shapes = pairs.inner.draw(rng), pairs.outer.draw(rng)
-        chosen_i, chosen_j = pairs.source.classes(rng, shapes)
+        chosen_i, chosen_j = disjoint_classes(rng, 12, [ways for ways, _, _ in shapes])
         assert len(np.unique(np.concatenate([chosen_i, chosen_j]))) == shapes[0][0] + shapes[1][0]
 
 
