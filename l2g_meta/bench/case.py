@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from l2g_meta.errors import L2GError
-from l2g_meta.training.options import flag
+from l2g_meta.training.options import flag, types_of
 
 OURS = ("conv4", "resnet12")
 
@@ -38,14 +38,13 @@ class Case:
     pairs: int = _flag(1, "pairs of tasks per update")
     inner_steps: int = _flag(1, "inner steps on T_i")
     inner_lr: float = _flag(0.01, "α, step size of the inner step")
-    augment: bool = _flag(False, "vary images as l2g train --augment does, where tasks are drawn")
     device: str = _flag("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            least = 2 if f.name == "ways" else 1  # one class leaves nothing to tell apart
-            if f.type == "int" and getattr(self, f.name) < least:
-                raise L2GError(f"need {flag(f.name)} of at least {least}, got {getattr(self, f.name)}")
+        for name, kind in types_of(Case).items():
+            least = 2 if name == "ways" else 1  # one class leaves nothing to tell apart
+            if kind is int and getattr(self, name) < least:
+                raise L2GError(f"need {flag(name)} of at least {least}, got {getattr(self, name)}")
         if not 0 <= self.inner_lr < math.inf:
             raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
         if self.head not in ("prototypical", "relation"):
