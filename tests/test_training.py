@@ -123,9 +123,7 @@ def test_several_runs_are_seeds(folder, tmp_path, capsys):
     other = tmp_path / "other"
     assert main(flags(folder, other, "--method", "episodic", iterations=2)) == 0
     assert main(["evaluate", str(outs[0]), str(other)]) == 2
-    assert (
-        "need runs with the same method to be seeds of one experiment, got l2g and episodic" in capsys.readouterr().err
-    )
+    assert "need runs that differ in their seed alone, got --method l2g, not episodic; " in capsys.readouterr().err
     assert main(["evaluate", str(outs[0]), *options, "--against", str(other)]) == 0
     five = tmp_path / "five"
     assert main(flags(folder, five, "--shots", "2", iterations=2)) == 0

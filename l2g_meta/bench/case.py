@@ -32,7 +32,6 @@ class Case:
     pairs: int = setting(1, "pairs of tasks per update")
     inner_steps: int = setting(1, "inner steps on T_i")
     inner_lr: float = setting(0.01, "α, step size of the inner step", least=0)
-    augment: bool = setting(False, "vary images as l2g train --augment does, where tasks are drawn")
     device: str = setting("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:

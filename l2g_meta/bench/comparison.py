@@ -198,7 +198,6 @@ def describe(case: Case) -> str:
     return (
         f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
         f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}"
-        + (", augmented" if case.augment else "")
     )
 
 

@@ -13,7 +13,6 @@ import torch
 
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.data.augment import Augment
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
@@ -95,10 +94,7 @@ def task_stream(case: Case) -> TaskPairs:
     per_class, classes = case.shots + case.queries, 2 * case.ways
     images = generator.integers(0, 256, (classes * per_class, case.image_size, case.image_size, 3), dtype=np.uint8)
     data = ClassDataset(images, np.repeat(np.arange(classes), per_class))
-    return TaskPairs(
-        data, ways=case.ways, shots=case.shots, queries=case.queries, seed=0,
-        augment=Augment() if case.augment else None, device=case.device,
-    )  # fmt: skip
+    return TaskPairs(data, ways=case.ways, shots=case.shots, queries=case.queries, seed=0, device=case.device)
 
 
 def build(case: Case, *, layers: Layers) -> MetricModel:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.errors import L2GError
 from l2g_meta.inner.clone import require_learn2learn
-from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.task import Task
 from l2g_meta.training.build import set_precision
@@ -84,25 +82,6 @@ def episodes(**options: Any) -> Callable[[Any, float, int], Step]:
         return step
 
     return make
-
-
-def identity(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-    """g_j − α H_i g_j by two calls of ``autograd.grad``, T_j's graph freed before the second."""
-    if inner_steps != 1:
-        raise L2GError(f"the variant 'identity' is of one inner step, got {inner_steps}")
-    names, parameters = zip(*model.named_parameters(), strict=True)
-
-    def step(pairs: Pairs) -> None:
-        for task_i, task_j in pairs:
-            with twice_differentiable():
-                loss_i = _loss(model, task_i)
-            g_i = torch.autograd.grad(loss_i, parameters, create_graph=True)
-            moved = [(p - inner_lr * g).detach().requires_grad_() for p, g in zip(parameters, g_i, strict=True)]
-            g_j = torch.autograd.grad(_functional_loss(model, names, moved, task_j), moved)
-            products = torch.autograd.grad(g_i, parameters, g_j)
-            _accumulate(parameters, [g - inner_lr * h for g, h in zip(g_j, products, strict=True)], len(pairs))
-
-    return step
 
 
 def learn2learn(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -183,7 +162,6 @@ VARIANTS: dict[str, Variant] = {
     "episodic, own network, channels-last": _channels_last(episodes(), exact=False),
     "l2g": _fused(wrapped()),
     "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
-    "l2g, identity": _fused(identity),
     "l2g, first order": _fused(wrapped(first_order=True), exact=False),
     "l2g, own network": _own(wrapped()),
     "l2g, own network, channels-last": _channels_last(wrapped()),

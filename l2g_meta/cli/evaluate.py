@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     main_process = World.here().main
     trained, others = _load_runs(args, args.run), _load_runs(args, args.against or [])
     if others:
-        both = [trained[0][1], others[0][1]]
-        _check_alike(both, ("data", "image_size", "split_seed"), "to compare on the same episodes")
-        _check_same_tasks(args, *both)
+        _check_same_episodes(args, trained[0][1], others[0][1])
     result = _evaluate_runs(args, args.run, trained)
     values = {"checkpoints": list(map(str, args.run)), "configs": [_published(c) for _, c in trained], **asdict(result)}
     values["accuracies"] = [round(a, 4) for a in result.accuracies]
@@ -76,8 +74,11 @@ def _load_runs(args: argparse.Namespace, runs: Sequence[Path]) -> list[tuple[L2G
     seeds = [config.seed for _, config in loaded]
     if len(set(seeds)) < len(seeds):
         raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
-    same = {f.name for f in fields(Config)} - {"seed", "root", "device", "download", "tensorboard", "weights"}
-    _check_alike([config for _, config in loaded], sorted(same), "to be seeds of one experiment")
+    for _, config in loaded[1:]:
+        first = loaded[0][1]
+        difference = first.differences(replace(config, seed=first.seed, weights=first.weights))
+        if difference:
+            raise L2GError(f"need runs that differ in their seed alone, got {difference}; evaluate them one by one")
     for run in runs:
         path = run / f"{args.checkpoint}.safetensors"
         refuse_given(read_info(path), path, "evaluate it with l2g_meta.evaluation.episodes.evaluate")
@@ -108,12 +109,12 @@ def _evaluate_runs(
             )
         )
         if world.main:
-            print(f"{run}: {describe(config)}: {_with_bold_mean(results[-1])}")
+            print(f"{run}: {describe(config)}: {results[-1]}")
     if len(results) == 1:
         return results[0]
     together = over_models(results)
     if world.main:
-        print(_with_bold_mean(together))
+        print(together)
     return together
 
 
@@ -123,29 +124,20 @@ def _sizes(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     return {name: getattr(args, name) or size for name, size in own.items()}
 
 
-def _check_same_tasks(args: argparse.Namespace, config: Config, other: Config) -> None:
-    theirs = _sizes(args, other)
-    for name, size in _sizes(args, config).items():
-        if size != theirs[name]:
+def _check_same_episodes(args: argparse.Namespace, *both: Config) -> None:
+    first, second = (
+        {name: getattr(config, name) for name in ("data", "image_size", "split_seed")} | _sizes(args, config)
+        for config in both
+    )
+    for name, value in first.items():
+        if value != second[name]:
+            remedy = f"choose by --{name}" if hasattr(args, name) else "evaluate them one by one"
             raise L2GError(
-                f"need the same {name} to compare on the same episodes, the runs were trained with {size} and "
-                f"{theirs[name]}; choose by --{name}"
+                f"need the same {name} to compare on the same episodes, the runs were trained with {value} and "
+                f"{second[name]}; {remedy}"
             )
-
-
-def _with_bold_mean(result: Evaluation) -> str:
-    mean = f": {result.accuracy_mean:.2f} "
-    return str(result).replace(mean, f": {bold(mean[2:-1])} ")
 
 
 def _published(config: Config) -> dict[str, Any]:
     """The config without what belongs to one machine."""
     return {name: value for name, value in asdict(config).items() if name not in ("root", "device")}
-
-
-def _check_alike(configs: Sequence[Config], names: Sequence[str], purpose: str) -> None:
-    for config in configs[1:]:
-        for name in names:
-            a, b = getattr(configs[0], name), getattr(config, name)
-            if a != b:
-                raise L2GError(f"need runs with the same {name} {purpose}, got {a} and {b}; evaluate them one by one")

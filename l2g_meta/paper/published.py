@@ -32,9 +32,7 @@ class Row:
         title: in the table.
         work: what an update has.
         options: fields of ``Config``.
-        family: whose number of episodes and schedule it has, see ``plan.EPISODES``.
         against: rows that it is compared with, over the same test episodes.
-        published: BatchNorm statistics that the published number is of.
         dear: whether it has fewer updates at small scale.
         time_of: the row whose wall time its updates take, see ``equal_time``; otherwise it has those of its scale.
         inner: what T_i is, if not as T_j, fields of ``Config``.
@@ -43,12 +41,22 @@ class Row:
     title: str
     work: Work
     options: dict[str, Any]
-    family: Literal["prototypical", "relation", "maml", "meta-lstm"] = "prototypical"
     against: tuple[str, ...] = ()
-    published: Policy = "running"
     dear: bool = False
     time_of: str | None = None
     inner: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """Whose number of episodes and schedule it has, see ``plan.EPISODES``."""
+        method = self.options["method"]
+        learner = {"maml-softmax": "maml", "meta-lstm": "meta-lstm"}.get(method)
+        return learner or ("relation" if self.options["head"] == "relation" else "prototypical")
+
+    @property
+    def published(self) -> Policy:
+        """BatchNorm statistics that the published number is of."""
+        return "batch" if self.family in ("maml", "relation") else "running"
 
 
 COLUMNS = {
@@ -64,64 +72,38 @@ COLUMNS = {
 ALPHA = 0.01  # the paper's
 EPISODIC: dict[str, Any] = {"method": "episodic"}
 MAML, L2G = ({"method": method, "inner_lr": ALPHA, "mix": 0.0} for method in ("maml", "l2g"))
-PROTO, RELATION = {"head": "prototypical"}, {"head": "relation"}
+PROTO, RELATION, MATCHING = {"head": "prototypical"}, {"head": "relation"}, {"head": "matching"}
 FIXED = {"ways": 5, "shots": 5}  # T_i of table 3
 PROTO_BASES, RELATION_BASES = ("proto", "proto-tasks", "proto-time"), ("relation", "relation-tasks", "relation-time")
 
 ROWS = {
-    "matching": Row("Matching Network", "task", EPISODIC | {"head": "matching"}),
-    "matching-tasks": Row("Matching Network, tasks as L2G", "tasks", EPISODIC | {"head": "matching"}),
+    "matching": Row("Matching Network", "task", EPISODIC | MATCHING),
+    "matching-tasks": Row("Matching Network, tasks as L2G", "tasks", EPISODIC | MATCHING),
     "matching-fce": Row("Matching Network, full context", "task", EPISODIC | {"head": "matching-fce"}),
-    "l2g-matching": Row("L2G + Matching", "pairs", L2G | {"head": "matching"}, against=("matching-tasks",)),
-    "meta-lstm": Row("Meta-learner LSTM", "task", {"method": "meta-lstm"}, "meta-lstm", dear=True),
-    "maml": Row("MAML", "batch", {"method": "maml-softmax"}, "maml", published="batch"),
+    "l2g-matching": Row("L2G + Matching", "pairs", L2G | MATCHING, ("matching-tasks",)),
+    "meta-lstm": Row("Meta-learner LSTM", "task", {"method": "meta-lstm"}, dear=True),
+    "maml": Row("MAML", "batch", {"method": "maml-softmax"}),
     "proto": Row("Prototypical Network", "task", EPISODIC | PROTO),
     "proto-tasks": Row("Prototypical Network, tasks as L2G", "tasks", EPISODIC | PROTO),
     "proto-time": Row("Prototypical Network, time as L2G", "tasks", EPISODIC | PROTO, time_of="l2g-proto"),
-    "maml-proto": Row("MAML + Prototypical", "pairs", MAML | PROTO, against=PROTO_BASES),
-    "l2g-proto": Row("L2G + Prototypical", "pairs", L2G | PROTO, against=(*PROTO_BASES, "maml-proto")),
+    "maml-proto": Row("MAML + Prototypical", "pairs", MAML | PROTO, PROTO_BASES),
+    "l2g-proto": Row("L2G + Prototypical", "pairs", L2G | PROTO, (*PROTO_BASES, "maml-proto")),
     "l2g-proto-first-order": Row(
-        "L2G + Prototypical, first order",
-        "pairs",
-        L2G | PROTO | {"first_order": True},
-        against=("proto-tasks", "l2g-proto"),
+        "L2G + Prototypical, first order", "pairs", L2G | PROTO | {"first_order": True}, ("proto-tasks", "l2g-proto")
     ),
     "l2g-proto-meta-sgd": Row(
-        "L2G + Prototypical, learned α",
-        "pairs",
-        L2G | PROTO | {"learn_inner_lr": "element"},
-        against=("proto-tasks", "l2g-proto"),
+        "L2G + Prototypical, learned α", "pairs", L2G | PROTO | {"learn_inner_lr": "element"},
+        ("proto-tasks", "l2g-proto"),
     ),
-    "relation": Row("Relation Network", "task", EPISODIC | RELATION, "relation", published="batch"),
-    "relation-tasks": Row(
-        "Relation Network, tasks as L2G", "tasks", EPISODIC | RELATION, "relation", published="batch", dear=True
-    ),
-    "relation-time": Row(
-        "Relation Network, time as L2G",
-        "tasks",
-        EPISODIC | RELATION,
-        "relation",
-        published="batch",
-        time_of="l2g-relation",
-    ),
-    "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, "relation", RELATION_BASES, "batch", True),
-    "l2g-relation": Row(
-        "L2G + Relation",
-        "pairs",
-        L2G | RELATION,
-        "relation",
-        (*RELATION_BASES, "maml-relation"),
-        "batch",
-        True,
-    ),
+    "relation": Row("Relation Network", "task", EPISODIC | RELATION),
+    "relation-tasks": Row("Relation Network, tasks as L2G", "tasks", EPISODIC | RELATION, dear=True),
+    "relation-time": Row("Relation Network, time as L2G", "tasks", EPISODIC | RELATION, time_of="l2g-relation"),
+    "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, RELATION_BASES, dear=True),
+    "l2g-relation": Row("L2G + Relation", "pairs", L2G | RELATION, (*RELATION_BASES, "maml-relation"), dear=True),
     "l2g-proto-fixed": Row(
-        "L2G + Prototypical, T_i 5-way 5-shot",
-        "pairs",
-        L2G | PROTO,
-        against=("proto", "proto-tasks"),
-        inner=FIXED,
+        "L2G + Prototypical, T_i 5-way 5-shot", "pairs", L2G | PROTO, ("proto", "proto-tasks"), inner=FIXED
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
