@@ -8,8 +8,8 @@ From the command line the page is ``l2g report RUN RUN -o report.html``.
 import argparse
 from pathlib import Path
 
-from l2g_meta.report.gather import gather
-from l2g_meta.report.measure import Asked
+from l2g_meta.report.experiments import evaluate_runs
+from l2g_meta.report.measure import ReportOptions
 from l2g_meta.report.page import write_report
 from l2g_meta.training.config import Config
 from l2g_meta.training.loop import train
@@ -29,7 +29,7 @@ def main() -> None:
         runs.append(out / method)
         train(config, runs[-1], resume=runs[-1].exists())
 
-    report = gather(runs, Asked(episodes=10 if smoke else 600))
+    report = evaluate_runs(runs, ReportOptions(episodes=10 if smoke else 600))
     for experiment in report.experiments:
         print(f"{experiment.letter}: {experiment.title}: {experiment.evaluation}")
     page = out / "report.html"

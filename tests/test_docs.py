@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -175,6 +176,23 @@ def test_page_reads_on_github(page):
 def test_no_page_waits_for_its_numbers():
     pages = {page.name: page.read_text(encoding="utf-8") for page in [*PAGES, *TUTORIALS]}
     assert not {name: gaps for name, text in pages.items() if (gaps := re.findall(r"^\{\w+\}$", text, re.MULTILINE))}
+
+
+def test_tables_are_those_of_the_json():
+    script = runpy.run_path(str(DOCS / "results_table.py"))
+    texts = {page.name: page.read_text(encoding="utf-8") for page in script["PAGES"]}
+    stale = [name for name, text in texts.items() if script["rewritten"](text) != text]
+    assert not stale, "run python docs/results_table.py"
+    tables = {name: [table.split()[0] for table, _ in script["TABLE"].findall(text)] for name, text in texts.items()}
+    assert "glance" in tables["results.md"] and {"systems", "differences"} <= set(tables["paper-tables.md"])
+    assert "study" in tables["notebook.md"]
+
+
+def test_differences_in_words_stand_in_the_table():
+    script = runpy.run_path(str(DOCS / "results_table.py"))
+    table, prose = script["glance"](), (DOCS / "results.md").read_text(encoding="utf-8").split("<!-- end -->")[1]
+    named = re.findall(r"[+−]\d+\.\d+ ± \d+\.\d+ \(\d seeds\)", prose)
+    assert len(named) > 3 and not [difference for difference in named if difference not in table]
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from l2g_meta.errors import L2GError
-from l2g_meta.training.options import flag
+from l2g_meta.training.checks import check_settings, setting
 
 OURS = ("conv4", "resnet12")
-
-
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -28,26 +22,21 @@ class Case:
         320
     """
 
-    backbone: str = _flag("conv4", "conv4, resnet12, timm:NAME or torchvision:NAME")
-    backbone_options: str = _flag("", "arguments of a library's encoder, 'NAME=VALUE NAME=VALUE'")
-    head: str = _flag("prototypical", "prototypical or relation")
-    image_size: int = _flag(84, "pixels")
-    ways: int = _flag(5, "classes of a task")
-    shots: int = _flag(1, "supports per class")
-    queries: int = _flag(15, "queries per class")
-    pairs: int = _flag(1, "pairs of tasks per update")
-    inner_steps: int = _flag(1, "inner steps on T_i")
-    inner_lr: float = _flag(0.01, "α, step size of the inner step")
-    augment: bool = _flag(False, "vary images as l2g train --augment does, where tasks are drawn")
-    device: str = _flag("auto", "auto, cpu, cuda, …")
+    backbone: str = setting("conv4", "conv4, resnet12, timm:NAME or torchvision:NAME")
+    backbone_options: str = setting("", "arguments of a library's encoder, 'NAME=VALUE NAME=VALUE'")
+    head: str = setting("prototypical", "prototypical or relation")
+    image_size: int = setting(84, "pixels")
+    ways: int = setting(5, "classes of a task", least=2)
+    shots: int = setting(1, "supports per class")
+    queries: int = setting(15, "queries per class")
+    pairs: int = setting(1, "pairs of tasks per update")
+    inner_steps: int = setting(1, "inner steps on T_i")
+    inner_lr: float = setting(0.01, "α, step size of the inner step", least=0)
+    augment: bool = setting(False, "vary images as l2g train --augment does, where tasks are drawn")
+    device: str = setting("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            least = 2 if f.name == "ways" else 1  # one class leaves nothing to tell apart
-            if f.type == "int" and getattr(self, f.name) < least:
-                raise L2GError(f"need {flag(f.name)} of at least {least}, got {getattr(self, f.name)}")
-        if not 0 <= self.inner_lr < math.inf:
-            raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
+        check_settings(self)
         if self.head not in ("prototypical", "relation"):
             raise L2GError(f"need --head prototypical or relation, got {self.head}")
         known = self.backbone in OURS or self.backbone.startswith(("timm:", "torchvision:"))

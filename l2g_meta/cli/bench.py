@@ -10,7 +10,7 @@ from l2g_meta.bench.case import Case
 from l2g_meta.cli.output import add_output, emit
 from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.types import METAVARS, TYPES, positive
-from l2g_meta.training.options import flag
+from l2g_meta.training.checks import flag, kinds
 
 INTERRUPTED = "nothing was written; run it again"
 EXAMPLES = """\
@@ -29,11 +29,10 @@ def add(commands: Commands) -> None:
     )
     case = bench.add_argument_group("what is timed")
     for f in fields(Case):
-        if f.type == "bool":
+        if (kind := kinds(Case)[f.name]) is bool:
             case.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             continue
-        kind: Any = positive if f.type == "int" else TYPES[str(f.type)]
-        case.add_argument(flag(f.name), type=kind, metavar=METAVARS[str(f.type)], default=f.default,
+        case.add_argument(flag(f.name), type=TYPES[kind], metavar=METAVARS[kind], default=f.default,
                           help=f"{f.metadata['help']} (default: {f.default})")  # fmt: skip
     how = bench.add_argument_group("how")
     how.add_argument("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")

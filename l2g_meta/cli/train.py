@@ -17,9 +17,8 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.tensors import read_info
-from l2g_meta.training.checks import SUPERVISED
+from l2g_meta.training.checks import SUPERVISED, flag, kinds
 from l2g_meta.training.config import Config
-from l2g_meta.training.options import flag
 from l2g_meta.training.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "numerics": ("precision", "deterministic", "skip_nonfinite", "device"),
     "run": ("save_every", "keep", "average", "keep_weights", "rank_timeout", "tensorboard"),
 }  # fmt: skip
-PLACES = {"root": "DIR"}  # metavars that the type does not give
 
 
 def add(commands: Commands) -> None:
@@ -73,20 +71,20 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     group_of = {name: title for title, names in GROUPS.items() for name in names}
     titles = [*GROUPS, *(["other"] if any(f.name not in group_of for f in fields(Config)) else [])]
     groups = {title: parser.add_argument_group(title) for title in titles}
+    kind_of = kinds(Config)
     for f in fields(Config):
         if f.name in leave_out:
             continue
-        options = dict(f.metadata)
+        options = {name: rule for name, rule in f.metadata.items() if name not in ("least", "most", "above", "below")}
         options["default"] = argparse.SUPPRESS
         if f.default is not None and f.default is not False:
             options["help"] += f" (default: {f.default})"
-        if f.type == "bool":
+        if kind_of[f.name] is bool:
             options["action"] = "store_true"
         else:
-            kind = str(f.type).removesuffix(" | None")
-            options["type"] = TYPES[kind]
+            options["type"] = TYPES[kind_of[f.name]]
             if "choices" not in options:
-                options.setdefault("metavar", PLACES.get(f.name, METAVARS.get(kind)))
+                options.setdefault("metavar", METAVARS[kind_of[f.name]])
         groups[group_of.get(f.name, "other")].add_argument(flag(f.name), **options)
     run = groups["run"]
     run.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/DATA-METHOD-HEAD-seedSEED)")

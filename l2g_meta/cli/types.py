@@ -6,6 +6,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+from l2g_meta.training.checks import Names, Sizes
+
 Arguments = argparse._ActionsContainer  # a parser, or a group of its arguments
 
 
@@ -59,11 +61,5 @@ def sizes(text: str) -> int | tuple[int, ...]:
     return found[0] if len(found) == 1 else found
 
 
-TYPES: dict[str, Any] = {
-    "int": whole,
-    "float": number,
-    "str": str,
-    "Sizes": sizes,
-    "Names": str,
-}  # of a dataclass's fields
-METAVARS = {"int": "N", "float": "X", "str": "NAME", "Sizes": "N,N", "Names": "NAME"}
+TYPES: dict[Any, Any] = {int: whole, float: number, str: str, Sizes: sizes, Names: str}  # of a setting's kind
+METAVARS = {int: "N", float: "X", str: "NAME", Sizes: "N,N", Names: "NAME"}
