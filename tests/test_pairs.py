@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
-from l2g_meta.data.class_splits import Far
 from l2g_meta.data.pairs import generator
 from l2g_meta.errors import DataError
 
@@ -170,26 +169,6 @@ def test_class_dataset_errors(labels, names, message):
 def test_channels_come_last_in_uint8_images():
     with pytest.raises(DataError, match=r"uint8 images of shape \(n, H, W, 1 or 3\), got \(3, 1, 8, 8\)"):
         ClassDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [0, 0, 1])
-
-
-def test_far_pairs_share_no_super_category():
-    categories = list("aaabbbcccddd")
-    pairs = TaskPairs(numbered(12, 4), ways=4, shots=1, queries=1, relation=Far(categories))
-    seen = set()
-    for k in range(30):
-        sides = [{categories[c] for c in rows.classes} for rows in pairs.draw([k])[0]]
-        assert not sides[0] & sides[1]
-        seen |= sides[0]
-    assert seen == set("abcd")
-    with pytest.raises(DataError, match="lower --ways, or leave --far-pairs out"):
-        TaskPairs(numbered(12, 4), ways=6, shots=1, queries=1, relation=Far(list("a" * 11 + "b")))[0]
-    with pytest.raises(DataError, match="need a super-category of each of 12 classes, got 2"):
-        TaskPairs(numbered(12, 4), ways=2, shots=1, queries=1, relation=Far(list("ab")))[0]
-
-
-def test_some_classes_are_part_of_more():
-    some = numbered(9, 4).some(4, seed=1)
-    assert some.n_classes == 4 and set(some.class_names) < set(numbered(9, 4).some(6, seed=1).class_names)
 
 
 OPTIONS = dict(ways=2, shots=1, queries=2, seed=5)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from l2g_meta.data.augment import Drawn, Variation, variation
-from l2g_meta.data.class_splits import Disjoint, Relation
 from l2g_meta.data.dataset import ClassDataset, MapDataset
 from l2g_meta.data.host import placed
 from l2g_meta.errors import DataError
@@ -55,20 +54,28 @@ class DrawingSource(Protocol):
         ...
 
 
+def disjoint_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
+    """Classes of tasks without a common one, (ways,) each: drawn as one set of distinct classes, then split.
+
+    Example:
+        >>> first, second = disjoint_classes(np.random.default_rng(0), 10, [5, 5])
+        >>> len({*first.tolist(), *second.tolist()})
+        10
+    """
+    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])
+
+
 class IndexedSource:
     """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: Any, augment: Variation | None = None, relation: Relation | None = None):
-        self.dataset, self.augment, self.relation = dataset, augment, relation or Disjoint()
-
-    def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
-        """Classes of each task."""
-        return self.relation.draw(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
+    def __init__(self, dataset: Any, augment: Variation | None = None):
+        self.dataset, self.augment = dataset, augment
 
     def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common image, one for each (ways, shots, queries)."""
         index, tasks = self.dataset.index, []
-        for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
+        chosen_classes = disjoint_classes(rng, len(index), [ways for ways, _, _ in shapes])
+        for chosen, (n, shots, queries) in zip(chosen_classes, shapes, strict=True):
             drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
             tasks.append(
                 TaskRows(
@@ -127,13 +134,11 @@ def task_source(
     dataset: Any,
     device: torch.device | str | None = None,
     augment: Variation | Callable[[Tensor], Tensor] | None = None,
-    relation: Relation | None = None,
 ) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
     Raises:
-        DataError: if images are to be augmented that are not a ``ClassDataset``'s, or learn2learn's tasks are to have
-            another relation than ``Disjoint``.
+        DataError: if images are to be augmented that are not a ``ClassDataset``'s.
     """
     if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
         raise DataError(
@@ -141,16 +146,14 @@ def task_source(
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), variation(augment), relation)
+        return IndexedSource(placed(dataset, device), variation(augment))
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
-        return IndexedSource(dataset, relation=relation)
+        return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
         from l2g_meta.data.learn2learn import learn2learn_source
 
-        if relation not in (None, Disjoint()):
-            raise DataError(f"need a class-indexed data set for {relation}, got learn2learn's; pass its images instead")
         return learn2learn_source(dataset)
-    return IndexedSource(MapDataset(dataset), relation=relation)
+    return IndexedSource(MapDataset(dataset))
 
 
 def indexed(source: TaskSource) -> IndexedSource:
