@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import l2g_meta
 import l2g_meta.data
+from l2g_meta.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -146,6 +148,20 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     for code in python_blocks(page):  # one after the other, as a reader runs them
         exec(compile(code, str(page), "exec"), names)  # noqa: S102
+
+
+def shell_commands(page: Path) -> list[str]:
+    """What a page's shell blocks give to ``l2g``."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    command = re.compile(r"(?:torchrun .*-m )?l2g(?:_meta)? (\w.*?)(?:  +#.*| > .*)?$")
+    return [found[1] for line in lines if (found := command.match(line))]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES, *TUTORIALS], ids=lambda page: page.stem)
+def test_commands_of_a_page_have_the_flags_that_they_are_given(page):
+    for command in shell_commands(page):
+        build_parser([command.split()[0]]).parse_args(shlex.split(command.replace("$M", "--root DIR")))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda page: page.stem)
