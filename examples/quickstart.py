@@ -25,8 +25,8 @@ from l2g_meta.training.loop import train
 METHODS = {
     "Episodic, 2 tasks": Config(method="episodic", tasks_per_update=2),
     "Episodic, 4 tasks": Config(method="episodic"),
-    "L2G, Algorithm 1": Config(method="l2g", mix=0.0),
-    "L2G, mix 0.5": Config(method="l2g"),
+    "L2G, Algorithm 1": Config(method="l2g", inner_lr=0.003, mix=0.0),
+    "L2G, mix 0.5": Config(method="l2g", inner_lr=0.003, mix=0.5),
 }
 L2G = "L2G, mix 0.5"
 

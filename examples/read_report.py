@@ -8,8 +8,8 @@ From the command line the page is ``l2g report RUN RUN -o report.html``.
 import argparse
 from pathlib import Path
 
-from l2g_meta.report.gather import gather
-from l2g_meta.report.measure import Asked
+from l2g_meta.report.experiments import evaluate_runs
+from l2g_meta.report.measure import ReportOptions
 from l2g_meta.report.page import write_report
 from l2g_meta.training.config import Config
 from l2g_meta.training.loop import train
@@ -23,19 +23,13 @@ def main() -> None:
     out = Path("runs/report-smoke" if smoke else "runs/report")
 
     runs = []
-    for method in ("episodic", "l2g"):  # the one thing
-        config = Config(
-            method=method,
-            pairs=2,
-            iterations=4 if smoke else 300,
-            eval_every=2 if smoke else 50,
-            eval_episodes=10 if smoke else 200,
-            device="cpu",
-        )
+    size = {"iterations": 4, "eval_every": 2, "eval_episodes": 10} if smoke else {"eval_every": 50}
+    for method, step in {"episodic": {}, "l2g": {"inner_lr": 0.003, "mix": 0.5}}.items():  # the one thing
+        config = Config(method=method, pairs=2, device="cpu", **step, **size)
         runs.append(out / method)
         train(config, runs[-1], resume=runs[-1].exists())
 
-    report = gather(runs, Asked(episodes=10 if smoke else 600))
+    report = evaluate_runs(runs, ReportOptions(episodes=10 if smoke else 600))
     for experiment in report.experiments:
         print(f"{experiment.letter}: {experiment.title}: {experiment.evaluation}")
     page = out / "report.html"

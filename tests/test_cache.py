@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -225,6 +226,8 @@ def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch:
     folder, _ = converted(root)
     with monkeypatch.context() as context:
         context.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+        assert converted(root)[1] == []
+        context.setattr(json, "load", lambda file: pytest.fail("reads the checksums again"))
         assert converted(root)[1] == []
     moved = (folder / "images.npy").rename(folder / "moved")  # a copy from elsewhere: the same content, another inode
     shutil.copy(moved, folder / "images.npy")

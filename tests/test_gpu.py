@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2g_meta.bench.rows import ROWS
+from l2g_meta.bench.variants import VARIANTS
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "gpu.py"
 spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
@@ -60,7 +60,7 @@ def test_steps_name_rows_and_tests_that_exist(tiny, tmp_path):
         words = list(step.arguments)
         if "--variants" in words:
             named = words[words.index("--variants") + 1 : words.index("--json")]
-            assert set(named) <= set(ROWS) and not (tiny and any(ROWS[name].cuda for name in named))
+            assert set(named) <= set(VARIANTS) and not (tiny and any(VARIANTS[name].cuda for name in named))
         if "pytest" in words:
             path, _, name = words[-1].partition("::")
             assert f"class {name}" in (SCRIPT.parents[1] / path).read_text(encoding="utf-8") if name else True

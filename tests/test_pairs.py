@@ -249,6 +249,20 @@ def test_a_loader_gives_unbatched_items_of_each_epoch(stream, options):
     assert [rows(item) for item in loader] == [rows(item) for item in five]  # the epoch stays until it is set
 
 
+@STREAMS
+def test_a_loader_keeps_to_single_items_in_order(stream):
+    five = stream(numbered(8, 6), **OPTIONS, length=5)
+    for option, remedy in (
+        ({"batch_size": 2}, "add the losses of several items"),
+        ({"shuffle": True}, "the order is random by the seed"),
+        ({"num_workers": 2}, "write workers=..."),
+    ):
+        with pytest.raises(DataError, match=f"need no {next(iter(option))} for a loader of single items .*; {remedy}"):
+            five.loader(**option)
+    assert len(list(five.loader(batch_size=None, shuffle=False, num_workers=0))) == 5
+    assert stream(numbered(8, 6), **OPTIONS) and five  # true with and without a length
+
+
 def test_workers_need_tasks_on_the_cpu():
     pairs = TaskPairs(numbered(8, 6), **OPTIONS, length=3)
     pairs.device = "cuda:0"  # as where the data is there, too

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.classify.calibration import expected_calibration_error
+from l2g_meta.classify.calibration import expected_calibration_error, reliability
 from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
@@ -20,16 +21,14 @@ from l2g_meta.evaluation.episodes import evaluate, paired_difference
 from l2g_meta.files.sealed import opened
 from l2g_meta.files.tensors import load_tensors, save_tensors
 from l2g_meta.report.confusion import confusion, hardest
-from l2g_meta.report.gather import Experiment, differences, gather
-from l2g_meta.report.measure import Answers, Asked, Splits, measure
+from l2g_meta.report.experiments import Experiment, Report, differences, evaluate_runs
+from l2g_meta.report.measure import EpisodePredictions, ReportOptions, measure
 from l2g_meta.report.page import LIMIT, render
-from l2g_meta.report.reliability import reliability
-from l2g_meta.report.run_facts import read_run
-from l2g_meta.report.svg import escaped
+from l2g_meta.report.projection import projected, sample_rows
 from l2g_meta.report.thumbnails import COLUMNS, Sheet
-from l2g_meta.report.tsne import choose_rows, flat
+from l2g_meta.training.build import build_data
 
-FEW = Asked(episodes=12, classes=6)
+FEW = ReportOptions(episodes=12, classes=6)
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -65,7 +64,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(trained_glyphs):
-    return gather(trained_glyphs, FEW, tell=lambda line: None)
+    return evaluate_runs(trained_glyphs, FEW, tell=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +73,14 @@ def page(report):
 
 
 def test_accuracies_are_those_of_evaluate(report, trained_glyphs):
-    measured = measure(read_run(trained_glyphs[0]), FEW, Splits())
+    measured = measure(trained_glyphs[0], FEW, build_data)
     again = evaluate(measured.model, measured.data, ways=5, shots=1, queries=5, episodes=12)
     first = report.runs[0].measured
     assert first.evaluation.accuracies == again.accuracies
-    shares = [100 * answer.correct.mean() for answer in first.answers]
+    shares = [100 * answer.correct.mean() for answer in first.predictions]
     np.testing.assert_allclose(shares, again.accuracies)  # and so are the answers, with their rows
     labels = np.asarray(measured.data.labels)
-    for answer in first.answers:
+    for answer in first.predictions:
         assert (labels[answer.rows.query] == answer.rows.classes[answer.rows.query_y]).all()
 
 
@@ -94,13 +93,9 @@ def test_seeds_are_one_experiment_and_others_are_compared_on_the_same_episodes(r
 
 
 def test_runs_of_other_shapes_are_not_compared(report):
-    from dataclasses import replace
-
-    from l2g_meta.report.gather import Report, Run
-
     a, b = report.experiments
     other = replace(b.runs[0].measured, evaluation=replace(b.evaluation, ways=3))
-    changed = Experiment("B", [Run(b.runs[0].folder, other)])
+    changed = Experiment(1, [replace(b.runs[0], measured=other)])
     assert list(differences(Report(FEW, [a, changed]))) == []
 
 
@@ -137,7 +132,7 @@ def test_nothing_is_loaded_and_no_other_script_may_run(page):
 
 
 def test_the_same_runs_give_the_same_bytes(page, trained_glyphs):
-    assert render(gather(trained_glyphs, FEW, tell=lambda line: None)) == page
+    assert render(evaluate_runs(trained_glyphs, FEW, tell=lambda line: None)) == page
 
 
 @pytest.fixture()
@@ -146,7 +141,7 @@ def copied(trained_glyphs, tmp_path):
 
 
 def page_of(*runs, **asked):
-    report = gather(runs, Asked(**{"episodes": 3, "classes": 3} | asked), tell=lambda line: None)
+    report = evaluate_runs(runs, ReportOptions(**{"episodes": 3, "classes": 3} | asked), tell=lambda line: None)
     text = render(report)
     assert Parsed(text).open == []
     return report, text
@@ -159,7 +154,7 @@ def change_config(run, **values):
 
 def test_strings_of_a_strangers_run_are_text(copied):
     evil = copied.rename(copied.with_name("<img src=x onerror=alert(1)>"))
-    change_config(evil, head="</script>" + SCRIPT, backbone="\udc80\x01")
+    change_config(evil, head="</script>" + SCRIPT, backbone="grün\tβ 字 \udc80\x01")
     report, text = page_of(evil)
     assert report.runs[0].measured is None
     parsed = Parsed(text)
@@ -167,6 +162,7 @@ def test_strings_of_a_strangers_run_are_text(copied):
     assert SCRIPT in parsed.text and "<img src=x onerror=alert(1)>" in parsed.text
     assert not any(name.startswith("on") for _, values in parsed.tags for name in values)
     text.encode()  # a lone surrogate is none of the page's
+    assert "grün β 字 ??" in parsed.text
 
 
 def test_class_names_are_text(tmp_path, trained_glyphs):
@@ -174,22 +170,13 @@ def test_class_names_are_text(tmp_path, trained_glyphs):
     names = (SCRIPT, '" onfocus="alert(1)', "</title>", "'><b>", "&amp;")
     data = ClassDataset(images, torch.arange(30) // 6, class_names=names, name=SCRIPT, split="test")
 
-    class Fixed(Splits):
-        def of(self, config, asked):
-            return data
-
-    report = gather(trained_glyphs[:1], FEW, tell=lambda line: None)
-    report.runs[0].measured = measure(report.runs[0].folder, FEW, Fixed())
+    report = evaluate_runs(trained_glyphs[:1], FEW, tell=lambda line: None)
+    report.runs[0].measured = measure(trained_glyphs[0], FEW, lambda config, split: data)
     parsed = Parsed(render(report))
     assert [tag for tag, _ in parsed.tags].count("script") == 1 and parsed.open == []
     assert not any(name.startswith("on") for _, values in parsed.tags for name in values)
     labels = [values.get("aria-label", "") for _, values in parsed.tags]
     assert any(label.endswith(names[1]) for label in labels) and all(name in parsed.text for name in names)
-
-
-def test_escaped_keeps_what_can_be_shown():
-    assert escaped("grün\tβ 字") == "grün\tβ 字"
-    assert escaped("a\x00\x1b\udfff") == "a???"
 
 
 @pytest.mark.parametrize("lost", ["log.csv", "best.safetensors", "config.json"])
@@ -209,7 +196,7 @@ def test_a_run_that_goes_on(copied):
     lines = (copied / "log.csv").read_text().splitlines(keepends=True)
     (copied / "log.csv").write_text("".join(lines[:3]) + "4,rubbish,,,\n5,nan,\n" + "x" * 300)
     report, text = page_of(copied)
-    assert report.runs[0].folder.updates == 2 and "unfinished: 2 of 8 updates" in Parsed(text).text
+    assert report.runs[0].updates == 2 and "unfinished: 2 of 8 updates" in Parsed(text).text
     (copied / "log.csv").write_text("")
     text = Parsed(page_of(copied)[1]).text
     assert "learning curve cut off: log.csv ends at update 0, the best checkpoint is of" in text
@@ -276,7 +263,7 @@ def test_confusion_counts_each_query_once_and_divides_by_the_meetings():
         predicted = np.where(classes[y] == 5, 0, y)  # class 5 is taken for the episode's first; the others are right
         from l2g_meta.data.sources import TaskRows
 
-        answers.append(Answers(TaskRows(classes, np.arange(3), y, y, classes), predicted, np.ones(12)))
+        answers.append(EpisodePredictions(TaskRows(classes, np.arange(3), y, y, classes), predicted, np.ones(12)))
     found = confusion(answers, 6)
     assert found.taken.sum() == 40 * 12 and np.diag(found.offered).sum() == 40 * 12
     assert hardest([found], 1) == [5] and (np.diag(found.rates)[:5] == 1).all()
@@ -310,11 +297,11 @@ def test_each_thumbnail_lies_where_the_page_looks_for_it(channels):
 
 def test_points_are_capped_and_shared_out(report):
     measured = report.runs[0].measured
-    rows = choose_rows(measured.data, [0, 3], points=20)
+    rows = sample_rows(measured.data, [0, 3], points=20)
     assert np.asarray(measured.data.labels)[rows].tolist() == [0] * 10 + [3] * 10
-    assert len(choose_rows(measured.data, [])) == 0
+    assert len(sample_rows(measured.data, [])) == 0
     with pytest.raises(L2GError, match="at least 4 images, got 2"):
-        flat(measured.model, measured.data, rows[:2])
+        projected(measured.model, measured.data, rows[:2])
 
 
 def test_too_large_a_page_gets_smaller_thumbnails(page, report, monkeypatch):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
 
-from l2g_meta.report.gather import gather
-from l2g_meta.report.measure import Asked
+from l2g_meta.report.experiments import evaluate_runs
+from l2g_meta.report.measure import ReportOptions
 from l2g_meta.report.page import write_report
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed (Debian: apt install chromium)")
@@ -23,7 +23,7 @@ TIP += "; })()"
 @pytest.fixture(scope="module")
 def page(trained_glyphs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(gather(trained_glyphs, Asked(episodes=12, classes=6), tell=lambda line: None), path)
+    write_report(evaluate_runs(trained_glyphs, ReportOptions(episodes=12, classes=6), tell=lambda line: None), path)
     return path
 
 

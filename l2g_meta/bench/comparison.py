@@ -8,7 +8,6 @@ import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 
 from l2g_meta.bench.case import Case
-from l2g_meta.bench.floor import floor, layers, measure_machine
-from l2g_meta.bench.rows import ROWS, available, build, prepare, task_stream
+from l2g_meta.bench.rows import available, build, prepare, task_stream
 from l2g_meta.bench.timing import interleaved, seconds
 from l2g_meta.bench.variants import VARIANTS, Pairs, float32_products
-from l2g_meta.bench.whole_updates import LEARN2LEARN, Update
 from l2g_meta.errors import L2GError
 from l2g_meta.training.allocator import keep_freed_memory
 
@@ -38,19 +35,16 @@ def bench(
 
     Args:
         case: what is timed.
-        variants: their names, as ``ROWS`` lists them; all that run here by default.
+        variants: their names, as ``VARIANTS`` lists them; all that run here by default.
         repeats: timed steps of each, after one that is not.
         memory: also measure peak memory, on the CPU in one new process for each variant.
         say: is given each line of the table.
 
     Returns:
-        ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update), ``floor`` and ``rows``: for each
-        variant ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
-        ``ratio_to_fastest`` to the fastest in that precision),
-        ``ratio_to_learn2learn`` (of a whole update to learn2learn's with its own data path),
-        ``tasks_per_second``, ``images_per_second``, ``peak_bytes`` beyond model and data, ``of_floor`` (the fraction of
-        the floor's speed that is achieved; ``of_bandwidth_floor`` of that of moving bytes alone), and
-        ``gradient_error``, relative to float64.
+        ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update) and ``rows``: for each variant
+        ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
+        ``ratio_to_fastest`` to the fastest in that precision), ``tasks_per_second``, ``images_per_second``,
+        ``peak_bytes`` beyond model and data, and ``gradient_error``, relative to float64.
     """
     kept = keep_freed_memory()
     device = torch.device(case.device)
@@ -59,12 +53,6 @@ def bench(
     pairs = [stream[k] for k in range(case.pairs)]
     say(f"{describe(case)}; {describe_machine(case)}")
 
-    machine, floors = measure_machine(device), {}
-    if case.ours:  # what a library's encoders consist of is not counted
-        one_i, one_j = (layers(build(case, layers="fused"), task) for task in pairs[0])
-        floors = {
-            exact: floor(one_i, one_j, machine, inner_steps=case.inner_steps if exact else 0) for exact in (False, True)
-        }
     draws = iter(range(case.pairs, 10 * case.pairs))
     drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
 
@@ -81,42 +69,31 @@ def bench(
     times = interleaved(steps, device, repeats=repeats)
     del steps
 
-    same = [name for name in times if name in VARIANTS and VARIANTS[name].exact and not VARIANTS[name].mixed]
+    same = [name for name in times if chosen[name].exact and not (chosen[name].mixed or chosen[name].whole)]
     errors = gradient_errors(case, same)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name in times:
-        variant = chosen[name]
-        whole = isinstance(variant, Update)
-        own, peers = median.get(variant.base), median.get(LEARN2LEARN)
-        alike = FLOAT32 if variant.base in FLOAT32 else (variant.base,)  # in the same precision
+        base = chosen[name].base
+        own = median.get(base)
+        alike = FLOAT32 if base in FLOAT32 else (base,)  # in the same precision
         plain = [median[other] for other in alike if other in median]
-        row = {
+        rows.append({
             "name": name,
             "seconds": median[name],
             "ratio": median[name] / own if own else None,
             "ratio_to_fastest": median[name] / min(plain) if plain else None,
-            "ratio_to_learn2learn": median[name] / peers if peers and whole else None,
             "tasks_per_second": 2 * case.pairs / median[name],
             "images_per_second": case.images / median[name],
-            "of_bandwidth_floor": case.pairs * floors[variant.exact]["bytes_s"] / median[name] if floors else None,
-            "of_floor": case.pairs * floors[variant.exact]["floor_s"] / median[name] if floors else None,
             "peak_bytes": peak_memory(case, name, kept) if memory else None,
             "gradient_error": errors.get(name),
             "all_seconds": times[name],
-        }
-        rows.append(row)
+        })  # fmt: skip
     result = {
         "case": asdict(case),
-        "machine": {
-            "description": describe_machine(case),
-            "bandwidth": machine.bandwidth,
-            "flops": machine.flops,
-            "keeps_freed_memory": kept,
-        },
+        "machine": {"description": describe_machine(case), "keeps_freed_memory": kept},
         "repeats": repeats,
         "data": {"seconds": statistics.median(drawn)},
-        "floor": {"episodic": floors[False], "l2g": floors[True]} if floors else None,
         "rows": rows,
     }
     say(table(result))
@@ -181,10 +158,8 @@ def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor
 def peak_memory(case: Case, name: str, keep: bool) -> int | None:
     """Bytes beyond model and data at the peak of a step; ``None`` where they cannot be measured."""
     if case.device.startswith("cuda"):
-        make = _ready(case, name)
-        before = torch.cuda.memory_allocated()
+        step, before = _ready(case, name), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = make()
         for _ in range(2):
             step()
         torch.cuda.synchronize()
@@ -201,8 +176,8 @@ def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
     if keep:
         keep_freed_memory()
     # Kernels are loaded and threads started by a small step first.
-    _ready(replace(case, image_size=max(28, case.small_image) if case.image_size > 28 else 20, pairs=1), name)()()
-    step = _ready(case, name)()
+    _ready(replace(case, image_size=max(28, case.small_image) if case.image_size > 28 else 20, pairs=1), name)()
+    step = _ready(case, name)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     for _ in range(2):
@@ -211,11 +186,11 @@ def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
     return int(peak.split()[1]) * 1024 - before
 
 
-def _ready(case: Case, name: str) -> Callable[[], Callable[[], Any]]:
-    """A row's ``prepare``, its model and data in place."""
+def _ready(case: Case, name: str) -> Callable[[], Any]:
+    """A row's step, its model and data in place."""
     stream = task_stream(case)
-    pairs = [stream[k] for k in range(case.pairs)]
-    return partial(prepare, name, case, build(case, layers=ROWS[name].layers), stream, pairs)
+    model = build(case, layers=VARIANTS[name].layers)
+    return prepare(name, case, model, stream, [stream[k] for k in range(case.pairs)])
 
 
 def describe(case: Case) -> str:
@@ -245,53 +220,30 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+COLUMNS = {  # of the table: what of a row, in which unit, and how it is written
+    "s/step": ("seconds", 1, ".4f"),
+    "ratio": ("ratio", 1, ".2f"),
+    "fastest": ("ratio_to_fastest", 1, ".2f"),
+    "tasks/s": ("tasks_per_second", 1, ".1f"),
+    "images/s": ("images_per_second", 1, ".0f"),
+    "peak MB": ("peak_bytes", 1e6, ".0f"),
+    "error": ("gradient_error", 1, ".1e"),
+}
+
+
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
-    columns = {
-        "s/step": 9,
-        "ratio": 8,
-        "fastest": 9,
-        "tasks/s": 9,
-        "images/s": 10,
-        "peak MB": 9,
-        "of floor": 10,
-        "of bytes": 10,
-        "error": 10,
-    }
-    names = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
-    lines = [" " * names + "".join(f"{name:>{width}}" for name, width in columns.items())]
+    width = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
+    lines = [" " * width + "".join(f"{title:>10}" for title in COLUMNS)]
     for row in result["rows"]:
-        ratio, fastest, peak, error = (row[k] for k in ("ratio", "ratio_to_fastest", "peak_bytes", "gradient_error"))
-        lines.append(
-            f"{row['name']:{names}}{row['seconds']:9.4f}"
-            + (f"{ratio:8.2f}" if ratio else f"{'':8}")
-            + (f"{fastest:9.2f}" if fastest else f"{'':9}")
-            + f"{row['tasks_per_second']:9.1f}{row['images_per_second']:10.0f}"
-            + (f"{peak / 1e6:9.0f}" if peak is not None else f"{'':9}")
-            + (
-                f"{100 * row['of_floor']:9.0f}%{100 * row['of_bandwidth_floor']:9.0f}%"
-                if row["of_floor"] is not None
-                else f"{'':20}"
-            )
-            + (f"{error:10.1e}" if error is not None else "")
+        cells = (
+            "" if row[name] is None else format(row[name] / unit, written) for name, unit, written in COLUMNS.values()
         )
-    machine, data = result["machine"], result["data"]["seconds"]
+        lines.append(f"{row['name']:{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    data = result["data"]["seconds"]
     share = 100 * data / min(row["seconds"] for row in result["rows"])
-    found = result["floor"]
-    least = (
-        ""
-        if found is None
-        else (
-            f"floor of one pair {found['l2g']['floor_s']:.3f} s (two episodes {found['episodic']['floor_s']:.3f} s) at "
-            f"{machine['bandwidth'] / 1e9:.1f} GB/s and {machine['flops'] / 1e9:.0f} GFLOP/s; "
-        )
-    )
     lines.append(
         "ratio: time ÷ two plain episodes on the same layers; fastest: time ÷ the fastest two plain episodes; "
-        f"{least}data {1e3 * data:.1f} ms, {share:.1f}% of the fastest step"
+        f"data {1e3 * data:.1f} ms, {share:.1f}% of the fastest step"
     )
-    updates = [row for row in result["rows"] if row["ratio_to_learn2learn"] is not None]
-    if len(updates) > 1:
-        ratios = [f"{row['name']} {row['ratio_to_learn2learn']:.2f}" for row in updates]
-        lines.append(f"whole updates, time relative to learn2learn with its own data path: {'; '.join(ratios)}")
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""The rows of the bench, and the model and tasks that they are timed with."""
+"""Which rows run here, and the model and tasks that they are timed with."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 
 from l2g_meta.bench.case import Case
 from l2g_meta.bench.variants import VARIANTS, Layers, Pairs, Variant
-from l2g_meta.bench.whole_updates import UPDATES, Update
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
@@ -28,7 +28,7 @@ RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to com
     "conv4": partial(Conv4, 3, pools=2),
     "resnet12": partial(ResNet12, 3, pooled=False),
 }
-ROWS: dict[str, Variant | Update] = {**VARIANTS, **UPDATES}
+LR = 1e-3  # β, Adam's step size in a whole update
 
 
 def available(
@@ -37,18 +37,18 @@ def available(
     device: str = "cpu",
     ours: bool = True,
     say: Callable[[str], None] = print,
-) -> dict[str, Variant | Update]:
+) -> dict[str, Variant]:
     """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
 
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
     for name in names or ():
-        if name not in ROWS:
-            raise L2GError(f"need variants of {'; '.join(ROWS)}; got {name!r}{did_you_mean(name, ROWS)}")
+        if name not in VARIANTS:
+            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
     chosen = {}
-    for name in names or ROWS:
-        row = ROWS[name]
+    for name in names or VARIANTS:
+        row = VARIANTS[name]
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
             extra = "learn2learn" if row.needs == "learn2learn" else "bench"
             missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
@@ -67,17 +67,26 @@ def available(
 
 
 def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
-    """What is timed of a row: a step on the given pairs, or an update that draws from the stream.
+    """What is timed of a row: a step on the given pairs, or a whole update, whose tasks come from the stream.
 
     Raises:
         L2GError: if the row is not of such cases.
     """
-    row = ROWS[name]
-    if isinstance(row, Update):
-        return row.make(model, case, stream)
-    if row.channels_last:
+    variant = VARIANTS[name]
+    if variant.channels_last:
         model.to(memory_format=torch.channels_last)
-    return partial(row.make(model, case.inner_lr, case.inner_steps), pairs)
+    step = variant.make(model, case.inner_lr, case.inner_steps)
+    if not variant.whole:
+        return partial(step, pairs)
+    optimizer, count = torch.optim.Adam(model.parameters(), LR), itertools.count()
+
+    def update() -> None:
+        k = next(count)
+        optimizer.zero_grad()
+        step(stream.batch(range(k * case.pairs, (k + 1) * case.pairs)))
+        optimizer.step()
+
+    return update
 
 
 def task_stream(case: Case) -> TaskPairs:

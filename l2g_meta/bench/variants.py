@@ -1,4 +1,4 @@
-"""Ways to compute a (meta-)gradient, each a function from a model and a step size to ``step(pairs)``.
+"""The rows of the bench: ways to compute a (meta-)gradient, each from a model and a step size to ``step(pairs)``.
 
 A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
 all compute the same gradient. The peers run on PyTorch's own layers, on images as their users have them.
@@ -39,6 +39,7 @@ class Variant(NamedTuple):
     cuda: bool = False  # runs on CUDA devices only
     base: str = "episodic, own network"  # two plain episodes on the same layers, in the same precision
     mixed: bool = False  # T_i's own loss in it, which has another gradient
+    whole: bool = False  # a whole update: tasks are drawn, the meta-gradient taken, Adam steps
 
 
 def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
@@ -195,6 +196,8 @@ VARIANTS: dict[str, Variant] = {
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
     "torch.func": Variant(torch_func),
+    "l2g, data included": _fused(wrapped(), whole=True),
+    "l2g, own network, stock operators, data included": _own(wrapped(fast=False), whole=True),
 }
 
 

@@ -1,20 +1,23 @@
 """How far probabilities can be trusted: temperature, calibration error, and a threshold for unknown classes.
 
-Pure functions of scores, and the numbers that they gave on a run's held-out episodes.
+Pure functions of scores; ``calibrate`` applies them to a model's held-out episodes, fitted on one split and checked on
+another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.errors import L2GError
+from l2g_meta.evaluation.episodes import Evaluation, evaluate
 
 BINS = 15  # of the calibration error, as Guo et al. (2017)
 QUANTILES = 200  # kept of the scores of known images: steps of half a per cent
@@ -71,7 +74,7 @@ def expected_calibration_error(
         >>> round(expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 6)
         0.4
     """
-    gaps = in_bins(correct.double() - confidence.double(), bin_of(confidence, bins), bins)
+    gaps = torch.bincount(bin_of(confidence, bins), correct.double() - confidence.double(), bins)
     return gaps.abs().sum().item() / len(confidence)
 
 
@@ -85,9 +88,42 @@ def bin_of(confidence: Tensor, bins: int = BINS) -> Tensor:  # (n,) -> (n,)
     return (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
 
 
-def in_bins(values: Tensor, at: Tensor, bins: int = BINS) -> Tensor:  # (n,), (n,) -> (bins,)
-    """The sum of the values in each bin."""
-    return torch.zeros(bins, dtype=values.dtype, device=values.device).index_add_(0, at, values)
+@dataclass(frozen=True)
+class Reliability:
+    """Predictions in bins of equal width by their probability.
+
+    Args:
+        count: predictions, (bins,).
+        confidence: their mean probability, (bins,); NaN in an empty bin.
+        accuracy: share that is right, (bins,); NaN in an empty bin.
+    """
+
+    count: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+def reliability(
+    confidence: Tensor,  # (n,)
+    correct: Tensor,  # (n,)
+    *,
+    bins: int = BINS,
+) -> Reliability:
+    """Bins of a reliability diagram, open at the left.
+
+    Shapes: confidence (n,), correct (n,) booleans -> three lists of length ``bins``.
+
+    Source:
+        Guo et al. (2017), section 2.
+
+    Example:
+        >>> reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, True]), bins=2).accuracy
+        [1.0, 0.5]
+    """
+    at = bin_of(confidence, bins)
+    count = torch.bincount(at, minlength=bins)
+    means = (torch.bincount(at, values.double(), bins) / count for values in (confidence, correct))
+    return Reliability(count.tolist(), *(mean.tolist() for mean in means))
 
 
 def rejection_threshold(known: Tensor, rate: float) -> float:
@@ -107,17 +143,6 @@ def rejection_threshold(known: Tensor, rate: float) -> float:
     """
     k = math.floor(round(rate * (len(known) + 1), 9))
     return float(known.double().sort().values[k - 1]) if k else -math.inf
-
-
-def checked_rate(rate: float | None) -> float | None:
-    """The rate itself, if it is one.
-
-    Raises:
-        L2GError: if it is not in (0, 1).
-    """
-    if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1):
-        raise L2GError(f"need a share of known images that may be rejected, above 0 and below 1, got {rate!r}")
-    return rate
 
 
 def probabilities(scores: Tensor, temperature: float) -> Tensor:  # (n, n_way) -> (n, n_way)
@@ -187,33 +212,73 @@ class Calibration:
         try:
             entries = tuple(AtShots(**{**e, "known": tuple(map(float, e["known"]))}) for e in values["shots"])
             found = cls(int(values["ways"]), int(values["episodes"]), entries)
-            sound = all(e.shots >= 1 and 0 < e.temperature < math.inf for e in entries) and entries
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            sound = all(1 <= e.shots < 2**31 and 0 < e.temperature < math.inf for e in entries) and entries
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise L2GError(f"need a calibration, got: {error!r}; export the run again") from error
         if not sound:
-            raise L2GError(f"need a calibration with positive temperatures, got {values!r}; export the run again")
+            raise L2GError(
+                f"need a calibration with positive temperatures, got {str(values)[:200]}; export the run again"
+            )
         return found
 
 
-def quantiles(known: Tensor) -> tuple[float, ...]:
-    """Quantiles of scores (n,), ``QUANTILES`` + 1 of them from the least to the largest.
+def calibrate(
+    model: nn.Module,
+    validation: Any,
+    test: Any = None,
+    *,
+    ways: int = 5,
+    shots: tuple[int, ...] = (1, 5),
+    queries: int = 15,
+    episodes: int = 600,
+    device: torch.device | str | None = None,
+) -> Calibration:
+    """Temperature and scores of known images on episodes of validation classes, and the calibration error on test's.
+
+    Nothing of the test split is fitted. Running statistics are used, as ``FewShotClassifier`` does.
+
+    Args:
+        model: ``model(task) -> scores``, not its wrapper.
+        validation: data set to fit on, as for ``TaskPairs``.
+        test: data set to measure on; without one nothing is measured.
+        ways: classes of an episode.
+        shots: numbers of supports per class to calibrate for.
+        queries: queries per class.
+        episodes: for each number of shots, on each split.
+        device: where the model is.
+
+    Raises:
+        DataError: if a split has too few classes or images.
+    """
+    options: dict[str, Any] = {"ways": ways, "queries": queries, "episodes": episodes, "device": device}
+    entries = []
+    for k in shots:
+        _, scores, y = _evaluated(model, validation, shots=k, **options)
+        entry: dict[str, Any] = {"shots": k, "temperature": fit_temperature(scores, y)}
+        highest = scores.max(-1).values.double().numpy()
+        entry["known"] = tuple(np.quantile(highest, np.linspace(0, 1, QUANTILES + 1)).tolist())
+        if test is not None:
+            result, scores, y = _evaluated(model, test, shots=k, **options)
+            entry |= {"accuracy": result.accuracy_mean, "accuracy_ci95": result.ci95_episodes}
+            entry["ece_before"] = calibration_error(scores, y, 1.0)
+            entry["ece_after"] = calibration_error(scores, y, entry["temperature"])
+        entries.append(AtShots(**entry))
+    return Calibration(ways, episodes, tuple(entries))
+
+
+def calibration_error(scores: Tensor, y: Tensor, temperature: float) -> float:
+    """Expected calibration error of scores (n, n_way) for labels (n,).
 
     Example:
-        >>> quantiles(torch.tensor([0.0, 1.0]))[::100]
-        (0.0, 0.5, 1.0)
+        >>> calibration_error(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), 1.0)
+        0.5
     """
-    x = known.double().sort().values
-    at = torch.linspace(0, len(x) - 1, QUANTILES + 1, dtype=torch.float64)  # torch.quantile takes 2^24 values at most
-    low = at.floor().long()
-    high = (low + 1).clamp(max=len(x) - 1)
-    return tuple((x[low] + (at - low) * (x[high] - x[low])).tolist())
+    confidence, predicted = probabilities(scores, temperature).max(-1)
+    return expected_calibration_error(confidence, predicted == y)
 
 
-def mean_shots(counts: Sequence[int]) -> float:
-    """Supports per class, the geometric mean over classes that have any.
-
-    Example:
-        >>> mean_shots([1, 4, 0])
-        2.0
-    """
-    return math.exp(sum(math.log(n) for n in counts if n) / max(1, sum(n > 0 for n in counts)))
+def _evaluated(model: nn.Module, data: Any, **options: Any) -> tuple[Evaluation, Tensor, Tensor]:
+    """The evaluation, and the scores (n, n_way) and labels (n,) of all its episodes."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    result = evaluate(model, data, **options, observe=lambda scores, y: parts.append((scores, y)))
+    return result, torch.cat([scores for scores, _ in parts]).cpu(), torch.cat([y for _, y in parts]).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,7 +228,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return np.where(rejected, unknown, classes)
 
     def _open(self) -> Source:
-        c.checked_rate(self.reject_rate)
+        rate = self.reject_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1):
+            raise L2GError(f"need a share of known images that may be rejected, above 0 and below 1, got {rate!r}")
         if self.temperature is not None and not 0 < self.temperature < np.inf:
             raise L2GError(f"need a temperature above 0 and finite, got {self.temperature!r}")
         if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
@@ -248,7 +251,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         labels = torch.as_tensor(y, device=z.device)
         self.supports_ = scoring.Supports(self.source_.model, z, labels, len(self.seen_))
         self.n_examples_ = len(z)
-        shots, known = c.mean_shots(np.bincount(y).tolist()), self.source_.calibration
+        shots, known = statistics.geometric_mean(np.bincount(y).tolist()), self.source_.calibration
         fitted = None if known is None else known.at(shots)
         self.calibrated_ = self.temperature is not None or fitted is not None
         self.calibrated_shots_ = None if self.temperature is not None or fitted is None else fitted.shots

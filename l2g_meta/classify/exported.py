@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.classify.calibration import Calibration
+from l2g_meta.classify.calibration import Calibration, calibrate
 from l2g_meta.classify.card import model_card
-from l2g_meta.classify.drawn import calibrate
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
 from l2g_meta.errors import CheckpointError, L2GError

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
+from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from l2g_meta.classify.source import open_source
 from l2g_meta.errors import L2GError
 from l2g_meta.files.names import cell, shown
 from l2g_meta.files.tensors import make_folder
-from l2g_meta.files.writing import new_file
+from l2g_meta.files.writing import write_text
 
 COLUMNS = ("file", "class", "probability", "nearest")
 
@@ -58,8 +56,12 @@ def predict(
     """
     from tqdm import tqdm
 
-    if csv_file is not None and str(csv_file) == "-":
-        raise L2GError("need a file for --csv, got -; name one, or take --json, which writes to the standard output")
+    if csv_file is not None:
+        if str(csv_file) == "-":
+            raise L2GError(
+                "need a file for --csv, got -; name one, or take --json, which writes to the standard output"
+            )
+        make_folder(csv_file.parent, "a file to write for --csv", "choose another")
     source = open_source(model, device, trust=trust)
     if source.preparation is None:
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
@@ -69,17 +71,26 @@ def predict(
     supports = fit_folder(classifier, source.preparation, support, skipped)
     began = time.perf_counter()
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
+    line = _table_line(classifier, files) if table and csv_file is None else None
     hidden = None if progress else True  # None: hidden where there is no terminal
-    with _output(csv_file, table, files, classifier) as write, tqdm(total=len(files), disable=hidden) as bar:
+    with tqdm(total=len(files), disable=hidden) as bar:
         for start, batch in enumerate(classify_files(classifier, source.preparation, files, supports, skipped)):
-            for row in batch:
-                write(row)
+            if line is not None and batch:
+                header = [] if rows else [COLUMNS]
+                cells = [(row.file, row.label, f"{row.probability:.3f}", row.nearest) for row in batch]
+                for values in (*header, *cells):
+                    tqdm.write(line(*map(shown, values)), file=sys.stdout)
             rows += batch
             bar.update(min(batch_size, len(files) - start * batch_size))
     if not rows:
         raise L2GError(
             f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
         )
+    if csv_file is not None:
+        text = StringIO(newline="")
+        lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)
+        csv.writer(text).writerows([COLUMNS, *lines])
+        write_text(csv_file, text.getvalue())
     summary = _summary(classifier, rows, skipped, supports) | {"seconds": time.perf_counter() - began}
     if table:
         _say(summary, csv_file)
@@ -89,39 +100,10 @@ def predict(
     return 1 if skipped.files else 0
 
 
-@contextmanager
-def _output(
-    csv_file: Path | None, table: bool, files: Sequence[str], classifier: FewShotClassifier
-) -> Iterator[Callable[[Row], None]]:
-    """Where rows go one by one: to a CSV file, to a table on the screen, or nowhere."""
-    if csv_file is not None:
-        make_folder(csv_file.parent, "a file to write for --csv", "choose another")
-        with new_file(csv_file) as raw:
-            file = TextIOWrapper(raw, newline="", encoding="utf-8")
-            try:
-                writer = csv.writer(file)
-                writer.writerow(COLUMNS)
-                yield lambda row: writer.writerow(
-                    [cell(row.file), cell(row.label), f"{row.probability:.4f}", cell(row.nearest)]
-                )
-            finally:
-                file.detach()  # which flushes; the file is closed when it is on the disk
-    elif not table:
-        yield lambda row: None
-    else:
-        from tqdm import tqdm
-
-        names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
-        line = f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
-        header = [COLUMNS]  # goes with the first row: there may be none
-
-        def write(row: Row) -> None:
-            cells = (row.file, row.label, f"{row.probability:.3f}", row.nearest)
-            for values in (*header, cells):
-                tqdm.write(line(*map(shown, values)), file=sys.stdout)
-            header.clear()
-
-        yield write
+def _table_line(classifier: FewShotClassifier, files: Sequence[str]) -> Callable[..., str]:
+    """Puts the cells of a row below those of the others."""
+    names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
+    return f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
 
 
 def _counted(n: int, one: str, more: str | None = None) -> str:
@@ -135,10 +117,10 @@ def proportion_interval(right: int, n: int) -> tuple[float, float]:
         >>> [round(end, 1) for end in proportion_interval(8, 10)]
         [49.0, 94.3]
     """
-    z = 1.959964
-    share = right / n
-    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return tuple(100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))  # type: ignore[return-value]
+    from scipy.stats import binomtest  # which scikit-learn brings
+
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return 100 * interval.low, 100 * interval.high
 
 
 def _summary(

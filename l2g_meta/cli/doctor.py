@@ -21,8 +21,14 @@ l2g doctor --json                                    # for a bug report or a scr
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
 REQUIRED = ("l2g-meta", "torch", "torchvision", "numpy", "Pillow", "matplotlib", "safetensors", "tqdm", "filelock",
-            "pooch")  # fmt: skip
-MODULES = {"l2g-meta": "l2g_meta", "Pillow": "PIL.Image", "safetensors": "safetensors.torch", "scikit-learn": "sklearn"}
+            "pooch", "Jinja2")  # fmt: skip
+MODULES = {
+    "l2g-meta": "l2g_meta",
+    "Pillow": "PIL.Image",
+    "Jinja2": "jinja2",
+    "safetensors": "safetensors.torch",
+    "scikit-learn": "sklearn",
+}
 OPTIONAL = {  # what it is for, and the extra that brings it or the command that adds it
     "learn2learn": ("its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
     "scikit-learn": ("FewShotClassifier, l2g predict, l2g export, t-SNE", "classify"),

@@ -37,14 +37,19 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports."""
-    from l2g_meta.classify.card import summary
     from l2g_meta.classify.exported import export
 
     values = export(
         args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
         device=args.device, trust=args.trust,
     )  # fmt: skip
-    print("\n".join(summary(values)))
+    for e in values["calibration"]["shots"]:
+        print(
+            f"{e['shots']}-shot: test {e['accuracy']:.2f} ± {e['accuracy_ci95']:.2f} %, temperature "
+            f"{e['temperature']:.3f}, calibration error {e['ece_before']:.4f} before, {e['ece_after']:.4f} after"
+        )
+    for name, difference in (values["encoder"] or {}).get("largest_difference", {}).items():
+        print(f"{name}: read back, embeddings differ by {difference:.1e} at most, relative to the largest")
     print(f"{args.out}: written; l2g predict --model {args.out} --support DIR --query DIR")
     emit(args, {"out": str(args.out), **values})
     return 0

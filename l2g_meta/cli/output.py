@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from l2g_meta.errors import L2GError
+from l2g_meta.files.names import shown
 from l2g_meta.files.writing import check_writable, write_text
 
+LONGEST = 2000  # characters of an error
 STDOUT = Path("-")
 PLAIN = {"±": "+-", "×": "x", "α": "alpha", "θ": "theta", "…": "...", "—": "-", "–": "-", "’": "'", "“": '"', "”": '"'}
 
@@ -110,8 +112,9 @@ def _marked(text: str, code: str, stream: TextIO | None) -> str:
 
 
 def complain(message: str) -> None:
-    """An error in a line of its own on stderr."""
-    print(f"{red('l2g:')} {message}", file=sys.stderr)
+    """An error in a line of its own on stderr, which names from elsewhere neither break nor lengthen."""
+    text = shown(" ".join(message.split()))
+    print(f"{red('l2g:')} {text if len(text) < LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
 
 
 def plain_warnings() -> None:

@@ -43,14 +43,14 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page; returns 0, or 1 if something of a run could not be read or tested."""
-    from l2g_meta.report.gather import gather
-    from l2g_meta.report.measure import Asked
+    from l2g_meta.report.experiments import evaluate_runs
+    from l2g_meta.report.measure import ReportOptions
     from l2g_meta.report.page import write_report
 
     _check_place(args.out)
-    report = gather(args.run, Asked(**{f.name: getattr(args, f.name) for f in fields(Asked)}))
+    report = evaluate_runs(args.run, ReportOptions(**{f.name: getattr(args, f.name) for f in fields(ReportOptions)}))
     size = write_report(report, args.out)
-    problems = [f"{r.folder.path}: {problem}" for r in report.runs for problem in r.problems]
+    problems = [f"{r.path}: {problem}" for r in report.runs for problem in r.problems]
     for problem in problems:
         complain(problem)
     print(

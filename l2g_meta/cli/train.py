@@ -75,7 +75,7 @@ def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = 
     for f in fields(Config):
         if f.name in leave_out:
             continue
-        options = {name: rule for name, rule in f.metadata.items() if name not in ("least", "above", "below")}
+        options = {name: rule for name, rule in f.metadata.items() if name not in ("least", "most", "above", "below")}
         options["default"] = argparse.SUPPRESS
         if f.default is not None and f.default is not False:
             options["help"] += f" (default: {f.default})"

@@ -151,7 +151,7 @@ class FullContextMatchingHead(nn.Module):
 
     .. math::
         g(x_i, S) &= \overrightarrow{h}_i + \overleftarrow{h}_i + g'(x_i) \\
-        r_{k-1} &= \textstyle\sum_i \mathrm{softmax}_i(h_{k-1} \cdot g(x_i, S))\, g(x_i, S) \\
+        r_{k-1} &= \sum_i \mathrm{softmax}_i(h_{k-1} \cdot g(x_i, S))\, g(x_i, S) \\
         \hat h_k, c_k &= \mathrm{LSTM}(f'(x), [h_{k-1}, r_{k-1}], c_{k-1}) \\
         h_k &= \hat h_k + f'(x), \qquad f(x, S) = h_K
 

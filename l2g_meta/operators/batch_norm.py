@@ -135,16 +135,16 @@ class _NormBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *(t.clone() for t in outputs[1:]))  # users may write to what they get
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, rstd, out, where = ctx.saved_tensors
+        g, x, w, mean, rstd, out, where, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
         else:
             cotangents = norm_passes.double_backward(
-                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where
+                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where, *sums
             )
         return *cotangents, None, None, None, None, None
 

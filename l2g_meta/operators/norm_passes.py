@@ -76,11 +76,12 @@ def double_backward(
     rstd: Tensor,  # (c,)
     out: Tensor | None,
     where: Tensor | None,
+    sum_h: Tensor,  # gw, as ``backward`` gave it, (c,)
+    sum_g: Tensor,  # gb, (c,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in three passes of sums and two of output."""
+    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in two passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
     chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
-    sum_g, sum_h = channel_sums(g, chosen, mean, rstd)
     sum_v, sum_vh = channel_sums(v, x, mean, rstd)
     _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
     sums = sum_g, sum_h, sum_v, sum_vh, sum_vg

@@ -1,6 +1,6 @@
 """A page to look at: ``l2g report RUN [RUN ...]`` draws what trained runs did into one HTML file.
 
-``runs`` reads folders, ``measure`` and ``gather`` test what is trained; ``confusion``, ``reliability`` and
-``embeddings`` are numbers; ``svg``, ``charts`` and ``thumbnails`` pictures of them; ``page`` and ``details`` the text,
-``command`` the command.
+``reported_run`` reads folders, ``measure`` and ``experiments`` test what is trained; ``confusion`` and ``projection``
+are numbers; ``svg``, ``charts`` and ``thumbnails`` pictures of them; ``page``, ``image_section`` and the templates are
+the text.
 """

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 
-from l2g_meta.report.gather import Experiment, Report, Run
-from l2g_meta.report.reliability import Reliability
-from l2g_meta.report.svg import BOTTOM, TOP, Chart, colour, escaped, picture
+from l2g_meta.classify.calibration import Reliability
+from l2g_meta.report.experiments import Experiment, Report
+from l2g_meta.report.reported_run import ReportedRun
+from l2g_meta.report.svg import BOTTOM, COLOURS, TOP, Chart, add, colour, markup, picture
 
 CURVE_POINTS = 240  # drawn of a learning curve
 MARKERS = 40  # of validations
@@ -31,12 +33,12 @@ def smoothed(k: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return k[which], values[which]
 
 
-def loss_chart(report: Report) -> str:
-    """Training loss against updates; "" without any."""
-    curves = [(colour(i), *smoothed(*run.folder.log[:, :2].T)) for i, run in _coloured(report)]
+def loss_chart(report: Report) -> Chart | None:
+    """Training loss against updates; ``None`` without any."""
+    curves = [(style, *smoothed(*run.log[:, :2].T)) for style, run in _coloured(report)]
     curves = [curve for curve in curves if len(curve[1])]
     if not curves:
-        return ""
+        return None
     every = np.concatenate([y for _, _, y in curves])
     chart = Chart(
         (0, max(k[-1] for _, k, _ in curves)), padded(every.min(), every.max()),
@@ -44,51 +46,52 @@ def loss_chart(report: Report) -> str:
     )  # fmt: skip
     for style, k, y in curves:
         chart.line(k, y, style)
-    return str(chart)
+    return chart
 
 
-def validation_chart(report: Report) -> str:
-    """Validation accuracy against updates with its interval over episodes; "" without any."""
-    found = [(i, run, run.folder.validation) for i, run in _coloured(report) if len(run.folder.validation)]
+def validation_chart(report: Report) -> Chart | None:
+    """Validation accuracy against updates with its interval over episodes; ``None`` without any."""
+    found = [(style, run, run.validation) for style, run in _coloured(report) if len(run.validation)]
     if not found:
-        return ""
+        return None
     every = np.concatenate([rows for *_, rows in found])
     half = np.nan_to_num(every[:, 3])
     chart = Chart(
-        (0, max(run.folder.updates for _, run, _ in found)),
+        (0, max(run.updates for _, run, _ in found)),
         padded((every[:, 2] - half).min(), (every[:, 2] + half).max()),
         description=f"Validation accuracy of {len(found)} runs against updates",
         xlabel="updates",
         ylabel="validation accuracy (%)",
     )
-    for i, _, rows in found:
+    for style, _, rows in found:
         k, mean, half = rows[:, 0], rows[:, 2], rows[:, 3]
-        chart.band(k.tolist(), (mean - half).tolist(), (mean + half).tolist(), colour(i))
-        chart.line(k, mean, colour(i))
-    for i, run, rows in found:
+        chart.band(k.tolist(), (mean - half).tolist(), (mean + half).tolist(), style)
+        chart.line(k, mean, style)
+    for style, run, rows in found:
         shown = np.linspace(0, len(rows) - 1, min(len(rows), MARKERS)).astype(int)
         for k, _, mean, half in rows[shown].tolist():
-            chart.dot(k, mean, colour(i), f"{run.label}, update {k:.0f}: {mean:.1f} ± {half:.1f} %", r=2.5)
-    return str(chart)
+            chart.dot(k, mean, style, f"{run.label}, update {k:.0f}: {mean:.1f} ± {half:.1f} %", r=2.5)
+    return chart
 
 
-def accuracy_chart(group: Sequence[tuple[int, Experiment]], split: str) -> str:
+def accuracy_chart(group: Sequence[Experiment], split: str) -> Chart:
     """Accuracy of each run with its interval over episodes, and of several seeds their mean with one over seeds.
 
     Args:
-        group: experiments with the number of their colour.
+        group: experiments on the same images.
         split: that they were tested on.
     """
     lines: list[tuple[str, float, float, str, str]] = []
-    for i, experiment in group:
+    for experiment in group:
+        style = colour(experiment.number)
         for run in experiment.runs:
             if run.measured is not None:
                 e = run.measured.evaluation
-                lines.append((run.label, e.accuracy_mean, e.ci95_episodes, colour(i), f"{e.episodes} episodes"))
+                lines.append((run.label, e.accuracy_mean, e.ci95_episodes, style, f"{e.episodes} episodes"))
         e_all = experiment.evaluation
         if e_all is not None and e_all.ci95_runs is not None:
             over = f"{len(e_all.run_means)} trained models"
-            lines.append((experiment.letter, e_all.accuracy_mean, e_all.ci95_runs, f"{colour(i)} mean", over))
+            lines.append((experiment.letter, e_all.accuracy_mean, e_all.ci95_runs, f"{style} mean", over))
     lines.reverse()
     low = min(mean - half if math.isfinite(half) else mean for _, mean, half, *_ in lines)
     high = max(mean + half if math.isfinite(half) else mean for _, mean, half, *_ in lines)
@@ -102,10 +105,10 @@ def accuracy_chart(group: Sequence[tuple[int, Experiment]], split: str) -> str:
         if math.isfinite(half):
             chart.whisker(max(mean - half, 0.0), min(mean + half, 100.0), y, style)
         chart.dot(mean, y, style, f"{name}: {mean:.2f} ± {half:.2f} %, 95% over {over}", r=4.5)
-    return str(chart)
+    return chart
 
 
-def reliability_chart(found: Reliability, style: str, name: str) -> str:
+def reliability_chart(found: Reliability, style: str, name: str) -> Chart:
     """Accuracy in each bin of confidence, the diagonal, and the share of predictions in each bin below."""
     bins, total = len(found.count), sum(found.count)
     chart = Chart(
@@ -123,13 +126,15 @@ def reliability_chart(found: Reliability, style: str, name: str) -> str:
         chart.bar(x, (low, high), "gap", title)
         chart.bar(x, (-26, -26 + 20 * n / most), "count", title)
     chart.line((0, 100), (0, 100), "ideal")
-    return str(chart)
+    return chart
 
 
 SIDE = 400  # units of a t-SNE picture
 
 
-def scatter(points: np.ndarray, classes: Sequence[int], tiles: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
+def scatter(
+    points: np.ndarray, classes: Sequence[int], tiles: Sequence[tuple[int, int]], names: Sequence[str]
+) -> Markup:
     """Points (n, 2) in [0, 1] whose thumbnails the page's script shows.
 
     Args:
@@ -138,20 +143,17 @@ def scatter(points: np.ndarray, classes: Sequence[int], tiles: Sequence[tuple[in
         tiles: place of each thumbnail on the sheet, (n,).
         names: of the classes.
     """
-    margin, parts = 14, []
-    for i, ((x, y), c, (column, line)) in enumerate(zip(points.tolist(), classes, tiles, strict=True)):
-        u, v = (round(margin + (SIDE - 2 * margin) * t, 1) for t in (x, y))
-        shape = (
-            f'<circle cx="{u}" cy="{v}" r="5"'
-            if c < 10
-            else f'<path d="M{u} {round(v - 6.5, 1)}l6.5 6.5l-6.5 6.5l-6.5-6.5z"'
-        )
-        parts.append(
-            f'{shape} class="pt {colour(c)}" tabindex="{-1 if i else 0}" role="img" data-c="{c}" data-x="{column}" '
-            f'data-y="{line}" aria-label="{c + 1}: {escaped(names[c])}"/>'
-        )
     description = f"t-SNE of {len(points)} images of {len(names)} classes; arrow keys go from image to image"
-    return picture(parts, description, SIDE, SIDE, role="group")
+    svg, margin = picture(description, SIDE, SIDE, role="group"), 14
+    for i, (point, c, (column, line)) in enumerate(zip(points.tolist(), classes, tiles, strict=True)):
+        u, v = (round(margin + (SIDE - 2 * margin) * t, 1) for t in point)
+        diamond: dict[str, object] = {"d": f"M{u} {v - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"}
+        shape = {"cx": u, "cy": v, "r": 5} if c < COLOURS else diamond
+        add(
+            svg, "circle" if c < COLOURS else "path", f"pt {colour(c)}", **shape, tabindex=-1 if i else 0, role="img",
+            data_c=c, data_x=column, data_y=line, aria_label=f"{c + 1}: {names[c]}",
+        )  # fmt: skip
+    return markup(svg)
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
@@ -165,5 +167,5 @@ def padded(low: float, high: float) -> tuple[float, float]:
     return float(low - room), float(high + room)
 
 
-def _coloured(report: Report) -> list[tuple[int, Run]]:
-    return [(i, run) for i, experiment in enumerate(report.experiments) for run in experiment.runs]
+def _coloured(report: Report) -> list[tuple[str, ReportedRun]]:
+    return [(colour(experiment.number), run) for experiment in report.experiments for run in experiment.runs]

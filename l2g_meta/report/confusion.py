@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2g_meta.report.measure import Answers
+from l2g_meta.report.measure import EpisodePredictions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Confusion:
         return Confusion(self.taken + other.taken, self.offered + other.offered)
 
 
-def confusion(answers: Sequence[Answers], n_classes: int) -> Confusion:
+def confusion(predictions: Sequence[EpisodePredictions], n_classes: int) -> Confusion:
     """Counts over episodes.
 
     An episode can confuse only the classes that it has. So a count alone says how often two classes met as much as how
@@ -42,12 +42,12 @@ def confusion(answers: Sequence[Answers], n_classes: int) -> Confusion:
         >>> from l2g_meta.data.sources import TaskRows
         >>> y = np.array([0, 0, 1])
         >>> rows = TaskRows(np.array([4, 8]), np.array([0, 1]), np.array([5, 6, 9]), y, np.array([2, 0]))
-        >>> found = confusion([Answers(rows, np.array([0, 1, 1]), np.ones(3))], 3)
+        >>> found = confusion([EpisodePredictions(rows, np.array([0, 1, 1]), np.ones(3))], 3)
         >>> found.taken.tolist(), found.offered.tolist()
         ([[1, 0, 0], [0, 0, 0], [1, 0, 1]], [[1, 0, 1], [0, 0, 0], [2, 0, 2]])
     """
     taken, offered = (np.zeros((n_classes, n_classes), dtype=np.int64) for _ in range(2))
-    for episode in answers:
+    for episode in predictions:
         classes, y = episode.rows.classes, episode.rows.query_y
         np.add.at(taken, (classes[y], classes[episode.predicted]), 1)
         queries = np.bincount(y, minlength=len(classes))

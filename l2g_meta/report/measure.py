@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,12 @@ from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
 from l2g_meta.evaluation.episodes import Evaluation, evaluate
 from l2g_meta.models.batchnorm_policy import Policy
-from l2g_meta.report.run_facts import RunFolder
-from l2g_meta.training.build import build_data, build_device, load_run
+from l2g_meta.training.build import build_device, load_run
 from l2g_meta.training.config import Config
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ReportOptions:
     """What a report measures.
 
     Args:
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class EpisodePredictions:
     """What a model said in one episode.
 
     Args:
@@ -76,7 +76,7 @@ class Measured:
     """A run's results on a split."""
 
     evaluation: Evaluation
-    answers: Sequence[Answers]
+    predictions: Sequence[EpisodePredictions]
     model: nn.Module
     data: ClassDataset
     shape: dict[str, Any]  # ways, shots and queries of the episodes
@@ -86,58 +86,50 @@ class Measured:
         return np.argsort(self.evaluation.accuracies, kind="stable").tolist()
 
 
-class Splits:
-    """Data sets, each loaded once."""
-
-    def __init__(self) -> None:
-        self.loaded: dict[tuple[Any, ...], ClassDataset] = {}
-
-    def of(self, config: Config, asked: Asked) -> ClassDataset:
-        """The split that a run is tested on."""
-        config = replace(config, root=asked.root or config.root)
-        key = (config.data, config.root, config.image_size, config.split_seed, asked.split)
-        if key not in self.loaded:
-            self.loaded[key] = build_data(config, asked.split)
-        return self.loaded[key]
-
-
-def measure(run: RunFolder, asked: Asked, splits: Splits) -> Measured:
+def measure(run: Path, options: ReportOptions, load: Callable[[Config, str], ClassDataset]) -> Measured:
     """Tests a run's best checkpoint.
+
+    Args:
+        run: its directory.
+        options: of the report.
+        load: a config's split, as ``build_data``; one that keeps what it loaded serves several runs.
 
     Raises:
         L2GError: if the checkpoint or the data is missing, damaged or does not fit.
     """
-    wrapper, config = load_run(run.path, device=asked.device, trust=asked.trust)
-    data, device = splits.of(config, asked), build_device(config.device)
+    wrapper, config = load_run(run, device=options.device, trust=options.trust)
+    root, device = options.root or config.root, build_device(config.device)
+    data_alone = Config(data=config.data, root=root, image_size=config.image_size, split_seed=config.split_seed)
+    data = load(data_alone, options.split)  # seeds and methods share what is loaded
     shape: dict[str, Any] = {
-        "ways": asked.ways or config.outer_ways,
-        "shots": asked.shots or config.outer_shots,
-        "queries": asked.queries or config.queries,
+        "ways": options.ways or config.outer_ways,
+        "shots": options.shots or config.outer_shots,
+        "queries": options.queries or config.queries,
     }
-    evaluation, answers = _ask(wrapper, data, shape, asked, device)
-    return Measured(evaluation, answers, wrapper.module, data, shape)
+    evaluation, predictions = _predict(wrapper, data, shape, options, device)
+    return Measured(evaluation, predictions, wrapper.module, data, shape)
 
 
-def among(measured: Measured, data: ClassDataset, asked: Asked) -> list[Answers]:
-    """Answers of a model that was tested, in as many episodes of other data: some of the classes alone."""
+def predictions_among(measured: Measured, data: ClassDataset, options: ReportOptions) -> list[EpisodePredictions]:
+    """EpisodePredictions of a model that was tested, in as many episodes of other data: some of the classes alone."""
     ways = min(max(values(measured.shape["ways"])), data.n_classes)
     device = next((p.device for p in measured.model.parameters()), torch.device("cpu"))
     shape = measured.shape | {"ways": ways}
-    return _ask(measured.model, data, shape, asked, device)[1]
+    return _predict(measured.model, data, shape, options, device)[1]
 
 
-def _ask(
-    model: nn.Module, data: ClassDataset, shape: dict[str, Any], asked: Asked, device: torch.device
-) -> tuple[Evaluation, list[Answers]]:
-    said: list[tuple[np.ndarray, np.ndarray]] = []
+def _predict(
+    model: nn.Module, data: ClassDataset, shape: dict[str, Any], options: ReportOptions, device: torch.device
+) -> tuple[Evaluation, list[EpisodePredictions]]:
+    observed: list[tuple[np.ndarray, np.ndarray]] = []
 
     def observe(scores: Tensor, y: Tensor) -> None:
         confidence, predicted = scores.double().softmax(-1).max(-1)
-        said.append((predicted.cpu().numpy(), confidence.cpu().numpy()))
+        observed.append((predicted.cpu().numpy(), confidence.cpu().numpy()))
 
     evaluation = evaluate(
-        model, data, **shape, episodes=asked.episodes, bn=asked.bn, episode_seed=asked.episode_seed,
+        model, data, **shape, episodes=options.episodes, bn=options.bn, episode_seed=options.episode_seed,
         device=device, observe=observe,
     )  # fmt: skip
-    stream = Episodes(data, **shape, seed=(asked.episode_seed, 0), device=torch.device("cpu"))
-    return evaluation, [Answers(stream.rows(k), *both) for k, both in enumerate(said)]
+    stream = Episodes(data, **shape, seed=(options.episode_seed, 0), device=torch.device("cpu"))
+    return evaluation, [EpisodePredictions(stream.rows(k), *both) for k, both in enumerate(observed)]

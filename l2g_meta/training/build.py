@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2g_meta import data
 from l2g_meta.algorithm import L2GWrapper
@@ -23,7 +23,7 @@ from l2g_meta.data.class_splits import Disjoint, Far, Relation
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
-from l2g_meta.files.tensors import image_shape_of, load_weights, read_info
+from l2g_meta.files.tensors import image_shape_of, load_tensors, put
 from l2g_meta.models.backbones import BACKBONES
 from l2g_meta.models.heads import HEADS
 from l2g_meta.models.libraries import LIBRARIES
@@ -34,6 +34,8 @@ from l2g_meta.models.metric import MetricModel, SoftmaxClassifier, build_head, f
 from l2g_meta.training.checks import LEARNERS, SUPERVISED, parsed_options
 from l2g_meta.training.config import Config
 from l2g_meta.training.objectives import OBJECTIVES, Objective, episodic
+
+PARTS = ("head", "backbone")  # of a model, which a config may name as package.module:Class
 
 
 def build_device(name: str) -> torch.device:
@@ -191,17 +193,36 @@ def load_run(
     if not trust:
         refuse_modules(config, run)
     path = run / f"{checkpoint}.safetensors"
-    info = read_info(path)
+    tensors, info = load_tensors(path)
     if "model" in info.get("given", []):
         raise CheckpointError(
             f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.files.tensors.load_weights(path, L2GWrapper(model, inner_lr))"
         )
-    wrapper = build_wrapper(config, build_model(config, image_shape_of(info, path), n_classes_of(info)))
-    load_weights(path, wrapper)
+    model = build_stored(config, image_shape_of(info, path), n_classes_of(info), tensors, path)
+    wrapper = build_wrapper(config, model)
+    put(tensors, wrapper, path)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
     return wrapper.to(build_device(config.device)).eval(), config
+
+
+def build_stored(
+    config: Config, image_shape: tuple[int, ...], n_classes: int | None, tensors: Mapping[str, Tensor], path: Path
+) -> nn.Module:
+    """As ``build_model``, for weights from ``path``; a config that asks for more memory than they take gets none.
+
+    Raises:
+        CheckpointError: if the model has more values than the file.
+        FitError: as ``build_model``.
+    """
+    if not any(_names_module(config, kind) for kind in PARTS):  # those may draw on what is there alone
+        need, got = 0, sum(t.numel() for t in tensors.values())
+        with suppress(Exception), torch.device("meta"):  # a real one says so again, a library's may need memory
+            need = sum(t.numel() for t in build_model(config, image_shape, n_classes).state_dict().values())
+        if need > got:
+            raise CheckpointError(f"{path} belongs to another model: it has {got:,} values, its config {need:,}")
+    return build_model(config, image_shape, n_classes)
 
 
 def n_classes_of(info: Mapping[str, Any]) -> int | None:
@@ -227,13 +248,17 @@ def refuse_modules(config: Config, path: Path, *, named: Collection[str] = ()) -
     Raises:
         CheckpointError: if it names a module, which would be imported and so run.
     """
-    for kind in {"head", "backbone"}.difference(named):
-        name = getattr(config, kind)
-        if ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES):
+    for kind in PARTS:
+        if kind not in named and _names_module(config, kind):
             raise CheckpointError(
-                f"{path} names a module as its {kind}, {name}, which would be run; look at it, then give --trust "
-                "(trust=True in Python)"
+                f"{path} names a module as its {kind}, {getattr(config, kind)}, which would be run; look at it, then "
+                "give --trust (trust=True in Python)"
             )
+
+
+def _names_module(config: Config, kind: str) -> bool:
+    name = getattr(config, kind)
+    return ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES)
 
 
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
@@ -275,8 +300,10 @@ def build_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn
     encoder = _named(name, BACKBONES, "backbone")
     try:
         return encoder(in_channels, **options)
-    except TypeError as error:
-        given = ", ".join(options) or "none"
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, L2GError) or "can't allocate memory" in str(error):
+            raise
+        given = ", ".join(list(options)[:9]) or "none"
         raise FitError(
             f"need a backbone that is built as Backbone(in_channels, **options), got options {given}: {error}"
         ) from error

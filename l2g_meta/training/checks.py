@@ -36,8 +36,8 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
     Args:
         default: its value, if none is given.
         help: of the flag.
-        rules: ``choices``, or what numbers have to be: ``least`` or ``above``, and ``below`` (whole numbers are at
-            least 1 unless told otherwise); ``nargs`` and ``metavar`` of the flag.
+        rules: ``choices``, or the bounds of numbers: ``least`` or ``above``, and ``below`` or ``most`` (whole numbers
+            are at least 1 unless told otherwise); ``nargs`` and ``metavar`` of the flag.
     """
     return field(default=default, metadata={"help": help, **rules})
 
@@ -71,9 +71,14 @@ def check_settings(config: Any) -> None:
         if "choices" in rules and value not in rules["choices"]:
             raise L2GError(f"need {name} to be one of {', '.join(rules['choices'])}; got {value!r}")
         if kind in (int, Sizes):
-            least, sizes = rules.get("least", 1), value if isinstance(value, tuple) else (value,)
-            if not sizes or not all(type(size) is int and least <= size < 2**63 for size in sizes):
-                raise L2GError(f"need {name} to be at least {least} and below 2**63, got {value}")
+            least, most, sizes = (
+                rules.get("least", 1),
+                rules.get("most"),
+                value if isinstance(value, tuple) else (value,),
+            )
+            if not sizes or not all(type(size) is int and least <= size <= (most or 2**63 - 1) for size in sizes):
+                bound = "below 2**63" if most is None else f"at most {most:,}"
+                raise L2GError(f"need {name} to be at least {least} and {bound}, got {value}")
         if kind is float:
             least, above, below = (rules.get(bound) for bound in ("least", "above", "below"))
             low = value > above if least is None else value >= least

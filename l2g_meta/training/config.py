@@ -84,8 +84,8 @@ class Config:
         None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01", least=0
     )
     inner_steps: int = setting(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
-                             "(default: 5; meta-lstm 1-shot: 12)")  # fmt: skip
-    test_steps: int | None = setting(None, "maml-softmax: steps on the supports at test (default: 10)")
+                             "(default: 5; meta-lstm 1-shot: 12)", most=10_000)  # fmt: skip
+    test_steps: int | None = setting(None, "maml-softmax: steps on the supports at test (default: 10)", most=10_000)
     first_order: bool = setting(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = setting(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip

@@ -54,44 +54,6 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
     return save(figure, path)
 
 
-def bench_plot(result: Mapping[str, Any], path: Path | str) -> Path:
-    """Time and peak memory of each variant, from what ``l2g bench`` writes.
-
-    Args:
-        result: of one case.
-        path: of the picture.
-    """
-    figure, (left, right) = subplots(1, 2)
-    rows = result["rows"][::-1]
-    names = [row["name"] for row in rows]
-    left.barh(names, [row["seconds"] for row in rows])
-    left.axvline(result["floor"]["l2g"]["bytes_s"] * result["case"]["pairs"], color="black", linestyle=":")
-    left.set(xlabel="seconds per update (dotted: bytes over bandwidth)", title="Time")
-    right.barh(names, [(row["peak_bytes"] or 0) / 1e9 for row in rows])
-    right.set(xlabel="peak beyond model and data (GB)", title="Memory", yticklabels=[])
-    return save(figure, path)
-
-
-def scaling_plot(results: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
-    """Time against ways, shots, pairs, image size and inner steps, from ``l2g bench --scaling``.
-
-    Args:
-        results: what ``l2g_meta.bench.comparison.scaling`` returns.
-        path: of the picture.
-    """
-    axes = list(dict.fromkeys(result["axis"] for result in results))
-    figure, panels = subplots(1, len(axes))
-    for panel, axis in zip(np.atleast_1d(panels), axes, strict=True):
-        of_axis = [result for result in results if result["axis"] == axis]
-        for k, row in enumerate(of_axis[0]["rows"]):
-            seconds = [result["rows"][k]["seconds"] for result in of_axis]
-            panel.plot([result["value"] for result in of_axis], seconds, marker="o", markersize=3, label=row["name"])
-        panel.set(xlabel=axis.replace("_", " "), ylim=(0, None))
-    np.atleast_1d(panels)[0].set(ylabel="seconds per update")
-    np.atleast_1d(panels)[0].legend()
-    return save(figure, path)
-
-
 @dataclass(frozen=True)
 class Scatter:
     """One picture of embeddings, as points of a plane.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
-from l2g_meta.data.dataset import ClassDataset, integers
+from l2g_meta.data.dataset import ClassDataset, index_by_class, integers
 from l2g_meta.data.download import check_digest, check_pickle, fetch, is_html
 from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
@@ -119,15 +119,18 @@ def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     general = _column(data, "label_general", path) if "label_general" in data else None
     if general is not None and len(general) != len(specific):
         raise DataError(f"need a super-category per image, got {len(general)} for {len(specific)} in {path}")
+    labels, inverse = np.unique(specific, return_inverse=True)
+    names = _names(data, "label_specific", labels)
+    general_names = {} if general is None else _names(data, "label_general", np.unique(general))
     classes, categories = {}, {}
-    for label, name in _names(data, "label_specific", specific).items():
-        rows = np.flatnonzero(specific == label)
+    for label, rows in zip(labels.tolist(), index_by_class(inverse), strict=True):
+        name = names[label]
         classes[name] = rows.tolist()
         if general is not None:
             of_class = np.unique(general[rows])
             if len(of_class) > 1:
                 raise DataError(f"need one super-category per class, got {of_class.tolist()} of {name} in {path}")
-            categories[name] = _names(data, "label_general", of_class)[int(of_class[0])]
+            categories[name] = general_names[int(of_class[0])]
     return {name: classes[name] for name in sorted(classes)}, {name: categories[name] for name in sorted(categories)}
 
 
@@ -139,8 +142,8 @@ def _column(data: Any, key: str, path: Path) -> np.ndarray:
 
 
 def _names(data: dict[str, Any], key: str, column: np.ndarray) -> dict[int, str]:
-    """Name of each label that occurs: from ``<key>_str`` where it has one per label, else the number."""
-    labels, names = np.unique(column).tolist(), data.get(f"{key}_str")
+    """Name of each of some labels, ascending: from ``<key>_str`` where it has one per label, else the number."""
+    labels, names = column.tolist(), data.get(f"{key}_str")
     if isinstance(names, np.ndarray):
         names = names.tolist()
     if not isinstance(names, list | tuple) or len(names) <= labels[-1] or labels[0] < 0:

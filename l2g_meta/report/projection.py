@@ -18,12 +18,12 @@ POINTS = 300  # drawn at most
 SEED = 0  # of the choice of images, and of t-SNE
 
 
-def choose_rows(data: ClassDataset, classes: Sequence[int], *, points: int = POINTS) -> np.ndarray:
+def sample_rows(data: ClassDataset, classes: Sequence[int], *, points: int = POINTS) -> np.ndarray:
     """Rows of images of these classes, as many of each, at most ``points`` in all: (n,), by class.
 
     Example:
         >>> data = ClassDataset(torch.zeros(6, 1), [0, 0, 0, 1, 1, 1])
-        >>> choose_rows(data, [1], points=2).tolist(), len(choose_rows(data, [0, 1]))
+        >>> sample_rows(data, [1], points=2).tolist(), len(sample_rows(data, [0, 1]))
         ([4, 5], 6)
     """
     rng = np.random.default_rng(SEED)
@@ -32,7 +32,7 @@ def choose_rows(data: ClassDataset, classes: Sequence[int], *, points: int = POI
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def flat(model: nn.Module, data: ClassDataset, rows: np.ndarray) -> np.ndarray:
+def projected(model: nn.Module, data: ClassDataset, rows: np.ndarray) -> np.ndarray:
     """t-SNE of the rows' embeddings under θ, running statistics: (n, 2), from 0 to 1.
 
     Raises:

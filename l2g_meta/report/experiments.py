@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,47 +12,43 @@ from typing import Any
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import Evaluation, over_models, paired_difference
 from l2g_meta.models.functional import confidence_interval
-from l2g_meta.report.measure import Asked, Measured, Splits, measure
-from l2g_meta.report.run_facts import RunFolder, read_run
+from l2g_meta.report.measure import Measured, ReportOptions, measure
+from l2g_meta.report.reported_run import ReportedRun, read_run
+from l2g_meta.training.build import build_data
 from l2g_meta.training.config import MACHINE, Config
 
 
 @dataclass(eq=False)
-class Run:
-    """A run, and what was measured of it."""
+class Experiment:
+    """Runs that differ in their seed alone, or one run; ``number`` gives its letter and its colour."""
 
-    folder: RunFolder
-    measured: Measured | None = None
-    problems: list[str] = field(default_factory=list)
-    label: str = ""  # A, or A1, A2, … of several seeds
+    number: int
+    runs: list[ReportedRun]
 
     @property
-    def seed(self) -> int | None:
-        """Of training."""
-        return None if self.folder.config is None else self.folder.config.seed
-
-
-@dataclass(eq=False)
-class Experiment:
-    """Runs that differ in their seed alone, or one run."""
-
-    letter: str
-    runs: list[Run]
+    def letter(self) -> str:
+        """Of its number: A, B and so on."""
+        return letters(self.number)
 
     @property
     def config(self) -> Config | None:
         """Of its first run."""
-        return self.runs[0].folder.config
+        return self.runs[0].config
 
     @property
     def title(self) -> str:
         """Method and head, in words."""
-        return self.runs[0].folder.name if self.config is None else f"{self.config.method} {self.config.head}"
+        return self.runs[0].name if self.config is None else f"{self.config.method} {self.config.head}"
 
     @property
     def measured(self) -> list[Measured]:
         """Of the runs that could be tested."""
         return [run.measured for run in self.runs if run.measured is not None]
+
+    @property
+    def first_tested(self) -> tuple[ReportedRun, Measured]:
+        """The run whose images are shown, and its results."""
+        return next((run, run.measured) for run in self.runs if run.measured is not None)
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -78,16 +75,25 @@ class Difference:
     episodes: float
     seeds: float | None
 
+    @property
+    def verdict(self) -> str:
+        """Which one is ahead, over these episodes."""
+        if self.episodes != self.episodes:
+            return "one episode"
+        if abs(self.mean) <= self.episodes:
+            return "not settled"
+        return "the first is ahead" if self.mean > 0 else "the second is ahead"
+
 
 @dataclass(frozen=True)
 class Report:
     """All that a page shows."""
 
-    asked: Asked
+    options: ReportOptions
     experiments: list[Experiment]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[ReportedRun]:
         """Of all experiments."""
         return [run for experiment in self.experiments for run in experiment.runs]
 
@@ -100,7 +106,7 @@ class Report:
         return list(groups.values())
 
 
-def gather(paths: Sequence[Path], asked: Asked, *, tell: Callable[[str], object] = print) -> Report:
+def evaluate_runs(paths: Sequence[Path], options: ReportOptions, *, tell: Callable[[str], object] = print) -> Report:
     """Reads the runs and tests each on the same episodes; what fails is kept as a problem of its run.
 
     Raises:
@@ -110,22 +116,21 @@ def gather(paths: Sequence[Path], asked: Asked, *, tell: Callable[[str], object]
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise L2GError(f"need different runs, got {path} more than once; leave one out")
-    runs, splits = [Run(read_run(path)) for path in paths], Splits()
+    runs, load = [read_run(path) for path in paths], functools.cache(build_data)
     for run in runs:
-        run.problems += run.folder.problems
-        if run.folder.config is None or not run.folder.best:
+        if run.config is None or not run.best:
             continue
         try:
-            run.measured = measure(run.folder, asked, splits)
-            tell(f"{run.folder.path}: {run.measured.evaluation}")
+            run.measured = measure(run.path, options, load)
+            tell(f"{run.path}: {run.measured.evaluation}")
         except (L2GError, ImportError) as error:
             run.problems.append(f"not tested: {error}")
-    return Report(asked, experiments(runs))
+    return Report(options, experiments(runs))
 
 
-def experiments(runs: Sequence[Run]) -> list[Experiment]:
+def experiments(runs: Sequence[ReportedRun]) -> list[Experiment]:
     """Runs that differ in their seed alone, together; in the order of the first of each."""
-    groups: list[list[Run]] = []
+    groups: list[list[ReportedRun]] = []
     for run in runs:
         for group in groups:
             if _are_seeds(group[0], run) and run.seed not in [other.seed for other in group]:
@@ -133,15 +138,15 @@ def experiments(runs: Sequence[Run]) -> list[Experiment]:
                 break
         else:
             groups.append([run])
-    found = [Experiment(letters(i), group) for i, group in enumerate(groups)]
+    found = [Experiment(*numbered) for numbered in enumerate(groups)]
     for experiment in found:
         for n, run in enumerate(experiment.runs, 1):
             run.label = experiment.letter + (str(n) if len(experiment.runs) > 1 else "")
     return found
 
 
-def _are_seeds(a: Run, b: Run) -> bool:
-    first, second = a.folder.config, b.folder.config
+def _are_seeds(a: ReportedRun, b: ReportedRun) -> bool:
+    first, second = a.config, b.config
     if first is None or second is None:
         return False
     left_out = {"seed", *MACHINE}

@@ -1,10 +1,10 @@
-"""What a run directory says of itself, whatever is missing or damaged in it."""
+"""A run of a report: what its directory says, whatever is missing or damaged in it, and what was measured of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.tensors import read_info, refuse_given
+from l2g_meta.report.measure import Measured
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
 
 NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
 
 
-@dataclass(frozen=True, eq=False)
-class RunFolder:
+@dataclass(eq=False)
+class ReportedRun:
     """A run as its files have it.
 
     Args:
@@ -27,14 +28,23 @@ class RunFolder:
         config: ``None`` if it cannot be read.
         log: a row per update, (n, 4): update, loss, validation accuracy and half width in per cent; NaN where empty.
         best: header of the best checkpoint; empty if there is none.
-        problems: what could not be read.
+        problems: what could not be read or tested.
+        measured: its results; ``None`` if it could not be tested.
+        label: its experiment's letter, with a number if there are several seeds.
     """
 
     path: Path
     config: Config | None
     log: np.ndarray
     best: Mapping[str, Any]
-    problems: tuple[str, ...]
+    problems: list[str] = field(default_factory=list)
+    measured: Measured | None = None
+    label: str = ""
+
+    @property
+    def seed(self) -> int | None:
+        """Of training."""
+        return None if self.config is None else self.config.seed
 
     @property
     def name(self) -> str:
@@ -55,12 +65,19 @@ class RunFolder:
         return f"{done}{self.updates:,} of {self.config.iterations:,} updates"
 
     @property
+    def chosen(self) -> str:
+        """What validation has chosen, in words."""
+        accuracy, update = self.best.get("val_accuracy"), self.best.get("iteration")
+        known = isinstance(accuracy, int | float) and isinstance(update, int)
+        return f"{accuracy:.2f} % at update {update:,}" if known else ""
+
+    @property
     def validation(self) -> np.ndarray:
         """Rows of the log that have a validation, (n, 4)."""
         return self.log[np.isfinite(self.log[:, 2])]
 
 
-def read_run(path: Path) -> RunFolder:
+def read_run(path: Path) -> ReportedRun:
     """All that can be read of a run directory.
 
     Raises:
@@ -90,7 +107,7 @@ def read_run(path: Path) -> RunFolder:
         problems.append(f"not tested: {error}")
     if logged:
         problems += _gaps(log, best, losses=config is not None and not config.skip_nonfinite)
-    return RunFolder(path, config, log, best, tuple(problems))
+    return ReportedRun(path, config, log, best, problems)
 
 
 def _gaps(log: np.ndarray, best: Mapping[str, Any], *, losses: bool) -> list[str]:
