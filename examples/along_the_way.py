@@ -3,10 +3,10 @@
     python examples/along_the_way.py RUN [RUN ...] [--episodes 600] [--pairs 100] [--json FILE] [--figure FILE]
     python examples/along_the_way.py --smoke
 
-Runs are of `l2g train --keep-weights`, or of `l2g reproduce length` and `spread`; a run's name up to "-seed" is its
-row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and how
-well gradients of disjoint tasks agree on both. The last table compares rows at equal loss on training classes. A method
-that generalises better has the lower loss on test classes there. Numbers are means over the runs of a row.
+Runs are of `train(..., keep_weights=True)`, or of `l2g reproduce length` and `spread`. A run's name up to "-seed" is
+its row. Of each state that a run kept: loss and accuracy under θ on tasks of training classes and of test classes, and
+how well gradients of disjoint tasks agree on both. The last table compares rows at equal loss on training classes. A
+method that generalises better has the lower loss on test classes there. Numbers are means over the runs of a row.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def draw(losses: dict[str, np.ndarray], path: Path) -> None:
 def main() -> None:
     """Prints a line for each state, then rows at equal loss on training classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders made by `l2g train --keep-weights`")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs that kept their weights")
     parser.add_argument("--episodes", type=int, default=600, help="of each split (default: 600)")
     parser.add_argument("--pairs", type=int, default=100, help="of tasks, for the gradients (default: 100)")
     parser.add_argument("--json", type=Path, help="where the numbers go")
@@ -98,10 +98,10 @@ def main() -> None:
         for run in runs:
             method = run.name.partition("-")[0]
             config = Config(
-                method=method, pairs=1, queries=2, iterations=2, eval_every=1, eval_episodes=4, keep_weights=True,
+                method=method, pairs=1, queries=2, iterations=2, eval_every=1, eval_episodes=4,
                 backbone_options=("channels=8",), device="cpu",
             )  # fmt: skip
-            train(config, run, resume=run.exists(), progress=False)
+            train(config, run, resume=run.exists(), progress=False, keep_weights=True)
     if not runs:
         parser.error("need one or more RUN, or --smoke")
     points = []
@@ -112,7 +112,7 @@ def main() -> None:
             if (n := re.sub(r"after-(\d+)\.safetensors", r"\1", path.name)).isdecimal()
         ]
         if not states:
-            parser.error(f"need a run of `l2g train --keep-weights`, got {run} without after-N.safetensors")
+            parser.error(f"need a run that kept its weights, got {run} without after-N.safetensors")
         for k in sorted(states):
             points.append(p := measure(run, k, episodes, pairs))
             parts = [

@@ -15,7 +15,7 @@ from l2g_meta.training.loop import train
 
 def glyphs(**more):
     settings = {"ways": 3, "queries": 2, "pairs": 1, "iterations": 6, "eval_every": 2, "eval_episodes": 5}
-    return Config(**{"average": True, "keep_weights": True, "device": "cpu"} | settings | more)
+    return Config(**{"average": True, "device": "cpu"} | settings | more)
 
 
 def test_the_average_is_the_weighted_mean_of_all_weights():
@@ -34,10 +34,11 @@ def test_the_average_is_the_weighted_mean_of_all_weights():
 
 
 def test_averages_survive_resuming_and_change_nothing_else(tmp_path):
-    train(glyphs(), tmp_path / "whole", progress=False)
-    train(glyphs(iterations=2), tmp_path / "parts", progress=False)
-    train(glyphs(), tmp_path / "parts", progress=False, resume=True, force=True)
-    train(glyphs(average=False, keep_weights=False), tmp_path / "plain", progress=False)
+    options = {"progress": False, "keep_weights": True}
+    train(glyphs(), tmp_path / "whole", **options)
+    train(glyphs(iterations=2), tmp_path / "parts", **options)
+    train(glyphs(), tmp_path / "parts", **options, resume=True, force=True)
+    train(glyphs(average=False), tmp_path / "plain", progress=False)
     for name in ("average", "last", "after-4", "after-6-average"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "parts"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name

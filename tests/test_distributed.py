@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform != "linu
 IMAGES = np.random.default_rng(0).integers(0, 256, (72, 10, 10, 1), dtype=np.uint8)
 DATA = ClassDataset(IMAGES, np.arange(72) // 6, split="test")
 CONFIG = Config(
-    ways=2, queries=2, pairs=5, iterations=6, eval_every=3, eval_episodes=7, device="cpu", rank_timeout=30.0
+    ways=2, queries=2, pairs=5, iterations=6, eval_every=3, eval_episodes=7, device="cpu"
 ).resolved()  # fmt: skip
 WORLDS = [1, 2, 3]
 
@@ -83,9 +83,10 @@ def ranks(size, function, *arguments, timeout=30):
 def _rank(rank, size, port, queue, function, arguments, timeout):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["L2G_RANK_TIMEOUT"] = str(timeout)
     if size == 1:
         del os.environ["RANK"]
-    world, _ = join(torch.device("cpu"), timeout=timeout)
+    world, _ = join(torch.device("cpu"))
     try:
         queue.put((rank, function(world, *arguments)))
     except (Exception, Stopped) as error:
@@ -211,7 +212,7 @@ class Odd(Net):
 
 
 def odd(world, what, out, skip):
-    config = Config(**{**vars(CONFIG), "skip_nonfinite": skip, "rank_timeout": 20.0})
+    config = Config(**{**vars(CONFIG), "skip_nonfinite": skip})
     torch.manual_seed(0)
     wrapper = train(config, out, data=DATA, validation=DATA, model=Odd(what, world.rank), progress=False)
     return {name: t.tolist() for name, t in wrapper.state_dict().items()}
@@ -257,7 +258,7 @@ def test_a_dead_rank_ends_the_others(tmp_path, torchrun):
         "from test_distributed import odd, World\n"
         f"odd(World(int(os.environ['RANK']), 2), 'dies', {str(tmp_path / 'run')!r}, False)\n"
     )
-    here = {**os.environ, "OMP_NUM_THREADS": "1"}
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "L2G_RANK_TIMEOUT": "20"}
     if torchrun:
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
         done = subprocess.run(launch, capture_output=True, text=True, timeout=150, check=False, env=here)

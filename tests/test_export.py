@@ -216,7 +216,7 @@ def test_a_method_that_adapts_is_exported_without_its_encoder(blob_run, tmp_path
     config = Config.load(blob_run / "config.json")
     adapting = Config(
         data="folder", root=config.root, image_size=16, ways=3, queries=2, pairs=1, iterations=1, eval_every=1,
-        eval_episodes=2, device="cpu", method="maml-softmax", inner_steps=1, test_steps=2,
+        eval_episodes=2, device="cpu", method="maml-softmax", inner_steps=1,
     )  # fmt: skip
     train(adapting, tmp_path / "run", progress=False)
     values = export(tmp_path / "run", tmp_path / "model", onnx=False, episodes=2)

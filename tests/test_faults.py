@@ -34,7 +34,7 @@ from l2g_meta.training.update import Updater
 DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (72, 12, 12, 1), dtype=np.uint8), np.arange(72) // 6)
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 CONFIG = Config(
-    ways=2, queries=2, pairs=2, iterations=12, eval_every=4, save_every=2, eval_episodes=4, device="cpu", keep=3,
+    ways=2, queries=2, pairs=2, iterations=12, eval_every=4, save_every=2, eval_episodes=4, device="cpu",
     learn_inner_lr="tensor", mix=0.0,  # whose best weights are not its last
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How the command line behaves: help, typos, quiet, JSON, colours, odd terminals, completion, doctor."""
+"""How the command line behaves: help, typos, quiet, JSON, colours, odd terminals, doctor."""
 
 import functools
 import io
@@ -68,9 +68,9 @@ def test_each_command_explains_itself(name, capsys):
             parser.parse_args(words)
 
 
-def test_every_flag_of_train_is_in_a_group(capsys):
+def test_train_has_a_flag_for_each_setting(capsys):
     out = said(capsys, "train --help")[1]
-    assert "\nother:" not in out and all(f"--{f.name.replace('_', '-')}" in out for f in fields(Config))
+    assert all(f"--{f.name.replace('_', '-')} " in out for f in fields(Config)) and len(fields(Config)) <= 50
 
 
 def test_metavars_are_a_few_words():
@@ -99,7 +99,6 @@ def test_metavars_are_a_few_words():
         ("predict --modle run --support a --query b", "got --modle; did you mean --model\\?"),
         ("predict --model run", "l2g predict: need --support, --query"),
         ("reproduce table9", "need one of table1, .*; got 'table9'; did you mean table3\\?"),
-        ("completion bsh", "did you mean bash\\?"),
     ],
 )
 def test_typos(line, message, capsys):
@@ -185,7 +184,7 @@ def test_terminals_that_lack_characters(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     print_anything()
     print("50.00 ± 0.50 %, α, ü, \udcff", flush=True)
-    assert raw.getvalue() == b"50.00 +- 0.50 %, alpha, \\xfc, \\udcff\n"
+    assert raw.getvalue() == b"50.00 \\xb1 0.50 %, \\u03b1, \\xfc, \\udcff\n"
 
 
 @pytest.mark.parametrize(
@@ -219,46 +218,10 @@ def test_other_errors_are_not_hidden(monkeypatch):
         main(["evaluate", "run"])
 
 
-@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="there is no bash")
-def test_completion_in_bash(tmp_path, capsys):
-    pytest.importorskip("shtab", reason="shtab is not installed")
-    script = said(capsys, "completion bash")[1]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "notes.txt").touch()
-    lines = [["l2g", "ev"], ["l2g", "train", "--outer-s"], ["l2g", "train", "--method", "ma"], ["l2g", "export", ""]]
-    asked = "".join(
-        f"COMP_WORDS=({' '.join(word or chr(39) * 2 for word in words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); "
-        '_shtab_l2g; echo "${COMPREPLY[*]}"\n'
-        for words in lines
-    )
-    done = subprocess.run(
-        ["/bin/bash", "--norc", "-c", script + asked], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    completed = [line.split() for line in done.stdout.splitlines()]
-    assert completed[:3] == [["evaluate"], ["--outer-shots"], ["maml", "maml-softmax"]]
-    assert "photos" in completed[3][0] and "notes.txt" not in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_completion_scripts_have_every_command(shell, capsys):
-    pytest.importorskip("shtab", reason="shtab is not installed")
-    out = said(capsys, f"completion {shell}")[1]
-    assert all(name in out for name in COMMANDS) and "learn-inner-lr" in out
-
-
-def test_completion_without_shtab(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    assert said(capsys, "completion bash") == (
-        2,
-        "",
-        'l2g: completion needs shtab; pip install "l2g-meta[completion]"\n',
-    )
-
-
 @pytest.fixture
 def few_parts(monkeypatch):
     """The doctor looks at one optional package: importing all takes seconds."""
-    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": ("nothing", "none")})
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": ("no_such_module", "nothing", "none")})
 
 
 @pytest.mark.usefixtures("few_parts")
@@ -286,7 +249,7 @@ def test_doctor_finds_what_does_not_work(monkeypatch, capsys):
         code, out, err = said(capsys, "doctor --quiet")
         assert (code, out, err) == (1, "", "l2g: something required does not work; l2g doctor says what\n")
     with monkeypatch.context() as patch:
-        patch.setattr(doctor, "REQUIRED", ("no-such-package",))
+        patch.setattr(doctor, "REQUIRED", {"no-such-package": "no_such_module"})
         code, out, _ = said(capsys, "doctor")
         assert code == 1 and "does not work: it is not installed; pip install --force-reinstall no-such-package" in out
 
@@ -304,7 +267,7 @@ def test_broken_packages_are_told(text, error, tmp_path, monkeypatch, capsys):
     (tmp_path / "l2g_broken_part.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "l2g_broken_part", raising=False)
-    found = doctor.look("l2g_broken_part", "mend it")
+    found = doctor.look("l2g-broken-part", "l2g_broken_part", "mend it")
     assert capsys.readouterr() == ("", "")
     assert found["error"] is None and found["version"] == "7" if error is None else found["error"].startswith(error)
 
@@ -312,7 +275,7 @@ def test_broken_packages_are_told(text, error, tmp_path, monkeypatch, capsys):
 def test_extras_are_those_of_the_project():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 lacks tomllib")
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for name, (_, how) in doctor.OPTIONAL.items():
+    for name, (*_, how) in doctor.OPTIONAL.items():
         if how in project["optional-dependencies"]:
             assert name in {re.split("[<>=]", need)[0] for need in project["optional-dependencies"][how]}
         else:

@@ -48,10 +48,13 @@ def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_no
 def test_removed_fields_are_dropped_at_their_old_default_and_refused_otherwise(tmp_path, capsys):
     config = Config(method="maml").resolved()
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(asdict(config) | REMOVED))  # as version 0.1.0 wrote it
+    old = {name: values[-1] if values else 7 for name, values in REMOVED.items()}
+    before = asdict(config) | old | {"outer_queries": config.queries}  # as version 0.1.0 wrote it
+    path.write_text(json.dumps(before))
     assert Config.load(path) == config
-    for name, value in {"inner_on": "supports", "fresh_queries": True, "shared_classes": 2}.items():
-        path.write_text(json.dumps(asdict(config) | REMOVED | {name: value}))
+    changed = {"inner_on": "supports", "fresh_queries": True, "shared_classes": 2, "outer_queries": 99, "test_steps": 3}
+    for name, value in changed.items():
+        path.write_text(json.dumps(before | {name: value}))
         assert main(["train", "--resume", str(tmp_path)]) == 2
         shown = f"got {name} = {value!r}; l2g-meta 0.1.0 is the last version that knows it"
         error = capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_other_splits_and_shapes_are_named(copied):
 
 def test_a_method_without_an_embedding(copied, tmp_path):
     out = tmp_path / "maml"
-    flags = "--iterations 1 --eval-episodes 2 --ways 3 --inner-steps 1 --test-steps 1 --device cpu".split()
+    flags = "--iterations 1 --eval-episodes 2 --ways 3 --inner-steps 1 --device cpu".split()
     assert main(["train", "--method", "maml-softmax", *flags, "--out", str(out)]) == 0
     assert "SoftmaxMAML adapts to each task and has no embedding" in Parsed(page_of(out)[1]).text
 

@@ -63,7 +63,7 @@ def rows(out):
         ["--outer-ways", "5", "--outer-shots", "2", "--inner-steps", "2", "--distance", "squared", "--dims", "mean"],
         ["--shots", "1,2", "--outer-ways", "3,4", "--tasks-per-update", "3", "--method", "maml"],
         ["--head", "matching-fce", "--method", "episodic"],
-        ["--method", "maml-softmax", "--inner-steps", "2", "--test-steps", "3", "--first-order"],
+        ["--method", "maml-softmax", "--inner-steps", "2", "--first-order"],
         ["--method", "meta-lstm", "--inner-steps", "2", "--tasks-per-update", "1", "--bn", "batch"],
     ],
     ids=" ".join,
@@ -395,7 +395,7 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
             ["--method", "maml-softmax", "--head", "relation"],
             "--method maml-softmax has no metric head, got --head relat",
         ),
-        (["--method", "l2g", "--test-steps", "3"], "belong to --method maml-softmax or meta-lstm, got --method l2g"),
+        (["--method", "l2g", "--head", "softmax"], "belongs to --method maml-softmax or meta-lstm, got --method l2g"),
         (["--head", "softmax"], "--head softmax belong to --method maml-softmax or meta-lstm"),
         (["--method", "meta-lstm", "--learn-inner-lr", "scalar"], "belongs to l2g and maml, got --method meta-lstm"),
         (

@@ -1,6 +1,6 @@
 """The commands of ``l2g``, a file each.
 
-Such a file has ``add(commands)``, which adds the command and its arguments to the parser, and ``run(args)``, which does
+Such a file has ``DESCRIPTION`` and ``EXAMPLES`` for its help, ``add_arguments(parser)``, and ``run(args)``, which does
 the work and returns the exit code. It may have ``INTERRUPTED``: what to do after Ctrl-C, in words. A new command is one
 file here and one line below. Files are imported when their command is used, so that `l2g --help` takes no PyTorch.
 """
@@ -20,7 +20,6 @@ COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "bench": "what an exact meta-step costs",
     "reproduce": "the paper's tables and figures, ours beside theirs",
     "doctor": "what is installed here, and whether it works",
-    "completion": "a script that completes l2g's flags in your shell",
 }
 
 

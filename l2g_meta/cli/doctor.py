@@ -9,46 +9,41 @@ import platform
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata, util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2g_meta.cli.output import add_output, bold, complain, emit, red
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.errors import INSTALL_LEARN2LEARN
+
+if TYPE_CHECKING:
+    from l2g_meta import L2GWrapper, Task
 
 EXAMPLES = """\
 l2g doctor
 l2g doctor --json                                    # for a bug report or a script
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
-REQUIRED = ("l2g-meta", "torch", "torchvision", "numpy", "Pillow", "matplotlib", "safetensors", "tqdm", "filelock",
-            "pooch", "Jinja2")  # fmt: skip
-MODULES = {
-    "l2g-meta": "l2g_meta",
-    "Pillow": "PIL.Image",
-    "Jinja2": "jinja2",
-    "safetensors": "safetensors.torch",
-    "scikit-learn": "sklearn",
+REQUIRED = {  # packages by the module that is imported
+    "l2g-meta": "l2g_meta", "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "Pillow": "PIL.Image",
+    "matplotlib": "matplotlib", "safetensors": "safetensors.torch", "tqdm": "tqdm", "filelock": "filelock",
+    "pooch": "pooch", "Jinja2": "jinja2",
+}  # fmt: skip
+OPTIONAL = {  # module, what it is for, and the extra that brings it or the command that adds it
+    "learn2learn": ("learn2learn", "its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
+    "scikit-learn": ("sklearn", "FewShotClassifier, l2g predict, l2g export, t-SNE", "classify"),
+    **{name: (name, "l2g export", "export") for name in ("onnx", "onnxruntime", "onnxscript")},
+    "timm": ("timm", "encoders by --backbone timm:NAME", "timm"),
+    "tensorboard": ("tensorboard", "l2g train --tensorboard", "tensorboard"),
+    **{name: (name, "l2g bench", "bench") for name in ("higher", "torchopt")},
 }
-OPTIONAL = {  # what it is for, and the extra that brings it or the command that adds it
-    "learn2learn": ("its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
-    "scikit-learn": ("FewShotClassifier, l2g predict, l2g export, t-SNE", "classify"),
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("l2g export", "export")),
-    "timm": ("encoders by --backbone timm:NAME", "timm"),
-    "tensorboard": ("l2g train --tensorboard", "tensorboard"),
-    **dict.fromkeys(("higher", "torchopt"), ("l2g bench", "bench")),
-    "shtab": ("l2g completion", "completion"),
-}
+DESCRIPTION = (
+    "Prints versions, devices and which optional parts are there, with the command that adds each missing one, and "
+    "checks a meta-gradient. The exit code is 1 if a required part does not work."
+)
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    doctor = new_command(
-        commands, "doctor",
-        "Prints versions, devices and which optional parts are there, with the command that adds each missing one, and "
-        "checks a meta-gradient. The exit code is 1 if a required part does not work.",
-        EXAMPLES,
-    )  # fmt: skip
-    add_output(doctor, json="all of it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add_output(parser, json="all of it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,12 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """All that `l2g doctor` says, as a dictionary that ``json`` takes; whatever is broken is told, not raised."""
-    required = {name: look(name, f"pip install --force-reinstall {name}", "it is not installed") for name in REQUIRED}
+    required = {name: look(name, module, f"pip install --force-reinstall {name}") for name, module in REQUIRED.items()}
+    for part in required.values():
+        part["error"] = part["error"] or (None if part["version"] else "it is not installed")
     works = not any(part["error"] for part in required.values())
-    optional = {}
-    for name, (use, how) in OPTIONAL.items():
-        remedy = how if " " in how else f'pip install "l2g-meta[{how}]"'
-        optional[name] = {"use": use, **look(name, remedy)}
+    optional = {
+        name: {"use": use, **look(name, module, how if " " in how else f'pip install "l2g-meta[{how}]"')}
+        for name, (module, use, how) in OPTIONAL.items()
+    }
     machine = {"Python": platform.python_version(), "system": platform.platform()} | (devices() if works else {})
     checks = self_test() if works else {}
     return {
@@ -87,15 +84,15 @@ def examine() -> dict[str, Any]:
     }
 
 
-def look(name: str, remedy: str, missing: str | None = None) -> dict[str, Any]:
+def look(name: str, module: str, remedy: str) -> dict[str, Any]:
     """A package's ``version``, ``None`` where it is missing, and the ``error`` that importing it ends in, if any."""
-    module, version, error = MODULES.get(name, name), None, missing
+    version = error = None
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some packages announce their successors there
             if util.find_spec(module.partition(".")[0]) is not None:
                 imported = importlib.import_module(module)
-                version, error = getattr(imported, "__version__", None) or metadata.version(name), None
+                version = getattr(imported, "__version__", None) or metadata.version(name)
     except (Exception, SystemExit) as problem:  # whatever a broken package raises
         error = _line(problem)
     return {"version": version, "error": error, "remedy": remedy}
@@ -109,39 +106,12 @@ def devices() -> dict[str, str]:
     found["MPS"] = "yes" if torch.backends.mps.is_available() else "no"
     if not torch.cuda.is_available():
         return {**found, "CUDA": "no device or driver" if torch.version.cuda else "this PyTorch lacks it"}
-    for k in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(k)
-        recent = ", bf16 and TF32" if gpu.major >= 8 else ""  # from Ampere on
-        found[f"cuda:{k}"] = f"{gpu.name}, {gpu.total_memory / 1e9:.1f} GB{recent}"
-    return found
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return found | {f"cuda:{k}": f"{gpu.name}, {gpu.total_memory / 1e9:.1f} GB" for k, gpu in enumerate(gpus)}
 
 
 def self_test() -> dict[str, dict[str, Any]]:
     """A tiny network's meta-gradient in float64: against finite differences, and against PyTorch's own operators."""
-    import torch
-
-    from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
-    from l2g_meta.models.blocks import ConvBlock
-
-    def differences() -> None:
-        fast, tasks = tiny(fused=True)
-        names, values = zip(*fast.named_parameters(), strict=True)
-        call = lambda *p: torch.func.functional_call(fast, dict(zip(names, p, strict=True)), tasks)  # noqa: E731
-        torch.autograd.gradcheck(call, values, fast_mode=True)
-
-    def operators() -> None:
-        both = [tiny(fused=True), tiny(fused=False)]
-        gradients = [torch.autograd.grad(wrapper(*tasks), list(wrapper.parameters())) for wrapper, tasks in both]
-        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-
-    def tiny(fused: bool) -> tuple[L2GWrapper, tuple[Task, ...]]:
-        with torch.random.fork_rng(devices=[]):  # the same each time, and PyTorch's generator is left as it was
-            torch.default_generator.manual_seed(0)
-            encoder = torch.nn.Sequential(*(ConvBlock(n, 4, pool=True, fused=fused) for n in (1, 4)))
-            labels, images = torch.arange(4) % 2, torch.randn(4, 4, 1, 8, 8).double()
-            wrapper = L2GWrapper(MetricModel(encoder, PrototypicalHead()).double(), inner_lr=0.05)
-        return wrapper, tuple(Task(images[k], labels, images[k + 1], labels, 2) for k in (0, 2))
-
     found: dict[str, dict[str, Any]] = {}
     for check in (differences, operators):
         try:
@@ -150,6 +120,40 @@ def self_test() -> dict[str, dict[str, Any]]:
         except Exception as problem:  # whatever a broken installation raises
             found[check.__name__] = {"version": None, "error": _line(problem)}
     return found
+
+
+def differences() -> None:
+    """Compares the meta-gradient with finite differences."""
+    import torch
+
+    wrapper, tasks = _tiny(fused=True)
+    names, values = zip(*wrapper.named_parameters(), strict=True)
+    call = lambda *p: torch.func.functional_call(wrapper, dict(zip(names, p, strict=True)), tasks)  # noqa: E731
+    torch.autograd.gradcheck(call, values, fast_mode=True)
+
+
+def operators() -> None:
+    """Compares the meta-gradient by the fast operators with that by PyTorch's own."""
+    import torch
+
+    both = [_tiny(fused=True), _tiny(fused=False)]
+    gradients = [torch.autograd.grad(wrapper(*tasks), list(wrapper.parameters())) for wrapper, tasks in both]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def _tiny(fused: bool) -> tuple[L2GWrapper, tuple[Task, ...]]:
+    """A network and a pair of tasks, the same each time; PyTorch's generator is left as it was."""
+    import torch
+
+    from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
+    from l2g_meta.models.blocks import ConvBlock
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        encoder = torch.nn.Sequential(*(ConvBlock(n, 4, pool=True, fused=fused) for n in (1, 4)))
+        labels, images = torch.arange(4) % 2, torch.randn(4, 4, 1, 8, 8).double()
+        wrapper = L2GWrapper(MetricModel(encoder, PrototypicalHead()).double(), inner_lr=0.05)
+    return wrapper, tuple(Task(images[k], labels, images[k + 1], labels, 2) for k in (0, 2))
 
 
 def _line(problem: BaseException) -> str:

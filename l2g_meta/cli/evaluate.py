@@ -8,10 +8,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2g_meta.cli.flags import positive
 from l2g_meta.cli.output import add_output, bold, emit
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.runs import add_episodes, add_run, describe
-from l2g_meta.cli.types import positive
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World, join
 from l2g_meta.files.tensors import read_info, refuse_given
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from l2g_meta.evaluation.episodes import Evaluation
 
 INTERRUPTED = "nothing was written; the same command gives the same numbers"
+DESCRIPTION = "Evaluates one trained run, or several as trained seeds: only then an interval over runs is given."
 EXAMPLES = """\
 l2g evaluate runs/a                                  # 600 episodes of the test split, as trained
 l2g evaluate runs/a --ways 5 --shots 5 --runs 5 --json a.json
@@ -29,22 +29,16 @@ l2g evaluate runs/seed0 runs/seed1 runs/seed2        # trained seeds: an interva
 l2g evaluate runs/l2g --against runs/episodic        # the paired difference"""
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    evaluate = new_command(
-        commands,
-        "evaluate",
-        "Evaluates one trained run, or several as trained seeds: only then an interval over runs is given.",
-        EXAMPLES,
-    )
-    evaluate.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
-    evaluate.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
-    episodes = evaluate.add_argument_group("episodes")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run directory; several are seeds")
+    parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="also print the paired difference")
+    episodes = parser.add_argument_group("episodes")
     add_episodes(episodes, "per stream")
     episodes.add_argument("--runs", type=positive, metavar="N", default=1, help="streams of episodes for each model "
                           "(default: 1)")  # fmt: skip
-    add_run(evaluate.add_argument_group("model"))
-    add_output(evaluate, json="the result, in per cent,")
+    add_run(parser.add_argument_group("model"))
+    add_output(parser, json="the result, in per cent,")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,34 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from l2g_meta.cli.flags import positive
 from l2g_meta.cli.output import add_output, emit
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.runs import add_run
-from l2g_meta.cli.types import positive
 
 INTERRUPTED = "nothing was written; run it again"
+DESCRIPTION = (
+    "Writes a run's weights, how images are prepared, temperatures fitted on the validation split, a model card with "
+    "results on the test split, and the encoder for torch.export and ONNX."
+)
 EXAMPLES = """\
 l2g export runs/a model
 l2g export runs/a model --no-onnx --root DIR         # the data has moved since training
 l2g predict --model model --support known --query photos"""
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    export = new_command(
-        commands,
-        "export",
-        "Writes a run's weights, how images are prepared, temperatures fitted on the validation split, a model card "
-        "with results on the test split, and the encoder for torch.export and ONNX.",
-        EXAMPLES,
-    )
-    export.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    export.add_argument("--no-onnx", action="store_true", help="leave ONNX out, which takes l2g-meta[export]")
-    export.add_argument("--episodes", type=positive, metavar="N", default=600, help="for each number of shots "
-                        "(default: 600)")  # fmt: skip
-    add_run(export)
-    add_output(export, json="what the folder's model.json holds")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory")
+    add("out", type=Path, metavar="OUT", help="folder to make")
+    add("--no-onnx", action="store_true", help="leave ONNX out, which takes l2g-meta[export]")
+    add("--episodes", type=positive, metavar="N", default=600, help="for each number of shots (default: 600)")
+    add_run(parser)
+    add_output(parser, json="what the folder's model.json holds")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import math
 import os
@@ -20,19 +19,14 @@ from l2g_meta.files.writing import check_writable, write_text
 
 LONGEST = 2000  # characters of an error
 STDOUT = Path("-")
-PLAIN = {"±": "+-", "×": "x", "α": "alpha", "θ": "theta", "…": "...", "—": "-", "–": "-", "’": "'", "“": '"', "”": '"'}
 
 
-def add_output(parser: argparse.ArgumentParser, *, quiet: bool = True, json: str | None = None) -> None:
+def add_output(parser: argparse.ArgumentParser, *, json: str) -> None:
     """``--quiet``, and ``--json [FILE]`` with what it writes."""
-    group = parser.add_argument_group("output")
-    if quiet:
-        group.add_argument(
-            "--quiet", action="store_true", help="no progress bar and no lines: errors and warnings only"
-        )
-    if json is not None:
-        group.add_argument("--json", nargs="?", const=STDOUT, type=Path, metavar="FILE", help=f"write {json} as JSON; "
-                           "without a FILE, or for -, to stdout, which then holds nothing else")  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add("--quiet", action="store_true", help="no progress bar and no lines: errors and warnings only")
+    add("--json", nargs="?", const=STDOUT, type=Path, metavar="FILE", help=f"write {json} as JSON; without a FILE, or "
+        "for -, to stdout, which then holds nothing else")  # fmt: skip
 
 
 @contextmanager
@@ -67,17 +61,6 @@ def emit(args: argparse.Namespace, values: Any) -> None:
         print(text, file=args.stdout, flush=True)
     else:
         write_text(args.json, text + "\n")
-
-
-def to_stderr(line: str) -> None:
-    """Prints a line to stderr; for processes beside the command's own, whose stdout is not redirected."""
-    print(line, file=sys.stderr)
-
-
-def errors_only(line: str) -> None:
-    """Prints a line to stderr if it is an error."""
-    if line.startswith("l2g: "):
-        to_stderr(line)
 
 
 def known(value: Any) -> Any:
@@ -130,18 +113,10 @@ def plain_warnings() -> None:
 
 
 def print_anything() -> None:
-    """Lets stdout and stderr take any text: what their encoding lacks is written otherwise, instead of failing."""
-    codecs.register_error("l2g-plain", _plain)
+    """Lets stdout and stderr take any text: what their encoding lacks is written as an escape, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="l2g-plain")
-
-
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    text = error.object[error.start : error.end]
-    return "".join(PLAIN.get(c) or c.encode("unicode_escape").decode() for c in text), error.end
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _check_writable(path: Path) -> None:

@@ -39,7 +39,9 @@ def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
     for name, line in COMMANDS.items():
         if name in names:
-            command(name).add(commands)
+            module = command(name)
+            text = {"description": module.DESCRIPTION, "epilog": examples(module.EXAMPLES)}
+            module.add_arguments(commands.add_parser(name, help=line, **text))
         else:
             commands.add_parser(name, help=line)
     return parser
@@ -54,23 +56,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     named = next((word for word in words if not word.startswith("-")), None)
     return build_parser(() if named is None else (named,)).parse_args(words)
-
-
-def new_command(
-    commands: Commands, name: str, description: str, examples_: str, *, usage: str | None = None
-) -> argparse.ArgumentParser:
-    """Adds a command; its line in `l2g --help` is that of ``COMMANDS``.
-
-    Args:
-        commands: what ``add`` is given.
-        name: of the command.
-        description: what it does, in a few sentences.
-        examples_: two to four lines `l2g NAME ...  # what this does`.
-        usage: instead of a list of all flags, where there are many.
-    """
-    return commands.add_parser(
-        name, help=COMMANDS[name], description=description, epilog=examples(examples_), usage=usage
-    )
 
 
 def examples(lines: str) -> str:

@@ -6,38 +6,35 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from l2g_meta.cli.flags import number, positive
 from l2g_meta.cli.output import STDOUT, add_output, emit
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.runs import add_trust
-from l2g_meta.cli.types import number, positive
 
 INTERRUPTED = "the rows so far are printed, a file of --csv is as it was; run it again for all"
+DESCRIPTION = (
+    "Classifies images from a few examples of each class, DIR/<class>/*.{jpg,jpeg,png}. Prints a row per image, or "
+    "writes them. Images that cannot be read are listed and skipped; then the exit code is 1."
+)
 EXAMPLES = """\
 l2g predict --model model --support known --query photos    # known/<class>/*.jpg
 l2g predict --model runs/a --support known --query a.jpg b.jpg --unknown 0.1
 l2g predict --model model --support known --query photos --csv out.csv"""
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    predict = new_command(
-        commands,
-        "predict",
-        "Classifies images from a few examples of each class, DIR/<class>/*.{jpg,jpeg,png}. Prints a row per image, or "
-        "writes them. Images that cannot be read are listed and skipped; then the exit code is 1.",
-        EXAMPLES,
-    )
-    predict.add_argument("--model", type=Path, required=True, metavar="RUN", help="run directory or exported folder")
-    predict.add_argument("--support", type=Path, required=True, metavar="DIR", help="a folder of one folder per class")
-    predict.add_argument("--query", type=Path, required=True, nargs="+", metavar="DIR|FILE", help="what to classify: "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="RUN", help="run directory or exported folder")
+    add("--support", type=Path, required=True, metavar="DIR", help="a folder of one folder per class")
+    add("--query", type=Path, required=True, nargs="+", metavar="DIR|FILE", help="what to classify: "
                          "images, and folders of them at any depth")  # fmt: skip
-    predict.add_argument("--unknown", type=number, metavar="RATE", help="call images unknown that are like no class, "
+    add("--unknown", type=number, metavar="RATE", help="call images unknown that are like no class, "
                          "at the price of this share of known ones, for example 0.1")  # fmt: skip
-    predict.add_argument("--batch-size", type=positive, metavar="N", default=64, help="images at a time (default: 64)")
-    predict.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
-    predict.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
-    add_trust(predict)
-    add_output(predict, json="all rows and a summary")
+    add("--batch-size", type=positive, metavar="N", default=64, help="images at a time (default: 64)")
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    add("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
+    add_trust(parser)
+    add_output(parser, json="all rows and a summary")
 
 
 def run(args: argparse.Namespace) -> int:

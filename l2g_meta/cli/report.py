@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
+from l2g_meta.cli.flags import given, positive
 from l2g_meta.cli.output import add_output, complain, emit
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.runs import add_episodes, add_trust
-from l2g_meta.cli.types import positive
 from l2g_meta.errors import L2GError
 from l2g_meta.files.tensors import make_folder
 
 INTERRUPTED = "no page was written; run it again"
+DESCRIPTION = (
+    "Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning curves, confusions, "
+    "t-SNE, reliability, and episodes as pictures. It needs no network."
+)
 EXAMPLES = """\
 l2g report runs/a                                    # report.html: open it in a browser
 l2g report runs/l2g-* runs/episodic-* -o both.html   # seeds of one experiment are taken together
 l2g report runs/a --episodes 100 --classes 5 --root DIR"""
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    report = new_command(
-        commands,
-        "report",
-        "Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning curves, "
-        "confusions, t-SNE, reliability, and episodes as pictures. It needs no network.",
-        EXAMPLES,
-    )
-    flag = report.add_argument
-    flag("run", nargs="+", type=Path, metavar="RUN", help="run directory; those that differ in their seed alone are "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add = parser.add_argument
+    add("run", nargs="+", type=Path, metavar="RUN", help="run directory; those that differ in their seed alone are "
          "shown as one experiment")  # fmt: skip
-    flag("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    add_episodes(report, "of each run")
-    flag("--classes", type=positive, metavar="N", default=10, help="hard classes shown (default: 10)")
-    flag("--root", metavar="DIR", help="folder of the data, if it has moved since training")
-    flag("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
-    add_trust(report)
-    add_output(report, json="where the page is and what could not be read or tested")
+    add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    add_episodes(parser, "of each run")
+    add("--classes", type=positive, metavar="N", default=10, help="hard classes shown (default: 10)")
+    add("--root", metavar="DIR", help="folder of the data, if it has moved since training")
+    add("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
+    add_trust(parser)
+    add_output(parser, json="where the page is and what could not be read or tested")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from l2g_meta.report.page import write_report
 
     _check_place(args.out)
-    report = evaluate_runs(args.run, ReportOptions(**{f.name: getattr(args, f.name) for f in fields(ReportOptions)}))
+    report = evaluate_runs(args.run, ReportOptions(**given(args, ReportOptions)))
     size = write_report(report, args.out)
     problems = [f"{r.path}: {problem}" for r in report.runs for problem in r.problems]
     for problem in problems:

@@ -5,46 +5,43 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from l2g_meta.cli.output import STDOUT, add_output, complain, emit, errors_only, to_stderr
-from l2g_meta.cli.parser import Commands, new_command
-from l2g_meta.cli.types import positive
+from l2g_meta.cli.flags import positive
+from l2g_meta.cli.output import add_output, emit
 from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.plan import SCALES
 from l2g_meta.paper.published import EXPERIMENTS as PAPER
 from l2g_meta.paper.study import STUDIES
 
 INTERRUPTED = "the same command continues to the same bits"
+DESCRIPTION = (
+    "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; several "
+    "machines may share one --out."
+)
 EXAMPLES = """\
 l2g reproduce table1 --data-root DIR --parallel 2
 l2g reproduce table1 --data-root DIR --rows proto-tasks l2g-proto --columns 5w1s
 l2g reproduce figure2 --scale smoke                  # that everything runs; its numbers mean nothing"""
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    reproduce = new_command(
-        commands,
-        "reproduce",
-        "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; "
-        "several machines may share one --out.",
-        EXAMPLES,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
     scales = "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items())
-    reproduce.epilog = f"scales: {scales}\n\n{reproduce.epilog}"
-    reproduce.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
+    parser.epilog = f"scales: {scales}\n\n{parser.epilog}"
+    add = parser.add_argument
+    add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
                            f"or figure of the paper: {', '.join(PAPER)}; or a study of ours: "
                            f"{', '.join(STUDIES)}")  # fmt: skip
-    reproduce.add_argument("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
+    add("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
                            "(default: small)")  # fmt: skip
-    reproduce.add_argument("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
-    reproduce.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help="folder of the runs "
+    add("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/reproduce"), help="folder of the runs "
                            "and results (default: runs/reproduce)")  # fmt: skip
-    reproduce.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
-    reproduce.add_argument("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
-    reproduce.add_argument("--runs", type=positive, metavar="N", help="trained seeds of each cell")
-    reproduce.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
-    reproduce.add_argument("--parallel", type=positive, metavar="N", default=1, help="cells side by side (default: 1)")
-    add_output(reproduce, json="the files of the results, and which cells are done")
+    add("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
+    add("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    add("--runs", type=positive, metavar="N", help="trained seeds of each cell")
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    add("--parallel", type=positive, metavar="N", default=1, help="cells side by side (default: 1)")
+    add_output(parser, json="the files of the results, and which cells are done")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from l2g_meta.paper.plan import plan
     from l2g_meta.paper.tables import write_tables
 
-    say = errors_only if args.quiet else to_stderr if args.json == STDOUT else print
     what = plan(
         args.experiment, args.scale, args.out, root=args.data_root, columns=args.columns, rows=args.rows,
         seeds=args.runs, device=args.device,
@@ -62,16 +58,13 @@ def run(args: argparse.Namespace) -> int:
     failed: list[str] = []
     tables = picture = None
     try:
-        failed = run_cells(what, parallel=args.parallel, progress=not args.quiet, say=say)
+        failed = run_cells(what, parallel=args.parallel, quiet=args.quiet)
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
-    if not args.experiment.startswith("table") and all(cell.done for cell in what.cells):
-        picture = draw(what)
+    if all(cell.done for cell in what.cells) and (picture := draw(what)) is not None:
         print(f"picture: {picture}")
-    for message in failed:
-        complain(message)
     cells = [{"name": cell.name, "folder": cell.folder, "done": cell.done} for cell in what.cells]
     emit(args, {"tables": tables, "picture": picture, "cells": cells, "failed": failed})
     return 1 if failed else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from l2g_meta.cli.types import Arguments, natural, positive
+from l2g_meta.cli.flags import Arguments, natural, positive
 from l2g_meta.data.images import SPLITS
 from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.training.config import Config

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from l2g_meta.cli.flags import add_fields, given
 from l2g_meta.cli.output import add_output, bold, complain, emit
-from l2g_meta.cli.parser import Commands, new_command
 from l2g_meta.cli.runs import add_trust, describe
-from l2g_meta.cli.types import METAVARS, TYPES
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.tensors import read_info
-from l2g_meta.training.checks import SUPERVISED, flag, kinds
+from l2g_meta.training.checks import SUPERVISED
 from l2g_meta.training.config import Config
 from l2g_meta.training.presets import PRESETS, preset
 
@@ -25,68 +24,36 @@ if TYPE_CHECKING:
     from l2g_meta.evaluation.episodes import Evaluation
 
 INTERRUPTED = "l2g train --resume RUN continues a run to the same bits"
+DESCRIPTION = "Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
 EXAMPLES = """\
 l2g train                                            # L2G on glyphs, in minutes on a CPU
 l2g train --data mini-imagenet --root DIR --ways 5 --shots 1 --out runs/a
 l2g train --data folder --root photos --method episodic --head relation
 l2g train --resume runs/a                            # go on where it stopped"""
 
-# A field that is in none of these is listed under "other".
-GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "root", "image_size", "download", "split_seed", "train_classes", "augment", "resized_crop"),
-    "model": (
-        "backbone", "backbone_options", "weights", "head", "distance", "dims", "temperature", "learn_temperature",
-        "reduction",
-    ),
-    "tasks: T_i takes the inner step, T_j is what it is judged by": (
-        "ways", "shots", "queries", "outer_ways", "outer_shots", "outer_queries", "pairs", "tasks_per_update",
-        "far_pairs",
-    ),
-    "objective": (
-        "method", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "mix",
-        "adapt",
-    ),
-    "optimisation": (
-        "batch", "optimizer", "weight_decay", "lr", "schedule", "lr_halve_every", "clip_norm", "iterations", "seed",
-    ),
-    "validation": ("eval_every", "eval_episodes", "bn"),
-    "numerics": ("precision", "deterministic", "skip_nonfinite", "device"),
-    "run": ("save_every", "keep", "average", "keep_weights", "rank_timeout", "tensorboard"),
-}  # fmt: skip
+GROUPS = {  # by the field of ``Config`` that each begins with
+    "data": "data",
+    "backbone": "model",
+    "ways": "tasks: T_i takes the inner step, T_j is what it is judged by",
+    "method": "objective",
+    "batch": "optimisation",
+    "eval_every": "validation",
+    "precision": "numerics",
+    "save_every": "run",
+}
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
-    train = new_command(
-        commands, "train", "Trains a model. Without flags: L2G on glyphs, in minutes on a CPU.", EXAMPLES,
-        usage="%(prog)s [FLAGS]",
-    )  # fmt: skip
-    add_config(train)
-    train.add_argument("--preset", metavar="NAME", help=f"settings by name, which flags change: {', '.join(PRESETS)}")
-    add_output(train, json="the run's folder, its best validation accuracy and at which update")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add_config(parser)
+    parser.add_argument("--preset", metavar="NAME", help=f"settings by name, which flags change: {', '.join(PRESETS)}")
+    add_output(parser, json="the run's folder, its best validation accuracy and at which update")
 
 
 def add_config(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
     """A flag per field of ``Config``, in groups, and those about a run's folder."""
-    group_of = {name: title for title, names in GROUPS.items() for name in names}
-    titles = [*GROUPS, *(["other"] if any(f.name not in group_of for f in fields(Config)) else [])]
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    kind_of = kinds(Config)
-    for f in fields(Config):
-        if f.name in leave_out:
-            continue
-        options = {name: rule for name, rule in f.metadata.items() if name not in ("least", "most", "above", "below")}
-        options["default"] = argparse.SUPPRESS
-        if f.default is not None and f.default is not False:
-            options["help"] += f" (default: {f.default})"
-        if kind_of[f.name] is bool:
-            options["action"] = "store_true"
-        else:
-            options["type"] = TYPES[kind_of[f.name]]
-            if "choices" not in options:
-                options.setdefault("metavar", METAVARS[kind_of[f.name]])
-        groups[group_of.get(f.name, "other")].add_argument(flag(f.name), **options)
-    run = groups["run"]
+    parser.usage = "%(prog)s [FLAGS]"  # instead of a list of all
+    run = add_fields(parser, Config, GROUPS, leave_out)["run"]
     run.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/DATA-METHOD-HEAD-seedSEED)")
     run.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue the run in this folder; without "
                      "one: that in --out if there is one, else begin it")  # fmt: skip
@@ -99,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from l2g_meta.data.pairs import listed
     from l2g_meta.training.loop import train
 
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    config, out, resume = _what_to_train(args, given)
+    config, out, resume = _what_to_train(args)
     train(config, out, resume=resume, force=args.force, progress=not args.quiet)
     if not World.here().main:
         return 0
@@ -116,7 +82,16 @@ def run(args: argparse.Namespace) -> int:
     if config.method == SUPERVISED:
         for distance, result in _by_distance(out, config).items():
             print(f"{out}: {distance} to prototypes: {result}")
-    emit(args, _result(out, config, best, skipped))
+    emit(args, {
+        "run": str(out),
+        "best_val_accuracy": best["val_accuracy"],
+        "best_iteration": best["iteration"],
+        "iterations": config.iterations,
+        "val_ways": best["val_ways"],
+        "val_shots": config.outer_shots,
+        "bn": config.bn,
+        "skipped": skipped or 0,
+    })  # fmt: skip
     return 0
 
 
@@ -131,20 +106,7 @@ def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
     return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
 
-def _result(out: Path, config: Config, best: dict[str, Any], skipped: int | None) -> dict[str, Any]:
-    return {
-        "run": str(out),
-        "best_val_accuracy": best["val_accuracy"],
-        "best_iteration": best["iteration"],
-        "iterations": config.iterations,
-        "val_ways": best["val_ways"],
-        "val_shots": config.outer_shots,
-        "bn": config.bn,
-        "skipped": skipped or 0,
-    }
-
-
-def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Config, Path, bool]:
+def _what_to_train(args: argparse.Namespace) -> tuple[Config, Path, bool]:
     """Config, folder, and whether a run is there to go on with."""
     from l2g_meta.training.build import refuse_modules
     from l2g_meta.training.checkpoints import newest, numbers
@@ -172,14 +134,13 @@ def _what_to_train(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Con
         complain(f"{error}; its states have the config, too")
     config = stored or Config.of(newest(out)[2]["config"])
     if not args.trust:
-        refuse_modules(config, out, named=given)
-    return replace(config, **given).resolved(), out, True
+        refuse_modules(config, out, named=given(args, Config))
+    return replace(config, **given(args, Config)).resolved(), out, True
 
 
 def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
     """Config and folder of the new run that the arguments describe."""
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    config = Config(**preset(args.preset) | given).resolved()
+    config = Config(**preset(args.preset) | given(args, Config)).resolved()
     head = config.head.rpartition(":")[2]
     return config, args.out or Path("runs") / f"{config.data}-{config.method}-{head}-seed{config.seed}"
 

@@ -75,7 +75,7 @@ class Far:
                 return [rng.choice(side, n, replace=False) for side, n in zip(sides, ways, strict=True)]
         raise DataError(
             f"need super-categories for tasks of {' and '.join(map(str, ways))} ways without a common one, got "
-            f"{len(names)} with {n_classes} classes; lower --ways, or leave --far-pairs out"
+            f"{len(names)} with {n_classes} classes; lower --ways, or draw other pairs"
         )
 
     def needed(self, ways: Sequence[int]) -> int:

@@ -93,20 +93,6 @@ class ClassDataset:
         images: Tensor = self.images  # type: ignore[assignment]
         return prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, vary)
 
-    def some(self, n: int, *, seed: int = 0) -> ClassDataset:
-        """The data of n of the classes, drawn by a seed; those of fewer classes are among those of more.
-
-        Raises:
-            DataError: if there are fewer.
-
-        Example:
-            >>> ClassDataset(torch.randn(6, 1), [0, 0, 1, 1, 2, 2]).some(2).labels.tolist()
-            [0, 0, 1, 1]
-        """
-        if not 1 <= n <= self.n_classes:
-            raise DataError(f"need 1 … {self.n_classes} classes, as many as there are, got {n}")
-        return self.of_classes(np.sort(np.random.default_rng(seed).permutation(self.n_classes)[:n]).tolist())
-
     def of_classes(self, classes: Sequence[int]) -> ClassDataset:
         """A copy of the data of these classes, which become classes 0, 1, … in this order."""
         rows = np.concatenate([self.index[c] for c in classes])

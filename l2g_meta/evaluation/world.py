@@ -110,16 +110,27 @@ class World:
         except RuntimeError as error:  # of gloo, nccl and PyTorch's store
             raise L2GError(
                 f"rank {self.rank} has lost another of {self.size} processes, which died or said nothing for "
-                "--rank-timeout seconds; the run goes on from its last state with --resume"
+                f"{_timeout():g} seconds (L2G_RANK_TIMEOUT); the run goes on from its last state with --resume"
             ) from error
 
 
-def join(device: torch.device, *, timeout: float = 600.0) -> tuple[World, torch.device]:
+def _timeout() -> float:
+    """Seconds after which a rank that waits for a dead one gives up."""
+    text = os.environ.get("L2G_RANK_TIMEOUT", "600")
+    try:
+        seconds = timedelta(seconds=float(text)).total_seconds()
+    except (ValueError, OverflowError):
+        seconds = 0.0
+    if seconds <= 0:
+        raise L2GError(f"need L2G_RANK_TIMEOUT to be seconds above 0, got {text!r}; leave it out for 600")
+    return seconds
+
+
+def join(device: torch.device) -> tuple[World, torch.device]:
     """The processes that torchrun started, and this one's device; alone without it.
 
     Args:
         device: as of one process; ``cuda`` becomes the GPU of this rank.
-        timeout: seconds after which a rank that waits for a dead one gives up.
 
     Raises:
         L2GError: if there are fewer GPUs here than ranks.
@@ -138,12 +149,12 @@ def join(device: torch.device, *, timeout: float = 600.0) -> tuple[World, torch.
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(backend, timeout=timedelta(seconds=_timeout()))
         except RuntimeError as error:
             here = World.here()
             raise L2GError(
                 f"rank {here.rank} waited for the other of {here.size} processes, which did not come within "
-                f"--rank-timeout {timeout:g} seconds ({str(error).splitlines()[0]}); start them all, with one address "
+                f"{_timeout():g} seconds (L2G_RANK_TIMEOUT; {str(error).splitlines()[0]}); start them all, with one "
                 "and port"
             ) from error
     return World(dist.get_rank(), dist.get_world_size()), device

@@ -10,8 +10,9 @@ import platform
 import re
 import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -50,16 +51,14 @@ def run_cells(
     plan: Plan,
     *,
     parallel: int = 1,
-    progress: bool = True,
-    say: Callable[[str], None] = print,
+    quiet: bool = False,
 ) -> list[str]:
-    """Brings every cell to its result; returns what failed.
+    """Brings every cell to its result; returns what failed. Lines go to the error output.
 
     Args:
         plan: the experiment.
         parallel: processes, each with its share of the cores.
-        progress: show each run's progress bar, if there is one process.
-        say: is told each cell's accuracy; a function that can be pickled.
+        quiet: neither progress bars nor a line for each cell.
 
     Raises:
         L2GError: if the plan's folder cannot be written.
@@ -67,17 +66,20 @@ def run_cells(
     check(plan)
     cells = plan.cells
     if parallel == 1:
-        failed = work(cells, progress=progress, say=say)
+        failed = work(cells, quiet=quiet)
     else:
         failed = []  # the workers say what
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         threads = max(1, torch.get_num_threads() // parallel)  # of the cores that this process may use
-        workers = [context.Process(target=_worker, args=(cells, threads, say), daemon=True) for _ in range(parallel)]
+        workers = [context.Process(target=_worker, args=(cells, threads, quiet), daemon=True) for _ in range(parallel)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-    return failed or [f"{cell.name}: not done; run the command again to go on" for cell in cells if not cell.done]
+    left = [f"{cell.name}: not done; run the command again to go on" for cell in cells if not cell.done and not failed]
+    for line in left:
+        _tell(f"l2g: {line}")
+    return failed or left
 
 
 def check(plan: Plan) -> None:
@@ -97,13 +99,13 @@ def check(plan: Plan) -> None:
             build_data(config, split)  # missing data is found now
 
 
-def _worker(cells: Sequence[Cell], threads: int, say: Callable[[str], None]) -> None:
+def _worker(cells: Sequence[Cell], threads: int, quiet: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
     pass_over_matplotlibrc()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    work(cells, progress=False, say=say)
+    work(cells, quiet=quiet, progress=False)
 
 
 def _end_with_parent() -> None:
@@ -114,16 +116,16 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(cells: Sequence[Cell], *, progress: bool, say: Callable[[str], None] = print) -> list[str]:
+def work(cells: Sequence[Cell], *, quiet: bool, progress: bool = True) -> list[str]:
     """Takes the first cell that nobody has until all are done; returns what failed."""
     failed: dict[Cell, str] = {}
     while left := [cell for cell in cells if not cell.done and cell not in failed]:
-        if not any(_take(cell, failed, progress, say) for cell in left):
+        if not any(_take(cell, failed, quiet, progress and not quiet) for cell in left):
             time.sleep(WAIT)  # others have them all
     return list(failed.values())
 
 
-def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[str], None]) -> bool:
+def _take(cell: Cell, failed: dict[Cell, str], quiet: bool, progress: bool) -> bool:
     """Runs a cell unless somebody else does; whether it was ours to run."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with claim(cell.folder / "lock") as ours:
@@ -132,11 +134,16 @@ def _take(cell: Cell, failed: dict[Cell, str], progress: bool, say: Callable[[st
                 began = time.perf_counter()
                 result = run_cell(cell, progress=progress)
                 accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
-                say(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
+                if not quiet:
+                    _tell(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
             except (L2GError, OSError, RuntimeError) as error:  # the disk, or the device's memory, is full: go on
                 failed[cell] = f"{cell.name}: {error}"
-                say(f"l2g: {failed[cell]}")
+                _tell(f"l2g: {failed[cell]}")
         return ours
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
@@ -148,11 +155,11 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
         check_same(cell, Config.load(cell.folder / "config.json"))
     elif ROWS[cell.row].time_of is not None:
         write_json(cell.folder / EQUAL_TIME, sealed(equal_time(cell) | {"machine": machine}))
-    config = cell.config()
-    train(config, cell.folder, resume=begun, progress=progress)
+    config, scale = cell.config(), SCALES[cell.plan.scale]
+    train(config, cell.folder, resume=begun, progress=progress, keep_weights=scale.averaged)
     wrapper, _ = load_run(cell.folder, device=config.device)
     data = {split: build_data(config, split) for split in SPLITS}
-    column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    column = COLUMNS[cell.column]
     log = read_log(cell.folder)
     inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
     result = {

@@ -16,42 +16,12 @@ from l2g_meta.training.curves import draw_scatters, save, subplots, tsne_points
 from l2g_meta.training.log import read_log
 
 
-def draw(plan: Plan) -> Path:
-    """The picture of a figure's or study's plan, ``<experiment>-<scale>.png``."""
-    path = plan.out / f"{plan.experiment}-{plan.scale}.png"
-    return {"figure2": convergence, "figure3": embeddings}.get(plan.experiment, aligned)(plan, path)
-
-
-def aligned(plan: Plan, path: Path) -> Path:
-    """A study: accuracy of each row against its alignment in training, and against that of test classes' gradients."""
-    figure, axes = subplots(len(plan.data) * len(plan.columns), 2)
-    parts = [(data, column) for data in plan.data for column in plan.columns]
-    for (left, right), (data, column) in zip(np.reshape(axes, (-1, 2)), parts, strict=True):
-        for row in plan.rows:
-            cells = [cell for cell in plan.cells if (cell.data, cell.column, cell.row) == (data, column, row)]
-            found = [cell.result for cell in cells]
-            accuracy = np.mean([result["tests"][ROWS[row].published]["accuracy_mean"] for result in found])
-            if all(result["alignment"] is not None for result in found):
-                _point(left, np.mean([result["alignment"] for result in found]), accuracy, row)
-            else:
-                left.axhline(accuracy, color="grey", linewidth=0.8)
-                left.annotate(row, (1, accuracy), xycoords=("axes fraction", "data"), ha="right", fontsize=6)
-            if all("held_out" in result for result in found):
-                _point(right, np.mean([result["held_out"]["cosine"] for result in found]), accuracy, row)
-        left.set(xlabel="alignment in training", ylabel="accuracy (%)", title=f"{data}, {COLUMNS[column].title}")
-        left.set_xscale("symlog", linthresh=0.001)
-        left.set_xticks([-0.1, -0.01, -0.001, 0, 0.001, 0.01, 0.1], minor=False)
-        for axis in (left, right):
-            axis.margins(0.18, 0.08)
-            axis.tick_params(labelsize=7)
-        right.set(xlabel="cosine of g_i and g_j, test classes", ylabel="accuracy (%)", title="on unseen classes")
-    figure.suptitle(_title(plan), fontsize=8, wrap=True)
-    return save(figure, path)
-
-
-def _point(axis: Any, x: Any, y: Any, label: str) -> None:
-    axis.plot(x, y, "o", markersize=4)
-    axis.annotate(label, (x, y), textcoords="offset points", xytext=(3, 2), fontsize=6)
+def draw(plan: Plan) -> Path | None:
+    """The picture of a figure's plan, ``<experiment>-<scale>.png``; ``None`` for tables and studies."""
+    figures = {"figure2": convergence, "figure3": embeddings}
+    if plan.experiment not in figures:
+        return None
+    return figures[plan.experiment](plan, plan.out / f"{plan.experiment}-{plan.scale}.png")
 
 
 def convergence(plan: Plan, path: Path) -> Path:

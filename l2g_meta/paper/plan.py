@@ -244,7 +244,6 @@ class Cell:
             "lr_halve_every": HALVE_EVERY[row.family],
             "bn": row.published,
             "average": scale.averaged,
-            "keep_weights": scale.averaged,
             "seed": self.seed,
             "device": self.plan.device,
         }
@@ -254,11 +253,8 @@ class Cell:
         """As many as its scale has; with another row's time those decided when it began, until then the other's."""
         row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
         if row.time_of is not None:
-            if (decided := self.decided) is not None:
-                return decided["updates"]
-            if self.begun:  # by a version that did not keep how
-                return Config.load(self.folder / "config.json").iterations
-            return replace(self, row=row.time_of)._updates()
+            decided = self.decided
+            return replace(self, row=row.time_of)._updates() if decided is None else decided["updates"]
         if scale.updates is None:
             return EPISODES[row.family] // (_tasks_per_update(row, column) or scale.pairs)
         dear = row.dear or len(column.ways) * len(column.shots) > 1

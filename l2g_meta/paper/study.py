@@ -45,17 +45,9 @@ BASES = {
     "proto-decay-1e-4": _proto("weight decay 1e-4", weight_decay=1e-4),
     "proto-decay-1e-3": _proto("weight decay 1e-3", weight_decay=1e-3),
 }
-CLASSES = {
-    "proto-16-classes": _proto("16 training classes", train_classes=16),
-    "l2g-16-classes": _l2g("16 training classes", ("proto-16-classes",), train_classes=16),
-    "l2g-mix-16-classes": _l2g("mix 0.5, 16 training classes", ("proto-16-classes",), mix=0.5, train_classes=16),
-}
-FAR = {
-    "l2g-far": _l2g("pairs of different super-categories", (*BASE, "l2g-proto"), far_pairs=True),
-}
 # As `l2g train` has it. Not one of the 40 screens: taken to three seeds at once, by its name.
 DEFAULT = {"l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003)}
-ROWS = STEPS | PARTS | BASES | CLASSES | FAR | DEFAULT
+ROWS = STEPS | PARTS | BASES | DEFAULT
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
 LONG = ("proto", *BASE, "proto-time", "l2g-proto", *DEFAULT)
 STUDIES = {
@@ -71,9 +63,7 @@ STUDIES = {
     "tasks": Experiment(
         "Shots and ways", MINI, ("5w1s", "5w5s", "10w1s"), (*BASE, "l2g-proto", "l2g-mix-0.5")
     ),
-    "few-classes": Experiment("Few training classes", MINI, PLACE, (*BASE, *CLASSES)),
     "far-classes": Experiment(
-        "Test classes far from training", ("glyphs",), PLACE,
-        (*BASE, "l2g-proto", "l2g-mix-0.5", *FAR),
+        "Test classes far from training", ("glyphs",), PLACE, (*BASE, "l2g-proto", "l2g-mix-0.5")
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 
 from l2g_meta.files.writing import write_text
 from l2g_meta.models.batchnorm_policy import POLICIES, Policy
@@ -118,7 +119,7 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
         "config": {k: v for k, v in found[0]["config"].items() if k != "seed"},
     }
     if spec.time_of is not None:
-        summary["equal_time"] = [result.get("equal_time") for result in found]  # None: found by an earlier version
+        summary["equal_time"] = [result["equal_time"] for result in found]
     for name, values in (
         ("alignment", [result.get("alignment") for result in found]),
         ("cosine", [(result.get("held_out") or {}).get("cosine") for result in found]),
@@ -170,100 +171,12 @@ def _number(value: float) -> float | None:
 
 def markdown(values: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    study = values["experiment"] in STUDIES
-    what = "the difference to the paper is that of the published kind, in bold."
-    if study:
-        what = (
-            "alignment: Σ α g_i·g_j / L(θ'; T_j) in the second half of training; cosine: of g_i and g_j of pairs of "
-            "test classes, at the end."
-        )
-    lines = [
-        f"# {values['title']}",
-        "",
-        f"{values['budget'][0].upper()}{values['budget'][1:]}. {values['test_episodes']} test episodes, the same for "
-        f"all rows, trained seeds: {values['seeds']}; accuracy in % ± 95 % over episodes (± over seeds: Student t). "
-        "BatchNorm at test: *running* statistics of training, or those of the episode's *batch*, which is "
-        f"transductive; {what}",
-        "",
-        *(f"Run on {machine}." for machine in values["machines"]),
-    ]
-    if values["missing"]:
-        lines += ["", f"Not done yet: {', '.join(values['missing'])}."]
-    for part in values["tables"]:
-        lines += ["", f"## {part['data']}, {part['title']}", ""]
-        if part["classes"]:
-            train, validation, test = part["classes"].values()
-            ways = max(COLUMNS[part["column"]].ways)
-            fewer = f", validation on {validation} ways" if validation < ways else ""
-            lines += [f"{train} classes to train, {validation} to validate, {test} to test on{fewer}.", ""]
-        lines += [
-            "| | running | batch | ± over seeds | "
-            + ("alignment | cosine" if study else "paper | ours − paper")
-            + " | updates | tasks | s / seed |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *(_line(row, study) for row in part["rows"]),
-        ]
-        timed = [line for row in part["rows"] if (line := _equal_time(row))]
-        if timed:
-            lines += [
-                "",
-                "Time as L2G: L2G's updates × what one of L2G's costs / what one of this row's costs, medians of "
-                f"updates done in turn, in one process, before a seed began: {'; '.join(timed)}.",
-            ]
-        compared = [row for row in part["rows"] if row.get("against")]
-        if compared:
-            lines += [
-                "",
-                "Differences of these trained models over the same test episodes, in points:",
-                "",
-                "| | against | running | batch |",
-                "|---|---|---|---|",
-            ]
-            lines += [
-                f"| {row['title']} | {ROWS[other].title} | {_gain(found['running'])} | {_gain(found['batch'])} |"
-                for row in compared
-                for other, found in row["against"].items()
-            ]
-            lines += [
-                "",
-                "± is 95 % over episodes, as is p, of the mean difference: what other episodes would give with these "
-                "models. In brackets ± is 95 % over seeds (Student t): what other seeds would give; in parentheses is "
-                "the difference of each seed.",
-            ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: dict[str, Any], study: bool) -> str:
-    paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
-    if not row["seeds"]:
-        return f"| {row['title']} | – | – | | {paper} | | | | |"
-    published = row[row["published_bn"]]
-    cells = {bn: f"{row[bn]['accuracy_mean']:.2f}{_interval(row[bn]['ci95_episodes'])}" for bn in POLICIES}
-    cells[row["published_bn"]] = f"**{cells[row['published_bn']]}**"
-    over_seeds = "" if published["ci95_runs"] is None else f"{published['ci95_runs']:.2f}"
-    ahead = "" if row["paper"] is None else f"{published['accuracy_mean'] - row['paper']:+.2f}"
-    if study:
-        paper, ahead = ("" if row[name] is None else f"{row[name]:.3f}" for name in ("alignment", "cosine"))
-    updates, tasks, seconds = (f"{np.mean(row[name]):,.0f}" for name in ("updates", "tasks", "seconds"))
-    return (
-        f"| {row['title']} | {cells['running']} | {cells['batch']} | {over_seeds} | {paper} | {ahead} | {updates} | "
-        f"{tasks} | {seconds} |"
+    loader = PackageLoader("l2g_meta.paper", "")
+    templates = Environment(loader=loader, keep_trailing_newline=True)  # noqa: S701  # no HTML
+    templates.filters["mean"] = lambda numbers: f"{np.mean(numbers):,.0f}"
+    return templates.get_template("tables.md").render(
+        values=values,
+        study=values["experiment"] in STUDIES,
+        columns=COLUMNS,
+        titles={name: row.title for name, row in ROWS.items()},
     )
-
-
-def _interval(half: float | None) -> str:
-    return "" if half is None else f" ± {half:.2f}"
-
-
-def _equal_time(row: dict[str, Any]) -> str:
-    """How a row's updates were found, of each seed that says so."""
-    found = [seed for seed in row.get("equal_time", ()) if seed is not None]
-    each = ", ".join(f"{s['ratio']:.2f} ({s['of_seconds']:.3g} s / {s['seconds']:.3g} s)" for s in found)
-    return f"{row['title']} × {each}" if found else ""
-
-
-def _gain(found: dict[str, Any]) -> str:
-    p = "" if found["p"] is None else ", p < 0.001" if found["p"] < 0.001 else f", p = {found['p']:.3f}"
-    each = ", ".join(f"{gain:+.2f}" for gain in found["runs"])
-    seeds = "" if found["ci95_runs"] is None else f" [± {found['ci95_runs']:.2f}]"
-    return f"{found['mean']:+.2f}{_interval(found['ci95_episodes'])}{seeds}{p} ({each})"

@@ -19,7 +19,6 @@ from l2g_meta import data
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
-from l2g_meta.data.class_splits import Disjoint, Far, Relation
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
@@ -65,27 +64,9 @@ def set_precision(precision: str) -> None:
 def build_data(config: Config, split: str) -> ClassDataset:
     """One split of the config's data set."""
     options = {"split_seed": config.split_seed} if config.data == "folder" else {}
-    dataset = data.load(
+    return data.load(
         config.data, split, root=config.root, image_size=config.image_size, download=config.download, **options
     )
-    if split == "train" and config.train_classes is not None:
-        return dataset.some(config.train_classes, seed=config.split_seed)
-    return dataset
-
-
-def build_relation(config: Config, dataset: Any) -> Relation:
-    """How the classes of T_i and T_j relate.
-
-    Raises:
-        L2GError: for tasks of different super-categories, if the data set has none.
-    """
-    if not config.far_pairs:
-        return Disjoint()
-    find = getattr(data.dataset_module(config.data), "super_categories", None)
-    if find is None:
-        raise L2GError(f"need --data glyphs or tiered-imagenet for --far-pairs, got {config.data}, without categories")
-    categories = find("train", root=config.root)
-    return Far([categories[name] for name in dataset.class_names])
 
 
 def build_model(config: Config, image_shape: tuple[int, ...], n_classes: int | None = None) -> nn.Module:
@@ -121,7 +102,6 @@ def _build_learner(config: Config, encoder: nn.Module, dim: int) -> nn.Module:
         config.ways,  # type: ignore[arg-type]
         inner_lr=config.inner_lr,
         inner_steps=config.inner_steps,
-        test_steps=config.test_steps,  # type: ignore[arg-type]
         first_order=config.first_order,
     )
 
@@ -165,8 +145,6 @@ def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs
         queries=config.queries,
         outer_ways=config.outer_ways,
         outer_shots=config.outer_shots,
-        outer_queries=config.outer_queries,
-        relation=build_relation(config, dataset),
         seed=config.seed,
         augment=augment,
         device=device,

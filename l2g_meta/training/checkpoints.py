@@ -24,6 +24,7 @@ from l2g_meta.training.log import COLUMNS
 
 PREFIX = "resume"
 AVERAGE = "average"
+KEPT = 2  # states; the older one serves if the newest is damaged
 
 
 def collect(
@@ -88,12 +89,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     info: Mapping[str, Any],
     *,
-    keep: int = 2,
     average: AveragedModel | None = None,
 ) -> None:
     """Saves the state after ``info["iteration"]`` updates; weights alone also as ``last`` and ``average.safetensors``.
 
-    The newest ``keep`` states stay; older ones go when this one is on the disk.
+    The newest ``KEPT`` states stay; older ones go when this one is on the disk.
 
     Raises:
         CheckpointError: if the disk is full or the folder cannot be written; older files are untouched.
@@ -104,7 +104,7 @@ def save(
     if average is not None:
         save_tensors(folder / f"{AVERAGE}.safetensors", average.module.state_dict(), info)
     there = numbers(folder)
-    for old in set(there) - set([k for k in there if k <= n][-keep:]):  # later ones were passed over as damaged
+    for old in set(there) - set([k for k in there if k <= n][-KEPT:]):  # later ones were passed over as damaged
         _path(folder, old).unlink(missing_ok=True)
 
 

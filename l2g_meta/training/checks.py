@@ -15,8 +15,7 @@ SUPERVISED = "supervised"  # the encoder with a linear classifier of the trainin
 METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "outer_queries", "inner_lr", "inner_steps", "test_steps", "first_order", "learn_inner_lr", "adapt",
-    "pairs", "mix", "far_pairs",
+    "inner_lr", "inner_steps", "first_order", "learn_inner_lr", "adapt", "pairs", "mix",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
@@ -126,7 +125,7 @@ def _check_supervised(config: Any) -> None:
         if config.batch is not None or config.head == "linear":
             raise L2GError(f"--batch and --head linear belong to --method supervised, got --method {config.method}")
         return
-    filled = ("method", "head", "outer_ways", "outer_shots", "outer_queries", "inner_lr", "inner_steps", "pairs")
+    filled = ("method", "head", "outer_ways", "outer_shots", "inner_lr", "inner_steps", "pairs")
     given = [name for name in NOT_SUPERVISED if name not in filled and getattr(config, name)]
     if given or config.head != "linear":
         flags = ", ".join(map(flag, given if config.head == "linear" else ["head"]))
@@ -135,17 +134,17 @@ def _check_supervised(config: Any) -> None:
 
 def _check_learner(config: Any) -> None:
     if config.method not in LEARNERS:
-        if config.head == "softmax" or config.test_steps is not None:
+        if config.head == "softmax":
             raise L2GError(
-                f"--test-steps and --head softmax belong to --method {' or '.join(LEARNERS)}, got --method "
+                f"--head softmax belongs to --method {' or '.join(LEARNERS)}, got --method "
                 f"{config.method}, which classifies unseen classes without adapting"
             )
         return
     if config.head != "softmax":
         raise L2GError(f"--method {config.method} has no metric head, got --head {config.head}; leave it out")
     given = [name for name in HEAD_FLAGS if getattr(config, name)]
-    if config.method == "meta-lstm":
-        given += [name for name in ("test_steps", "first_order") if getattr(config, name)]
+    if config.method == "meta-lstm" and config.first_order:
+        given.append("first_order")
     if given:
         flags = ", ".join(map(flag, given))
         raise L2GError(f"--method {config.method} does not take {flags}; leave them out")

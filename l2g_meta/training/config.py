@@ -20,13 +20,25 @@ from l2g_meta.training.checks import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
 
-# Fields of runs up to LAST_WITH that are no more, each with the value at which the run is what it is without them.
-REMOVED: dict[str, Any] = {
-    "inner_on": "queries", "fresh_queries": False, "shared_classes": None, "unit_step": False, "recompute": False,
-    "cuda_graph": False,
-}  # fmt: skip
+# Fields of runs up to LAST_WITH that are no more, each with the values at which the run is what it is without them;
+# where there are none, at any.
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "inner_on": ("queries",),
+    "fresh_queries": (False,),
+    "shared_classes": (None,),
+    "unit_step": (False,),
+    "recompute": (False,),
+    "cuda_graph": (False,),
+    "outer_queries": (None,),  # or as many as queries
+    "test_steps": (None, 10),
+    "far_pairs": (False,),
+    "train_classes": (None,),
+    "keep_weights": (),
+    "keep": (),
+    "rank_timeout": (),
+}
 LAST_WITH = "0.1.0"
-MACHINE = ("root", "device", "download", "tensorboard", "save_every", "keep", "rank_timeout")  # where, not what
+MACHINE = ("root", "device", "download", "tensorboard", "save_every")  # where, not what
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,11 @@ class Config:
     image_size: int = setting(None, "pixels; another size than the data set's own is another benchmark")
     download: bool = setting(False, "download missing data from where learn2learn gets it")
     split_seed: int = setting(0, "folder with one level of classes: seed of its train/validation/test split", least=0)
+    augment: bool = setting(False, "vary training images: random crop, flip and colours")
+    resized_crop: float | None = setting(None, "with --augment: crops of at least this share of an image, resized, "
+                                       "instead of crops of its own size that reach over its edge",
+                                         above=0)  # fmt: skip
 
-    method: str = setting("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
-                        "supports, at test too; supervised as `l2g pretrain`", choices=METHODS)  # fmt: skip
-    head: str = setting(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
     backbone: str = setting(
         None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class"
     )
@@ -57,6 +70,7 @@ class Config:
     weights: str | None = setting(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors "
                                 "file or one of torch.save with a state dict, or default: the pretrained ones of "
                                 "timm or torchvision", metavar="RUN|FILE|default")  # fmt: skip
+    head: str = setting(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
     distance: str | None = setting(
         None, "prototypical, and nearest prototypes of supervised: distance", choices=("euclidean", "squared", "cosine")
     )
@@ -65,27 +79,22 @@ class Config:
     learn_temperature: bool = setting(False, "prototypical, matching: train the temperature")
     reduction: str | None = setting(None, "loss: mean or sum over queries", choices=("mean", "sum"))
 
-    augment: bool = setting(False, "vary training images: random crop, flip and colours")
-    resized_crop: float | None = setting(None, "with --augment: crops of at least this share of an image, resized, "
-                                       "instead of crops of its own size that reach over its edge",
-                                         above=0)  # fmt: skip
-
     ways: Sizes = setting(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
     shots: Sizes = setting(1, "supports per class, or several: 1,5,10")
     queries: int = setting(None, "queries per class")
-    outer_ways: Sizes = setting(None, "classes of T_j, one or several; as T_i by default, and so for the next two")
+    outer_ways: Sizes = setting(None, "classes of T_j, one or several; as T_i by default, and so for the next")
     outer_shots: Sizes = setting(None, "supports per class of T_j, one or several")
-    outer_queries: int | None = setting(None, "queries per class of T_j")
+    pairs: int = setting(None, "pairs of tasks per update")
+    tasks_per_update: int | None = setting(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs; "
+                                         "supervised: batches, 1)")  # fmt: skip
 
-    far_pairs: bool = setting(False, "T_i and T_j from different super-categories (glyphs: scripts; tiered-imagenet)")
-    train_classes: int | None = setting(None, "train on that many of the classes, drawn by --split-seed (default: all)")
-
+    method: str = setting("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
+                        "supports, at test too; supervised as `l2g pretrain`", choices=METHODS)  # fmt: skip
     inner_lr: float = setting(
         None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01", least=0
     )
     inner_steps: int = setting(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
-                             "(default: 5; meta-lstm 1-shot: 12)", most=10_000)  # fmt: skip
-    test_steps: int | None = setting(None, "maml-softmax: steps on the supports at test (default: 10)", most=10_000)
+                             "(default: 5, at test 10; meta-lstm 1-shot: 12)", most=10_000)  # fmt: skip
     first_order: bool = setting(False, "drop the Hessian term of the meta-gradient")
     learn_inner_lr: str | None = setting(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
@@ -104,32 +113,27 @@ class Config:
     schedule: str = setting(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after "
                           "3/5 and 4/5 of the updates (default: halve; supervised: cosine)",
                           choices=("halve", "cosine", "step"))  # fmt: skip
+    lr_halve_every: int = setting(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
     clip_norm: float | None = setting(
         None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)", above=0
     )
-    lr_halve_every: int = setting(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
-    pairs: int = setting(None, "pairs of tasks per update")
-    tasks_per_update: int | None = setting(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs; "
-                                         "supervised: batches, 1)")  # fmt: skip
     iterations: int = setting(None, "updates")
+    seed: int = setting(0, "of the initial weights and of the stream of tasks", least=0)
+
     eval_every: int = setting(None, "updates between validations; checkpoints are written then")
     eval_episodes: int = setting(None, "validation episodes")
     bn: str = setting("running", "BatchNorm statistics at validation", choices=("running", "batch"))
-    seed: int = setting(0, "of the initial weights and of the stream of tasks", least=0)
+
     precision: str = setting("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
     deterministic: bool = setting(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
+    skip_nonfinite: bool = setting(False, "leave updates out whose loss or gradient is not finite, and count them")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps …")
+
+    save_every: int = setting(None, "updates between states to resume from (default: as --eval-every)")
     average: bool = setting(False, "also keep an average of the weights over the last part of training, as "
                           "average.safetensors; it moves no update")  # fmt: skip
-    keep_weights: bool = setting(False, "keep the weights of each validation, as after-N.safetensors")
-    skip_nonfinite: bool = setting(False, "leave updates out whose loss or gradient is not finite, and count them")
-    save_every: int = setting(None, "updates between states to resume from (default: as --eval-every)")
-    keep: int = setting(2, "how many of those states stay; the older ones serve if the newest is damaged")
-    rank_timeout: float = setting(
-        600.0, "torchrun: seconds after which a process that waits for a dead one gives up", above=0
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps …")
     tensorboard: bool = setting(False, "also log to RUN/tensorboard")
 
     def resolved(self) -> Config:
@@ -150,7 +154,6 @@ class Config:
             filled["lr_halve_every"] = 100_000 if self.head == "relation" else 10_000
         for name in ("ways", "shots"):
             filled[f"outer_{name}"] = getattr(self, f"outer_{name}") or getattr(self, name)
-        filled["outer_queries"] = self.outer_queries or self.queries or filled["queries"]
         if filled["head"] in HEADS:  # stored, so that another version's defaults do not change what a run was
             defaults = {name: p.default for name, p in inspect.signature(HEADS[filled["head"]]).parameters.items()}
             filled |= {name: defaults[name] for name in HEAD_FLAGS if getattr(self, name) is None and name in defaults}
@@ -174,8 +177,6 @@ class Config:
         own["lr"] = 0.05 if (self.optimizer or own["optimizer"]) == "sgd" else 1e-3
         if self.method in LEARNERS:
             own |= {"head": "softmax", "inner_lr": 0.01, "inner_steps": 5}
-        if self.method == "maml-softmax":
-            own["test_steps"] = 10
         if self.method == "meta-lstm":
             own |= {"clip_norm": 0.25, "inner_steps": 12 if self.shots == 1 else 5}
         return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
@@ -240,8 +241,11 @@ class Config:
             'maml'
         """
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        for name, default in REMOVED.items():
-            if (value := found.pop(name, default)) != default:
+        if found.get("outer_queries") == found.get("queries"):
+            found.pop("outer_queries", None)
+        for name in REMOVED.keys() & found.keys():
+            value = found.pop(name)
+            if REMOVED[name] and value not in REMOVED[name]:
                 raise L2GError(
                     f"need a run without {name}, which is no more, got {name} = {value!r}; l2g-meta {LAST_WITH} is the "
                     "last version that knows it: use that, or train without it"

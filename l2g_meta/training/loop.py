@@ -52,20 +52,21 @@ def train(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    keep_weights: bool = False,
 ) -> L2GWrapper:
     """Trains as ``config`` says and leaves a run directory; the command ``l2g train`` is this function.
 
     Args:
         config: the run.
         out: its folder: ``config.json``, ``log.csv``, ``last.safetensors``, ``best.safetensors``, ``curve.png``, and
-            ``resume-N.safetensors``, from which it goes on; ``average.safetensors`` and ``after-N.safetensors``, if the
-            config asks for them.
+            ``resume-N.safetensors``, from which it goes on; ``average.safetensors``, if the config asks for it.
         data: training data instead of the config's: anything ``TaskPairs`` takes.
         validation: validation data instead of the config's; required with ``data``.
         model: a model instead of the config's encoder and head: any module ``L2GWrapper`` takes.
         resume: continue the run in ``out`` from its newest sound state, to the same bits.
         force: let a run go on with another config, or other data, than it had so far.
         progress: show a progress bar.
+        keep_weights: also keep those of each validation, as ``after-N.safetensors``.
 
     Returns:
         The wrapper as last trained.
@@ -76,7 +77,7 @@ def train(
         Stopped: on SIGINT, SIGTERM or SIGUSR1, when everything is saved (see ``l2g_meta.training.signals``).
     """
     config, out = config.resolved(), Path(out)
-    world, device = join(build_device(config.device), timeout=config.rank_timeout)
+    world, device = join(build_device(config.device))
     set_precision(config.precision)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -105,7 +106,8 @@ def train(
     if config.method not in ("episodic", SUPERVISED):
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), Run(out, config, world, average) as run:
+    folder = Run(out, config, world, average, keep_weights=keep_weights)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), folder as run:
         if resume:
             info = run.resume(wrapper, optimizer, given, known, force=force)
         else:

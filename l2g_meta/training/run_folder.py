@@ -47,13 +47,23 @@ class Run:
         config: of the run, resolved.
         world: the processes that train together.
         average: of the weights, if the run keeps one.
+        keep_weights: whether those of each validation stay, as ``after-N.safetensors``.
 
     Raises:
         CheckpointError: on entering, if the folder cannot be written or another process trains in it.
     """
 
-    def __init__(self, out: Path, config: Config, world: World, average: AveragedModel | None = None):
-        self.out, self.config, self.world, self.average = out, config, world, average
+    def __init__(
+        self,
+        out: Path,
+        config: Config,
+        world: World,
+        average: AveragedModel | None = None,
+        *,
+        keep_weights: bool = False,
+    ):
+        self.out, self.config, self.world = out, config, world
+        self.average, self.keep_weights = average, keep_weights
         self.signals = Signals(str(out))
         self.stack = ExitStack()
         self.rows: RunLog | None = None
@@ -103,7 +113,7 @@ class Run:
             )
         make_folder(self.out, "a folder for the run", "choose another --out")
         self._claim()
-        state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
+        state.save(self.out, wrapper, optimizer, info, average=self.average)
         self.config.save(self.out / "config.json")  # last: a folder that has it can be resumed
 
     def resume(
@@ -197,7 +207,7 @@ class Run:
             )
         if self.rows is not None:
             self.rows.sync()
-            state.save(self.out, wrapper, optimizer, info, keep=self.config.keep, average=self.average)
+            state.save(self.out, wrapper, optimizer, info, average=self.average)
 
     def save(
         self, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, info: Mapping[str, Any], result: Evaluation
@@ -208,7 +218,7 @@ class Run:
             info |= {"best": result.accuracy_mean, "best_iteration": info["iteration"]}
             if self.world.main:
                 save_tensors(self.out / "best.safetensors", wrapper.state_dict(), info)
-        if self.config.keep_weights and self.world.main:
+        if self.keep_weights and self.world.main:
             kept = {"": wrapper} if self.average is None else {"": wrapper, "-average": self.average.module}
             for which, module in kept.items():
                 save_tensors(self.out / f"after-{info['iteration']}{which}.safetensors", module.state_dict(), info)
