@@ -98,7 +98,7 @@ def glance(count="99"):
         ahead = "" if paper is None or paper_base is None else f"{paper:.2f} ({number(paper - paper_base, sign='+')})"
         gain = difference(row["against"][base_name][bn])
         accuracies = [number(of[bn]["accuracy_mean"]) for of in (row, base)]
-        lines.append([what, against, *accuracies, gain, f"{cost:.{0 if cost >= 9.5 else 1}f} ×", ahead])
+        lines.append([what, against, *accuracies, gain, f"{cost:.{0 if cost >= 9.5 else 1}f}×", ahead])
     return table(["L2G", "base gets", "L2G, %", "base, %", "L2G − base", "time", "paper (its lead)"], lines)
 
 
