@@ -81,9 +81,11 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             partial.rename(folder)
             sync(root)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
+            if error.filename is not None:
                 raise
-            raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
+            raise DataError(f"cannot write converted data to {root}: {error.strerror}; set L2G_CACHE") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

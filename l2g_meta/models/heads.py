@@ -130,9 +130,12 @@ class MatchingHead(nn.Module):
     ) -> Tensor:  # (n_query, n_way)
         """Log-probabilities of the classes."""
         cosine = f.cosine_similarity(query.flatten(1), support.flatten(1), eps=self.eps)  # (n_query, n_support)
-        log_attention = self.temperature(cosine).log_softmax(-1)
-        other = support_y != torch.arange(n_way, device=support_y.device)[:, None]  # (n_way, n_support)
-        return log_attention[:, None].masked_fill(other, -torch.inf).logsumexp(-1)
+        log_attention = self.temperature(cosine).log_softmax(-1).T  # (n_support, n_query)
+        # logsumexp by class, in as much memory as the attention: (n_query, n_way, n_support) took 4 GB for 1000 ways
+        index, values = support_y[:, None].expand_as(log_attention), log_attention.detach()
+        largest = values.new_full((n_way, values.shape[1]), -torch.inf).scatter_reduce(0, index, values, "amax")
+        sums = torch.zeros_like(largest).index_add(0, support_y, (log_attention - largest[support_y]).exp())
+        return (sums.log() + largest).T
 
     def loss_fn(self, scores: Tensor, query_y: Tensor) -> Tensor:
         """Negative log-likelihood; log-probabilities are unchanged by the softmax of eq. 8."""
