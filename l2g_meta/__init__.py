@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from l2g_meta.training.config import Config as Config
     from l2g_meta.training.loop import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Config",
     "Conv4",

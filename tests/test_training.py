@@ -290,7 +290,7 @@ def test_the_module_is_the_command(capsys):
     import sys
 
     done = subprocess.run([sys.executable, "-m", "l2g_meta", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "0.1.0"
+    assert done.stdout.strip() == "0.2.0"
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "--learn-inner-lr" in capsys.readouterr().out
