@@ -14,6 +14,7 @@ from l2g_meta.cli import COMMANDS, command
 from l2g_meta.errors import did_you_mean
 
 WIDTH = 80  # of paragraphs in help texts
+HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 
 EXAMPLES = """\
 l2g train                                       # L2G on a built-in data set: minutes on a CPU
