@@ -39,6 +39,14 @@ CONFIG = Config(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _three_states():
+    """One more than a run keeps, so that two can be damaged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "KEPT", 3)
+        yield
+
+
 class Net(nn.Module):
     """Small, with a norm and with randomness of its own: what resuming has to put back."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2g_meta.cli.flags import add_fields, given
-from l2g_meta.cli.output import add_output, bold, complain, emit
+from l2g_meta.cli.output import add_output, complain, emit
 from l2g_meta.cli.runs import add_trust, describe
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World
@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     skipped = read_info(out / "last.safetensors").get("skipped")
     if skipped:
         print(f"{out}: {skipped} of {config.iterations} updates were left out, a number not being finite")
-    accuracy = bold(f"{best['val_accuracy']:.2f} %")
     print(
-        f"{out}: {describe(config)}: best validation {accuracy} ({listed(best['val_ways'])}-way "
+        f"{out}: {describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
     if config.method == SUPERVISED:
