@@ -16,7 +16,7 @@ from l2g_meta.errors import did_you_mean
 Commands = Any  # what ``add_subparsers`` returns; its type is argparse's own
 
 EXAMPLES = """\
-l2g train                                       # L2G on a built-in data set: minutes on a CPU
+l2g train --inner-lr 0.003 --mix 0.5            # the defaults: L2G on built-in data, in minutes on a CPU
 l2g evaluate runs/glyphs-l2g-prototypical-seed0 # on classes it has never seen
 l2g predict --model RUN --support known --query new   # your own photos
 l2g doctor                                      # what is installed here, and whether it works"""
