@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -60,8 +61,8 @@ class Net(nn.Module):
         return self.head(s, task.support_y, q, task.n_way)
 
 
-def ranks(size, function, *arguments, timeout=30):
-    """What ``function(world, *arguments)`` returns on each rank, as processes joined by gloo."""
+def ranks(size, function, *arguments, timeout=30, dies=None):
+    """What ``function(world, *arguments)`` returns on each rank, as processes joined by gloo; one may die."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -74,10 +75,11 @@ def ranks(size, function, *arguments, timeout=30):
     ]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=120) for _ in processes)
+    found = dict(queue.get(timeout=120) for rank in range(size) if rank != dies)
     for process in processes:
         process.join()
-    return [found[rank] for rank in range(size)]
+    assert dies is None or processes[dies].exitcode == 7
+    return [found.get(rank) for rank in range(size)]
 
 
 def _rank(rank, size, port, queue, function, arguments, timeout):
@@ -230,6 +232,49 @@ def test_a_signal_to_one_rank_saves_once_and_stops_all(tmp_path):
     assert found == ["Stopped: stopped after update 4 of 6, saved"] * 2  # noticed by the update after
     assert load_tensors(tmp_path / "run" / "last.safetensors")[1]["iteration"] == 4
     assert len(read_log(tmp_path / "run")) == 4
+
+
+def dies_while_saving(world, out, rank, write):
+    """The n-th write of a file is cut off on rank 0, or waits there until the other rank is dead."""
+    real, writes, flag = os.replace, [], out.with_suffix(".flag")
+
+    def replace(source, target):
+        writes.append(target)
+        if len(writes) == write:
+            if rank == 0:
+                os._exit(7)
+            flag.touch()
+            time.sleep(0.5)
+        real(source, target)
+
+    def die():
+        while not flag.exists():
+            time.sleep(0.01)
+        os._exit(7)
+
+    if world.rank == 0:
+        os.replace = replace
+    elif rank == 1:
+        threading.Thread(target=die, daemon=True).start()
+    return run(world, out, 6, False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "write"),
+    [(0, 7), *(pytest.param(r, w, marks=pytest.mark.slow) for r in (0, 1) for w in range(1, 13))],
+)
+def test_a_rank_lost_while_saving(rank, write, tmp_path):
+    """The survivor ends in an error; what is saved is whole, and the run goes on to what an undisturbed one finds."""
+    (out := tmp_path / "run").parent.mkdir(exist_ok=True)
+    found = ranks(2, dies_while_saving, out, rank, write, timeout=5, dies=rank)[1 - rank]
+    assert isinstance(found, dict) if write > 11 and rank else "has lost another of 2 processes" in found, found
+    for path in out.glob("*.safetensors"):
+        load_tensors(path)
+    (first,) = ranks(1, run, out, 6, (out / "config.json").exists())
+    (whole,) = ranks(1, run, tmp_path / "whole", 6, False)
+    assert not list(out.glob(".l2g-*")) and [row["iteration"] for row in read_log(out)] == list("123456")
+    for name, values in whole.items():
+        np.testing.assert_allclose(first[name], values, rtol=0.1, atol=0.01, err_msg=name)  # float32, six steps of Adam
 
 
 def hangs(world):

@@ -39,6 +39,14 @@ CONFIG = Config(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _three_states():
+    """One more than a run keeps, so that two can be damaged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "KEPT", 3)
+        yield
+
+
 class Net(nn.Module):
     """Small, with a norm and with randomness of its own: what resuming has to put back."""
 
@@ -176,16 +184,6 @@ class TestDamaged:
         assert rows == whole[1]
         assert found["last.safetensors"] == whole[0]["last.safetensors"]
         assert found["best.safetensors"] == whole[0]["best.safetensors"]
-
-    def test_every_bit_counts(self, run):
-        path = run / "resume-8.safetensors"
-        content = path.read_bytes()
-        for bit in np.random.default_rng(0).integers(0, 8 * len(content), 300):
-            changed = bytearray(content)
-            changed[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(changed)
-            with pytest.raises(CheckpointError, match=r"resume-8\.safetensors, got"):
-                load_tensors(path)
 
     def test_without_a_sound_one_nothing_is_begun_anew(self, run, capsys):
         for n in state.numbers(run):
@@ -486,18 +484,33 @@ class TestFolders:
         go(tmp_path / "moved", resume=True)
         assert contents(tmp_path / "moved")[1] == whole[1]
 
-    def test_a_clock_that_goes_backwards_changes_nothing(self, whole, tmp_path, monkeypatch):
-        now = itertools.count(10**9, -7)
+    def test_a_clock_that_jumps_changes_nothing(self, whole, tmp_path, monkeypatch):
+        now = (10**9 - 7 * k + 10**12 * (k % 9 == 4) for k in itertools.count())  # back, and far ahead
         for clock in ("time", "perf_counter", "monotonic"):  # the last two may jump back where a machine is moved
             monkeypatch.setattr(time, clock, lambda: float(next(now)))
         go(tmp_path / "run")
         with monkeypatch.context() as patch, pytest.raises(Stopped):  # before a validation: its row waits in the state
             ring_after(patch, 4, signal.SIGTERM)
             go(tmp_path / "parts")
-        assert load_tensors(tmp_path / "parts" / "resume-4.safetensors")[1]["pending"]["seconds"] == 0
+        assert load_tensors(tmp_path / "parts" / "resume-4.safetensors")[1]["pending"]["seconds"] >= 0
         go(tmp_path / "parts", resume=True)
         monkeypatch.undo()
         assert contents(tmp_path / "run") == whole and contents(tmp_path / "parts")[1] == whole[1]
+
+    def test_another_number_of_threads_goes_on(self, whole, tmp_path):
+        """To the same numbers but for rounding, which its states do not hide: no option of a run is lost."""
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            go(tmp_path / "run", config=replace(CONFIG, iterations=6))
+            torch.set_num_threads(3)
+            go(tmp_path / "run", resume=True)
+        finally:
+            torch.set_num_threads(before)
+        found, expected = contents(tmp_path / "run")[1], whole[1]
+        assert [row["iteration"] for row in found] == [row["iteration"] for row in expected]
+        losses = [[float(row["loss"]) for row in rows] for rows in (found, expected)]
+        np.testing.assert_allclose(*losses, rtol=0.05)
 
     def test_another_config_is_refused_with_the_difference(self, tmp_path, capsys):
         small = "--image-size 16 --iterations 2 --eval-every 1 --eval-episodes 2 --device cpu".split()

@@ -104,7 +104,8 @@ def kinds(blob_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     found["a.pkl"] = pickle, lambda: check_digest(pickle)
 
     with tarfile.open(base / "photos.tar", "w") as tar:
-        tar.add(Path(config.root or "") / "test", "test")
+        for place in (f"test/class0{c}/{k}.png" for c in range(2) for k in range(4)):
+            tar.add(Path(config.root or "") / place, place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("L2G_CACHE", str(base / "cache"))
         images(base / "photos.tar", "test")

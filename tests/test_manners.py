@@ -1,4 +1,4 @@
-"""How the command line behaves: help, typos, quiet, JSON, colours, odd terminals, doctor."""
+"""How the command line behaves: help, typos, quiet, JSON, odd terminals, doctor."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ import pytest
 import l2g_meta
 from l2g_meta.cli import COMMANDS, command, doctor
 from l2g_meta.cli.main import main
-from l2g_meta.cli.output import bold, print_anything, red
+from l2g_meta.cli.output import print_anything
 from l2g_meta.cli.parser import build_parser
 from l2g_meta.training.config import Config
 
@@ -157,26 +157,6 @@ def test_quiet_and_json(blob_run, tmp_path, capsys):
 
     code, out, err = said(capsys, f"export {blob_run} {tmp_path / 'model'} --no-onnx --episodes 2 --json --quiet")
     assert code == 0 and json.loads(out)["out"] == str(tmp_path / "model")
-
-
-class Terminal(io.StringIO):
-    """A stream that says that it is one."""
-
-    def isatty(self):
-        return True
-
-
-def test_colours_only_on_a_terminal(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert bold("1", io.StringIO()) == "1" and bold("1", Terminal()) == "\x1b[1m1\x1b[0m"
-    assert red("l2g:", Terminal()) == "\x1b[1;31ml2g:\x1b[0m"
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert main(["evaluate", "nowhere"]) == 2 and sys.stderr.getvalue().startswith("\x1b[1;31ml2g:\x1b[0m need a run's")
-    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert red("l2g:", Terminal()) == "l2g:"
 
 
 def test_terminals_that_lack_characters(monkeypatch):

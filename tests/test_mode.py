@@ -162,7 +162,9 @@ class TestNetworksAsTheyAre:
             found = sum((g * d).sum().item() for g, d in zip(gradients, v, strict=True))
             assert found == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("network", [small, lambda: Checkpointed(on=False), Checkpointed], ids=str)
+    @pytest.mark.parametrize(
+        "network", [small, lambda: Checkpointed(on=False), Checkpointed], ids=["small", "plain", "checkpointed"]
+    )
     def test_a_loop_around_learn2learns_maml(self, network):
         """A hand-written loop enters it around the forward pass only; the backward pass needs nothing.
 

@@ -393,8 +393,7 @@ def test_configs_of_the_wrong_type_and_unwritable_json(folder, tmp_path, capsys)
             ["--method", "maml-softmax", "--head", "relation"],
             "--method maml-softmax has no metric head, got --head relat",
         ),
-        (["--method", "l2g", "--head", "softmax"], "belongs to --method maml-softmax or meta-lstm, got --method l2g"),
-        (["--head", "softmax"], "--head softmax belong to --method maml-softmax or meta-lstm"),
+        (["--head", "softmax"], "--head softmax belongs to --method maml-softmax or meta-lstm, got --method l2g"),
         (["--method", "meta-lstm", "--learn-inner-lr", "scalar"], "belongs to l2g and maml, got --method meta-lstm"),
         (
             ["--method", "maml-softmax", "--outer-ways", "4"],

@@ -144,10 +144,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             X: images, n of them.
             y: their labels, (n,), numbers or texts.
         """
-        X, y = self._validated(X, y, reset=True)
-        self.source_ = self._open()
-        self.classes_, index = np.unique(y, return_inverse=True)
-        return self._keep(self._embedded(X), index)
+        self.__dict__.pop("supports_", None)
+        return self.partial_fit(X, y)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> FewShotClassifier:  # noqa: N803
         """Adds examples, also of classes not seen before; the examples before are not embedded again.
@@ -164,17 +162,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise L2GError(f"need labels among the classes given, got {sorted(set(np.unique(y)) - set(known))} besides")
         if first:
             self.source_ = self._open()
-            self.classes_ = np.union1d(known, y)
-            return self._keep(self._embedded(X), np.searchsorted(self.classes_, y))
-        if self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
+            self.classes_, before, kept = y[:0], y[:0], []
+        elif self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
             raise L2GError(
                 f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert "
                 "them, or fit anew"
             )
-        before = self.classes_[self._index]
+        else:
+            before, kept = self.classes_[self._index], [self.supports_.z]
         self.classes_ = np.union1d(np.union1d(self.classes_, known), y)
         index = np.searchsorted(self.classes_, np.concatenate([before, y]))
-        return self._keep(torch.cat([self.supports_.z, self._embedded(X)]), index)
+        return self._keep(torch.cat([*kept, *map(self._embed, self._inputs(X))]), index)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """The label of each image, or ``unknown_label``, (n,)."""
@@ -258,24 +256,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.temperature_ = self.temperature or (1.0 if fitted is None else fitted.temperature)
         self.threshold_, self.threshold_from_ = -np.inf, None
         if self.reject_rate is not None:
-            self.threshold_, self.threshold_from_ = self._threshold(self.reject_rate, fitted)
+            known_scores = None if fitted is None else fitted.known
+            self.threshold_, self.threshold_from_ = self.supports_.threshold(self.reject_rate, known_scores)
         return self
-
-    def _threshold(self, rate: float, fitted: c.AtShots | None) -> tuple[float, str]:
-        left_out = self.supports_.left_out().cpu()
-        threshold = c.rejection_threshold(left_out, rate)
-        if threshold > -np.inf:
-            return threshold, "examples"
-        if fitted is not None:
-            return float(np.quantile(fitted.known, rate)), "episodes"
-        raise L2GError(
-            f"need {int(np.ceil(round(1 / rate, 9))) - 1} examples in classes of two or more to reject {rate:.0%} of "
-            f"known images, got {len(left_out)}; add examples, raise reject_rate, or use a model exported with `l2g "
-            "export`, which has the scores of held-out episodes"
-        )
-
-    def _embedded(self, X: Any) -> Tensor:  # noqa: N803
-        return torch.cat([self._embed(x) for x in self._inputs(X)])
 
     def _embed(self, x: Tensor) -> Tensor:
         if not x.isfinite().all():
@@ -286,7 +269,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _inputs(self, X: Any) -> Iterator[Tensor]:  # noqa: N803
         like = next((p for p in self.source_.model.parameters() if p.is_floating_point()), torch.empty(0))
         preparation = self.source_.preparation or self.preparation
-        for part in images.batches(X, self.batch_size):
+        for start in range(0, len(X), self.batch_size):  # so that memory does not grow with their number
+            part = X[start : start + self.batch_size]
             yield images.inputs(part, preparation, device=like.device, dtype=like.dtype)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, np.ndarray]:  # noqa: N803

@@ -166,17 +166,8 @@ def _calibrate(
     ways = min(5, most, config.ways) if config.method in LEARNERS and isinstance(config.ways, int) else min(5, most)
     smallest = min(len(rows) for split in ("validation", "test") for rows in data[split].index)
     shots = tuple(k for k in (1, 5) if k < smallest)
-    queries = max(1, min(15, smallest - max(shots)))
-    return calibrate(
-        model,
-        data["validation"],
-        data["test"],
-        ways=ways,
-        shots=shots,
-        queries=queries,
-        episodes=episodes,
-        device=device,
-    )
+    shape: dict[str, Any] = {"ways": ways, "shots": shots, "queries": max(1, min(15, smallest - max(shots)))}
+    return calibrate(model, data["validation"], data["test"], **shape, episodes=episodes, device=device)
 
 
 def _training(run: Path, config: Config, info: dict[str, Any], checkpoint: str) -> dict[str, Any]:

@@ -146,12 +146,6 @@ def is_image_list(images: Any) -> bool:
     return isinstance(first, str | os.PathLike | Image.Image | Tensor)
 
 
-def batches(images: Any, size: int) -> Iterator[Any]:
-    """``size`` images at a time, so that memory does not grow with their number."""
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
-
-
 def inputs(images: Any, preparation: Preparation | None, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The network's inputs (n, ...), from images of almost any kind.
 

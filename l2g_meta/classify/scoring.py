@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2g_meta.errors import FitError
+from l2g_meta.classify.calibration import rejection_threshold
+from l2g_meta.errors import FitError, L2GError
 from l2g_meta.evaluation.episodes import scores_from_embeddings
 from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
@@ -65,6 +69,28 @@ class Supports:
             rest = replace(self, z=self.z[others], y=self.y[others])
             best.append(rest.scores(self.z[row : row + 1]).max())
         return torch.stack(best) if best else torch.empty(0)
+
+    def threshold(self, rate: float, known: Sequence[float] | None) -> tuple[float, str]:
+        """The score below which an image is unknown, and what says so: ``"examples"``, or ``"episodes"``.
+
+        Args:
+            rate: share of known images that may be rejected.
+            known: quantiles of known images' scores in held-out episodes, for too few examples.
+
+        Raises:
+            L2GError: if there are too few examples, and no held-out episodes.
+        """
+        left_out = self.left_out().cpu()
+        threshold = rejection_threshold(left_out, rate)
+        if threshold > -math.inf:
+            return threshold, "examples"
+        if known is not None:
+            return float(np.quantile(known, rate)), "episodes"
+        raise L2GError(
+            f"need {math.ceil(round(1 / rate, 9)) - 1} examples in classes of two or more to reject {rate:.0%} of "
+            f"known images, got {len(left_out)}; add examples, raise reject_rate, or use a model exported with `l2g "
+            "export`, which has the scores of held-out episodes"
+        )
 
 
 def embed(model: nn.Module, x: Tensor) -> Tensor:

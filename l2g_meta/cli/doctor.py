@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata, util
 from typing import Any
 
-from l2g_meta.cli.output import add_output, bold, complain, emit, red
+from l2g_meta.cli.output import add_output, complain, emit
 from l2g_meta.errors import INSTALL_LEARN2LEARN
 
 EXAMPLES = """\
@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     """Looks, and says what it found."""
     found = examine()
     for title in ("required", "machine", "optional", "self test"):
-        print(bold(title))
+        print(title)
         for name, part in found[title].items():
             use, remedy = f" ({part['use']})" if "use" in part else "", part.get("remedy", "")
             broken = f"does not work{use}: {part['error']}{remedy and '; '}{remedy}"
             text = broken if part["error"] else part["version"] or f"missing{use}: {remedy}"
-            print(" ", (red if part["error"] else str)(f"{name:16}"), text)
-    print(bold("all that is required works") if found["works"] else red("something required does not work, see above"))
+            print(" ", f"{name:16}", text)
+    print("all that is required works" if found["works"] else "something required does not work, see above")
     emit(args, found)
     if not found["works"] and (args.quiet or args.json is not None):
         complain("something required does not work; l2g doctor says what")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2g_meta.cli.flags import positive
-from l2g_meta.cli.output import add_output, bold, emit
+from l2g_meta.cli.output import add_output, emit
 from l2g_meta.cli.runs import add_episodes, add_run, describe
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World, join
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         other = _evaluate_runs(args, args.against, others)
         mean, half = paired_difference(result, other)
         if main_process:
-            difference = bold(f"{mean:+.2f} ± {half:.2f} points")
-            print(f"difference, paired over the same episodes: {difference} (95% over episodes)")
+            print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
         values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
         values |= {"against_configs": [_published(c) for _, c in others], "against_accuracy_mean": other.accuracy_mean}
         values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}

@@ -1,4 +1,4 @@
-"""What a command prints, and where: ``--quiet``, ``--json``, colours, terminals that lack some characters."""
+"""What a command prints, and where: ``--quiet``, ``--json``, terminals that lack some characters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from l2g_meta.errors import L2GError
 from l2g_meta.files.names import shown
@@ -77,27 +77,10 @@ def known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def bold(text: str, stream: TextIO | None = None) -> str:
-    """Bold on a terminal, as it is elsewhere."""
-    return _marked(text, "1", sys.stdout if stream is None else stream)
-
-
-def red(text: str, stream: TextIO | None = None) -> str:
-    """Red on a terminal, as it is elsewhere."""
-    return _marked(text, "1;31", sys.stderr if stream is None else stream)
-
-
-def _marked(text: str, code: str, stream: TextIO | None) -> str:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # https://no-color.org
-    if plain or stream is None or not stream.isatty():
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
 def complain(message: str) -> None:
     """An error in a line of its own on stderr, which names from elsewhere neither break nor lengthen."""
     text = shown(" ".join(message.split()))
-    print(f"{red('l2g:')} {text if len(text) < LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
+    print(f"l2g: {text if len(text) < LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
 
 
 def plain_warnings() -> None:
@@ -106,7 +89,7 @@ def plain_warnings() -> None:
 
     def line(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> str:
         own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
-        return f"{red('l2g:')} warning: {message}\n" if own else usual(message, category, filename, *more)
+        return f"l2g: warning: {message}\n" if own else usual(message, category, filename, *more)
 
     warnings.formatwarning = line  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are then refused, or read all the same

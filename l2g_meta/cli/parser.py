@@ -6,20 +6,25 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from l2g_meta import __version__
 from l2g_meta.cli import COMMANDS, command
-from l2g_meta.cli.output import red
 from l2g_meta.errors import did_you_mean
 
-Commands = Any  # what ``add_subparsers`` returns; its type is argparse's own
+WIDTH = 80  # of paragraphs in help texts
+HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 
 EXAMPLES = """\
-l2g train                                       # L2G on a built-in data set: minutes on a CPU
+l2g train --inner-lr 0.003 --mix 0.5            # the defaults: L2G on built-in data, in minutes on a CPU
 l2g evaluate runs/glyphs-l2g-prototypical-seed0 # on classes it has never seen
 l2g predict --model RUN --support known --query new   # your own photos
 l2g doctor                                      # what is installed here, and whether it works"""
+ENDING = (
+    "`l2g COMMAND --help` has a command's flags and examples. Exit codes: 0 done, 1 in part, 2 unusable input, 128 + n "
+    "stopped by signal n."
+)
 
 
 def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
@@ -28,19 +33,14 @@ def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     Args:
         names: commands that get their arguments, which imports their files; the others are only listed.
     """
-    parser = Parser(
-        prog="l2g",
-        description="Few-shot learning that generalises to unseen tasks.",
-        epilog=examples(EXAMPLES)
-        + "\n\n`l2g COMMAND --help` has a command's flags and examples. Exit codes: 0 done, 1 in part, 2 unusable "
-        "input, 128 + n stopped by signal n.",
-    )
+    about = "Few-shot learning that generalises to unseen tasks."
+    parser = Parser(prog="l2g", description=about, epilog=f"{examples(EXAMPLES)}\n\n{textwrap.fill(ENDING, WIDTH)}")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
     for name, line in COMMANDS.items():
         if name in names:
             module = command(name)
-            text = {"description": module.DESCRIPTION, "epilog": examples(module.EXAMPLES)}
+            text = {"description": textwrap.fill(module.DESCRIPTION, WIDTH), "epilog": examples(module.EXAMPLES)}
             module.add_arguments(commands.add_parser(name, help=line, **text))
         else:
             commands.add_parser(name, help=line)
@@ -67,8 +67,10 @@ class Parser(argparse.ArgumentParser):
     """One whose errors name what is near to a word that it does not know, and leave the long usage out."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{"formatter_class": Help} | options)
-        self.children: Commands = None
+        super().__init__(
+            **{"formatter_class": partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)} | options
+        )
+        self.children: Any = None  # what ``add_subparsers`` returns; its type is argparse's own
 
     def add_subparsers(self, **options: Any) -> Any:
         """As argparse's, remembering the commands."""
@@ -114,17 +116,4 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("the following arguments are required: ", "need ")
         if message == "need COMMAND":
             message = f"need a command of {', '.join(COMMANDS)}"
-        self.exit(2, f"{red(f'{self.prog}:', sys.stderr)} {message}; see {self.prog} --help\n")
-
-
-class Help(argparse.HelpFormatter):
-    """Fills paragraphs, and leaves indented lines, which are examples, as they are."""
-
-    def __init__(self, prog: str, **options: Any):
-        super().__init__(prog, **{"max_help_position": 28} | options)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = [
-            block if "\n  " in block else textwrap.fill(" ".join(block.split()), width) for block in text.split("\n\n")
-        ]
-        return textwrap.indent("\n\n".join(paragraphs), indent)
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

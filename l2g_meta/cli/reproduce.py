@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from l2g_meta.cli.flags import positive
@@ -25,8 +26,8 @@ l2g reproduce figure2 --scale smoke                  # that everything runs; its
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    scales = "; ".join(f"{name}: {scale.title}" for name, scale in SCALES.items())
-    parser.epilog = f"scales: {scales}\n\n{parser.epilog}"
+    scales = "\n".join(textwrap.fill(f"{name}: {scale.title}", 80) for name, scale in SCALES.items())
+    parser.epilog = f"scales:\n{scales}\n\n{parser.epilog}"
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
                            f"or figure of the paper: {', '.join(PAPER)}; or a study of ours: "

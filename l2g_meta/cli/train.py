@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2g_meta.cli.flags import add_fields, given
-from l2g_meta.cli.output import add_output, bold, complain, emit
+from l2g_meta.cli.output import add_output, complain, emit
 from l2g_meta.cli.runs import add_trust, describe
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = "l2g train --resume RUN continues a run to the same bits"
 DESCRIPTION = "Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
 EXAMPLES = """\
-l2g train                                            # L2G on glyphs, in minutes on a CPU
-l2g train --data mini-imagenet --root DIR --ways 5 --shots 1 --out runs/a
+l2g train --inner-lr 0.003 --mix 0.5                 # the defaults: L2G on glyphs, in minutes on a CPU
+l2g train --mix 0 --inner-lr 0.01                    # Algorithm 1 as published
+l2g train --data mini-imagenet --root DIR --image-size 32 --out runs/a
 l2g train --data folder --root photos --method episodic --head relation
 l2g train --resume runs/a                            # go on where it stopped"""
 
@@ -74,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
     skipped = read_info(out / "last.safetensors").get("skipped")
     if skipped:
         print(f"{out}: {skipped} of {config.iterations} updates were left out, a number not being finite")
-    accuracy = bold(f"{best['val_accuracy']:.2f} %")
     print(
-        f"{out}: {describe(config)}: best validation {accuracy} ({listed(best['val_ways'])}-way "
+        f"{out}: {describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
     if config.method == SUPERVISED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from l2g_meta.models.functional import confidence_interval
 from l2g_meta.report.measure import Measured, ReportOptions, measure
 from l2g_meta.report.reported_run import ReportedRun, read_run
 from l2g_meta.training.build import build_data
-from l2g_meta.training.config import MACHINE, Config
+from l2g_meta.training.config import Config
 
 
 @dataclass(eq=False)
@@ -149,8 +149,7 @@ def _are_seeds(a: ReportedRun, b: ReportedRun) -> bool:
     first, second = a.config, b.config
     if first is None or second is None:
         return False
-    left_out = {"seed", *MACHINE}
-    same = all(value == getattr(second, name) for name, value in vars(first).items() if name not in left_out)
+    same = not first.differences(replace(second, seed=first.seed))
     # The same name of a data set in two folders may be two data sets.
     return same and (a.measured is None or b.measured is None or signature(a.measured) == signature(b.measured))
 
