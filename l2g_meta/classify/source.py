@@ -81,7 +81,7 @@ def open_source(model: Any, device: str = "auto", *, trust: bool = False) -> Sou
             f"{folder} was given its data from Python, so that how its images were prepared is not known; pass its "
             "model instead, l2g_meta.training.build.load_run(folder)[0], with inputs as in training"
         )
-    return Source(wrapper.module, Preparation.of_run(config, info["image_shape"]))
+    return Source(wrapper.module, Preparation.of_training(config, info["image_shape"]))
 
 
 def architecture(config: Config) -> dict[str, Any]:
@@ -91,10 +91,10 @@ def architecture(config: Config) -> dict[str, Any]:
 
 def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     values = read_values(folder)
-    preparation = Preparation.of(values.get("preparation") or {})
-    calibration = None if values.get("calibration") is None else Calibration.of(values["calibration"])
+    preparation = Preparation.from_json(values.get("preparation") or {})
+    calibration = None if values.get("calibration") is None else Calibration.from_json(values["calibration"])
     try:
-        config = Config.of(values["architecture"]).resolved()
+        config = Config.from_json(values["architecture"]).resolved()
     except L2GError:
         raise
     except Exception as error:  # names and values of any kind
