@@ -11,10 +11,9 @@ from torch import nn
 
 from l2g_meta import L2GWrapper, ResNet12
 from l2g_meta.bench import comparison as run
-from l2g_meta.bench.case import Case
+from l2g_meta.bench.case import Case, build, task_stream
 from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory, scaling
-from l2g_meta.bench.rows import available, build, prepare, task_stream
-from l2g_meta.bench.variants import VARIANTS
+from l2g_meta.bench.variants import VARIANTS, available, prepare
 from l2g_meta.cli.main import main
 from l2g_meta.models.blocks import BatchNormReLU2d
 from l2g_meta.training.objectives import l2g, meta_gradient

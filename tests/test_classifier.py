@@ -105,7 +105,7 @@ def test_files_are_prepared_exactly_as_in_training(data, blob_run, blobs, tmp_pa
     loaded = load(data, "test", root=root, image_size=12)
     from l2g_meta.training.config import Config
 
-    preparation = Preparation.of_run(Config(data=data).resolved(), loaded.image_shape)
+    preparation = Preparation.of_training(Config(data=data).resolved(), loaded.image_shape)
     folder = root / "test" if data == "folder" else root / "mini-imagenet" / "test"
     files = [str(p) for name in loaded.class_names for p in sorted((folder / name).iterdir())]
     x = preparation.normalised(np.stack([preparation.read(f) for f in files]), torch.device("cpu"))
@@ -330,4 +330,4 @@ def test_a_known_image_is_rejected_as_often_as_asked_at_most(rate, n):
 )
 def test_damaged_calibrations(values):
     with pytest.raises(L2GError, match="need a calibration"):
-        c.Calibration.of(values)
+        c.Calibration.from_json(values)

@@ -140,7 +140,7 @@ def test_files_are_read_batch_by_batch(photos, monkeypatch):
     read = []
     monkeypatch.setattr(Preparation, "read", lambda self, file: read.append(file) or np.zeros((4, 4, 3), np.uint8))
     files = [f"{k}.png" for k in range(10_000)]
-    batches = folder.read_batches(files, Preparation(4, 3, (0.5,), (0.5,)), 8, folder.Skipped())
+    batches = folder.PhotoReader(Preparation(4, 3, (0.5,), (0.5,)), 8).batches(files)
     names, pixels = next(batches)
     assert names == files[:8] and pixels.shape == (8, 4, 4, 3) and len(read) == 8
     assert len(list(batches)) == 1249 and len(read) == 10_000

@@ -42,7 +42,7 @@ def test_l2g_trains_with_a_mix_unless_it_is_told_otherwise_and_older_runs_had_no
     mixes = [Config(method=method).resolved().mix for method in ("l2g", "maml", "episodic")]
     assert mixes == [0.5, 0.0, 0.0] and Config(mix=0.0).resolved().mix == 0.0
     older = {name: value for name, value in vars(Config().resolved()).items() if name != "mix"}
-    assert Config.of(older).resolved().mix == 0.0
+    assert Config.from_json(older).resolved().mix == 0.0
 
 
 def test_removed_fields_are_dropped_at_their_old_default_and_refused_otherwise(tmp_path, capsys):

@@ -1,13 +1,31 @@
-"""What the bench times."""
+"""What the bench times: a case, and its model and tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
+import numpy as np
+import torch
+
+from l2g_meta.data.dataset import ClassDataset
+from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
-from l2g_meta.training.checks import check_settings, setting
+from l2g_meta.models.backbones import Conv4, ResNet12
+from l2g_meta.models.heads import PrototypicalHead
+from l2g_meta.models.metric import MetricModel, feature_shape
+from l2g_meta.models.relation_network import RelationHead
+from l2g_meta.training.build import build_encoder
+from l2g_meta.training.checks import check_settings, parsed_options, setting
 
-OURS = ("conv4", "resnet12")
+Layers = Literal["fused", "stock"]  # our ConvBlock's, or PyTorch's: a user's own network
+BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
+RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to compare
+    "conv4": partial(Conv4, 3, pools=2),
+    "resnet12": partial(ResNet12, 3, pooled=False),
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +56,11 @@ class Case:
         check_settings(self)
         if self.head not in ("prototypical", "relation"):
             raise L2GError(f"need --head prototypical or relation, got {self.head}")
-        known = self.backbone in OURS or self.backbone.startswith(("timm:", "torchvision:"))
+        known = self.backbone in BACKBONES or self.backbone.startswith(("timm:", "torchvision:"))
         if not known or (not self.ours and self.head == "relation"):
             raise L2GError(
-                f"need --backbone {' or '.join(OURS)}, or timm:NAME or torchvision:NAME with --head prototypical, got "
-                f"{self.backbone} with {self.head}"
+                f"need --backbone {' or '.join(BACKBONES)}, or timm:NAME or torchvision:NAME with --head prototypical, "
+                f"got {self.backbone} with {self.head}"
             )
         if self.ours and self.backbone_options:
             raise L2GError(f"--backbone-options belong to timm:NAME and torchvision:NAME, got {self.backbone}")
@@ -50,7 +68,7 @@ class Case:
     @property
     def ours(self) -> bool:
         """Whether the encoder is one of this library's, which have fused layers as well."""
-        return self.backbone in OURS
+        return self.backbone in BACKBONES
 
     @property
     def small_image(self) -> int:
@@ -63,3 +81,34 @@ class Case:
     def images(self) -> int:
         """Images of one update."""
         return 2 * self.pairs * self.ways * (self.shots + self.queries)
+
+
+def task_stream(case: Case) -> TaskPairs:
+    """Pairs of tasks from random uint8 images that lie on the device."""
+    generator = np.random.default_rng(0)
+    per_class, classes = case.shots + case.queries, 2 * case.ways
+    images = generator.integers(0, 256, (classes * per_class, case.image_size, case.image_size, 3), dtype=np.uint8)
+    data = ClassDataset(images, np.repeat(np.arange(classes), per_class))
+    return TaskPairs(data, ways=case.ways, shots=case.shots, queries=case.queries, seed=0, device=case.device)
+
+
+def build(case: Case, *, layers: Layers) -> MetricModel:
+    """The model of a case, always with the same weights.
+
+    Raises:
+        FitError: if the images are too small for it.
+    """
+    image_shape, fused = (3, case.image_size, case.image_size), layers == "fused"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        if not case.ours:
+            encoder = build_encoder(case.backbone, 3, parsed_options(case.backbone_options.split()))
+            model = MetricModel(encoder, PrototypicalHead(), image_shape=image_shape)
+        elif case.head == "prototypical":
+            model = MetricModel(BACKBONES[case.backbone](fused=fused), PrototypicalHead(), image_shape=image_shape)
+        else:
+            encoder = RELATION_BACKBONES[case.backbone](fused=fused)
+            channels, *size = feature_shape(encoder, image_shape)
+            head = RelationHead(channels, tuple(size), fused=fused)  # type: ignore[arg-type]
+            model = MetricModel(encoder, head, image_shape=image_shape)
+    return model.to(case.device)

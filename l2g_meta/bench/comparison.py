@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2g_meta.bench.case import Case
-from l2g_meta.bench.rows import available, build, prepare, task_stream
+from l2g_meta.bench.case import Case, build, task_stream
 from l2g_meta.bench.timing import interleaved, seconds
-from l2g_meta.bench.variants import VARIANTS, Pairs, float32_products
+from l2g_meta.bench.variants import VARIANTS, Pairs, available, float32_products, prepare
 from l2g_meta.errors import L2GError
 from l2g_meta.training.allocator import keep_freed_memory
 

@@ -6,24 +6,30 @@ all compute the same gradient. The peers run on PyTorch's own layers, on images 
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.bench.case import Case, Layers
+from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
+from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
 from l2g_meta.training.build import set_precision
 from l2g_meta.training.objectives import episodic, l2g, meta_gradient
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
-Layers = Literal["fused", "stock"]  # our ConvBlock's, or PyTorch's: a user's own network
+LR = 1e-3  # β, Adam's step size in a whole update
 
 
 class Variant(NamedTuple):
@@ -84,18 +90,27 @@ def episodes(**options: Any) -> Callable[[Any, float, int], Step]:
     return make
 
 
+def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
+    """A step that takes the pairs one after the other: T_i, T_j, and how many pairs their mean is over."""
+
+    def step(pairs: Pairs) -> None:
+        for task_i, task_j in pairs:
+            backward(task_i, task_j, len(pairs))
+
+    return step
+
+
 def learn2learn(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     """learn2learn's own ``MAML``, as its examples use it."""
     maml = require_learn2learn().algorithms.MAML(model, lr=inner_lr)
 
-    def step(pairs: Pairs) -> None:
-        for task_i, task_j in pairs:
-            learner = maml.clone()
-            for _ in range(inner_steps):
-                learner.adapt(_loss(learner, task_i))
-            (_loss(learner, task_j) / len(pairs)).backward()
+    def backward(task_i: Task, task_j: Task, n: int) -> None:
+        learner = maml.clone()
+        for _ in range(inner_steps):
+            learner.adapt(_loss(learner, task_i))
+        (_loss(learner, task_j) / n).backward()
 
-    return step
+    return each_pair(backward)
 
 
 def higher(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -104,14 +119,13 @@ def higher(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=inner_lr)
 
-    def step(pairs: Pairs) -> None:
-        for task_i, task_j in pairs:
-            with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
-                for _ in range(inner_steps):
-                    inner.step(_loss(learner, task_i))
-                (_loss(learner, task_j) / len(pairs)).backward()
+    def backward(task_i: Task, task_j: Task, n: int) -> None:
+        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
+            for _ in range(inner_steps):
+                inner.step(_loss(learner, task_i))
+            (_loss(learner, task_j) / n).backward()
 
-    return step
+    return each_pair(backward)
 
 
 def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -120,16 +134,15 @@ def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
     inner = library.MetaSGD(model, lr=inner_lr)
 
-    def step(pairs: Pairs) -> None:
-        for task_i, task_j in pairs:
-            before = library.extract_state_dict(model, by="reference")
-            for _ in range(inner_steps):
-                inner.step(_loss(model, task_i))
-            loss = _loss(model, task_j) / len(pairs)
-            library.recover_state_dict(model, before)
-            loss.backward()
+    def backward(task_i: Task, task_j: Task, n: int) -> None:
+        before = library.extract_state_dict(model, by="reference")
+        for _ in range(inner_steps):
+            inner.step(_loss(model, task_i))
+        loss = _loss(model, task_j) / n
+        library.recover_state_dict(model, before)
+        loss.backward()
 
-    return step
+    return each_pair(backward)
 
 
 def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
@@ -145,12 +158,13 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
             values = tuple(p - inner_lr * g for p, g in zip(values, gradients, strict=True))
         return inner_loss(values, task_j)
 
-    def step(pairs: Pairs) -> None:
+    def backward(task_i: Task, task_j: Task, n: int) -> None:
         with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
-            for pair in pairs:
-                _accumulate(parameters, torch.func.grad(outer_loss)(parameters, *pair), len(pairs))
+            gradients = torch.func.grad(outer_loss)(parameters, task_i, task_j)
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.detach() / n if p.grad is None else p.grad + g.detach() / n
 
-    return step
+    return each_pair(backward)
 
 
 _fused = partial(Variant, layers="fused", base="episodic")
@@ -179,6 +193,64 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def available(
+    names: Sequence[str] | None = None,
+    *,
+    device: str = "cpu",
+    ours: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Variant]:
+    """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
+
+    Raises:
+        L2GError: for an unknown name, or a named row whose package or device is missing.
+    """
+    for name in names or ():
+        if name not in VARIANTS:
+            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
+    chosen = {}
+    for name in names or VARIANTS:
+        row = VARIANTS[name]
+        if row.needs is not None and importlib.util.find_spec(row.needs) is None:
+            extra = "learn2learn" if row.needs == "learn2learn" else "bench"
+            missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
+        elif row.cuda and not device.startswith("cuda"):
+            missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
+        elif row.layers == "fused" and not ours:
+            missing = "fused layers, which only conv4 and resnet12 have; leave it out"
+        else:
+            chosen[name] = row
+            continue
+        if names:
+            raise L2GError(f"the variant {name!r} needs {missing}")
+        if not row.cuda and (ours or row.layers != "fused"):
+            say(f"left out: {name}: it needs {missing}")
+    return chosen
+
+
+def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
+    """What is timed of a row: a step on the given pairs, or a whole update, whose tasks come from the stream.
+
+    Raises:
+        L2GError: if the row is not of such cases.
+    """
+    variant = VARIANTS[name]
+    if variant.channels_last:
+        model.to(memory_format=torch.channels_last)
+    step = variant.make(model, case.inner_lr, case.inner_steps)
+    if not variant.whole:
+        return partial(step, pairs)
+    optimizer, count = torch.optim.Adam(model.parameters(), LR), itertools.count()
+
+    def update() -> None:
+        k = next(count)
+        optimizer.zero_grad()
+        step(stream.batch(range(k * case.pairs, (k + 1) * case.pairs)))
+        optimizer.step()
+
+    return update
+
+
 def _loss(model: Any, task: Task) -> Tensor:
     return _bare(model).loss_fn(model(task), task.query_y)
 
@@ -191,8 +263,3 @@ def _bare(model: Any) -> Any:
 def _functional_loss(model: Any, names: Sequence[str], values: Sequence[Tensor], task: Task) -> Tensor:
     scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
     return _bare(model).loss_fn(scores, task.query_y)
-
-
-def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor], n: int) -> None:
-    for p, g in zip(parameters, gradients, strict=True):
-        p.grad = g.detach() / n if p.grad is None else p.grad + g.detach() / n

@@ -203,7 +203,7 @@ class Calibration:
         return min(self.shots, key=lambda entry: abs(math.log(entry.shots / shots)))
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Calibration:
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         """From what ``dataclasses.asdict`` gave, through JSON.
 
         Raises:

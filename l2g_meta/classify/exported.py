@@ -73,7 +73,7 @@ def export(
     wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
     info = read_info(run / f"{checkpoint}.safetensors")
     refuse_given(info, run, "fit a FewShotClassifier around its model")
-    model, preparation = wrapper.module, Preparation.of_run(config, info["image_shape"])
+    model, preparation = wrapper.module, Preparation.of_training(config, info["image_shape"])
     data = {
         split: build_data(replace(config, root=root or config.root), split) for split in ("train", "validation", "test")
     }

@@ -32,16 +32,45 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Skipped:
-    """Files that could not be read, with the reason."""
+class PhotoReader:
+    """Reads images as a model takes them, a batch at a time, and lists those that cannot be read.
 
-    files: list[tuple[str, str]] = field(default_factory=list)
+    Args:
+        preparation: how the model takes images.
+        size: files of a batch.
+        tell: is told of each file that is skipped, at once.
+        skipped: these files, with the reason.
+    """
+
+    preparation: Preparation
+    size: int
     tell: Callable[[str], None] = lambda line: None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, file: str, reason: str) -> None:
-        """Lists a file, and says so at once."""
-        self.files.append((file, reason))
+    def skip(self, file: str, reason: str) -> None:
+        """Lists a file, and says so."""
+        self.skipped.append((file, reason))
         self.tell(f"skipped {file}: {reason}")
+
+    def batches(self, files: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Readable files and their pixels (n, S, S, C) uint8, of ``size`` files each, decoded by a few threads."""
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(files), self.size):
+                part, good = files[start : start + self.size], []
+                for file, read in zip(part, pool.map(self._read, part), strict=True):
+                    if isinstance(read, str):
+                        self.skip(file, read)
+                    else:
+                        good.append((file, read))
+                shape = (0, *self.preparation.image_shape[1:], self.preparation.channels)
+                yield [file for file, _ in good], np.stack([x for _, x in good]) if good else np.empty(shape, np.uint8)
+
+    def _read(self, file: str) -> np.ndarray | str:
+        """Pixels of a file, or why there are none."""
+        try:
+            return self.preparation.read(file)
+        except (DataError, OSError) as error:
+            return str(error)
 
 
 def query_files(queries: Sequence[Path]) -> list[str]:
@@ -89,14 +118,8 @@ def loose_files(folder: Path) -> list[str]:
         return sorted(e.path for e in entries if _is_picture(e.name) and not e.name.startswith(".") and e.is_file())
 
 
-def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: Path, skipped: Skipped) -> list[str]:
+def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path) -> list[str]:
     """Fits on a folder of one folder per class; returns the files that were used, in the order of the examples.
-
-    Args:
-        classifier: to be fitted.
-        preparation: how its model takes images.
-        folder: with a folder per class.
-        skipped: takes the files that cannot be read, and pictures that lie beside the classes.
 
     Raises:
         DataError: if a class has no readable image.
@@ -106,10 +129,10 @@ def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: 
     pixels: list[np.ndarray] = []
     classes = support_files(folder)
     for file in loose_files(folder):
-        skipped.add(file, "it lies in no folder of a class; move it into one")
+        reader.skip(file, "it lies in no folder of a class; move it into one")
     for name, paths in classes.items():
         before = len(files)
-        for part, read in read_batches(paths, preparation, classifier.batch_size, skipped):
+        for part, read in reader.batches(paths):
             files += part
             labels += [name] * len(part)
             pixels.append(read)
@@ -122,47 +145,16 @@ def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: 
 
 
 def classify_files(
-    classifier: FewShotClassifier,
-    preparation: Preparation,
-    files: Sequence[str],
-    supports: Sequence[str],
-    skipped: Skipped,
+    classifier: FewShotClassifier, reader: PhotoReader, files: Sequence[str], supports: Sequence[str]
 ) -> Iterator[list[Row]]:
-    """For each batch of files a row for each that can be read.
-
-    Args:
-        classifier: fitted by ``fit_folder``.
-        preparation: how its model takes images.
-        files: to classify.
-        supports: what ``fit_folder`` returned.
-        skipped: takes the files that cannot be read.
-    """
-    for part, read in read_batches(files, preparation, classifier.batch_size, skipped):
+    """For each batch of files a row for each that can be read; ``supports`` are what ``fit_folder`` returned."""
+    for part, read in reader.batches(files):
         rows = []
         if part:
             said = classifier.classify(read)
             for file, label, p, at in zip(part, said.labels, said.probabilities, said.nearest, strict=True):
                 rows.append(Row(file, str(label), float(p.max()), supports[at] if at >= 0 else ""))
         yield rows
-
-
-def read_batches(
-    files: Sequence[str], preparation: Preparation, size: int, skipped: Skipped
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Readable files and their pixels (n, S, S, C) uint8, ``size`` files at a time, decoded by a few threads."""
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), size):
-            part = files[start : start + size]
-            results = list(pool.map(lambda file: _pixels(file, preparation), part))
-            good = []
-            for file, result in zip(part, results, strict=True):
-                if isinstance(result, str):
-                    skipped.add(file, result)
-                else:
-                    good.append((file, result))
-            shape = (0, *preparation.image_shape[1:], preparation.channels)
-            pixels = np.stack([array for _, array in good]) if good else np.empty(shape, np.uint8)
-            yield [file for file, _ in good], pixels
 
 
 def right_of(rows: Sequence[Row], classes: Collection[str], supports: Collection[str] = ()) -> tuple[int, int] | None:
@@ -179,14 +171,6 @@ def right_of(rows: Sequence[Row], classes: Collection[str], supports: Collection
     named = [(row.label, os.path.basename(os.path.dirname(row.file))) for row in others]
     told = [label == name for label, name in named if name in classes]
     return (sum(told), len(told)) if told else None
-
-
-def _pixels(file: str, preparation: Preparation) -> np.ndarray | str:
-    """Pixels of a file, or why there are none."""
-    try:
-        return preparation.read(file)
-    except (DataError, OSError) as error:
-        return str(error)
 
 
 def _is_picture(name: str) -> bool:

@@ -58,7 +58,7 @@ class Preparation:
             raise L2GError(f"need a size, 1 or 3 channels, and a mean and a positive std of each, got {self}")
 
     @classmethod
-    def of_run(cls, config: Config, image_shape: Sequence[int]) -> Preparation:
+    def of_training(cls, config: Config, image_shape: Sequence[int]) -> Preparation:
         """What ``l2g train`` did to the images of a config's data set."""
         module = dataset_module(config.data)
         return cls(
@@ -70,7 +70,7 @@ class Preparation:
         )
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Preparation:
+    def from_json(cls, values: Mapping[str, Any]) -> Preparation:
         """From what ``dataclasses.asdict`` gave, through JSON.
 
         Raises:

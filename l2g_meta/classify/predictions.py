@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.classify.classifier import FewShotClassifier
-from l2g_meta.classify.photo_folder import Row, Skipped, classify_files, fit_folder, query_files, right_of
+from l2g_meta.classify.photo_folder import PhotoReader, Row, classify_files, fit_folder, query_files, right_of
 from l2g_meta.classify.source import open_source
 from l2g_meta.errors import L2GError
 from l2g_meta.files.names import cell, shown
@@ -67,14 +67,15 @@ def predict(
         raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
     files = query_files(query)
-    skipped = Skipped(tell=lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
-    supports = fit_folder(classifier, source.preparation, support, skipped)
+    tell = lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr)  # noqa: E731
+    reader = PhotoReader(source.preparation, batch_size, tell)
+    supports = fit_folder(classifier, reader, support)
     began = time.perf_counter()
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
     line = _table_line(classifier, files) if table and csv_file is None else None
     hidden = None if progress else True  # None: hidden where there is no terminal
     with tqdm(total=len(files), disable=hidden) as bar:
-        for start, batch in enumerate(classify_files(classifier, source.preparation, files, supports, skipped)):
+        for start, batch in enumerate(classify_files(classifier, reader, files, supports)):
             if line is not None and batch:
                 header = [] if rows else [COLUMNS]
                 cells = [(row.file, row.label, f"{row.probability:.3f}", row.nearest) for row in batch]
@@ -91,23 +92,19 @@ def predict(
         lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)
         csv.writer(text).writerows([COLUMNS, *lines])
         write_text(csv_file, text.getvalue())
-    summary = _summary(classifier, rows, skipped, supports) | {"seconds": time.perf_counter() - began}
+    summary = _summary(classifier, rows, reader.skipped, supports) | {"seconds": time.perf_counter() - began}
     if table:
         _say(summary, csv_file)
     if emit is not None:
         predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         emit({"model": str(model), **summary, "predictions": predictions})
-    return 1 if skipped.files else 0
+    return 1 if reader.skipped else 0
 
 
 def _table_line(classifier: FewShotClassifier, files: Sequence[str]) -> Callable[..., str]:
     """Puts the cells of a row below those of the others."""
     names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
     return f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
-
-
-def _counted(n: int, one: str, more: str | None = None) -> str:
-    return f"{n} {one if n == 1 else more or one + 's'}"
 
 
 def proportion_interval(right: int, n: int) -> tuple[float, float]:
@@ -124,7 +121,7 @@ def proportion_interval(right: int, n: int) -> tuple[float, float]:
 
 
 def _summary(
-    classifier: FewShotClassifier, rows: Sequence[Row], skipped: Skipped, supports: Sequence[str]
+    classifier: FewShotClassifier, rows: Sequence[Row], skipped: Sequence[tuple[str, str]], supports: Sequence[str]
 ) -> dict[str, Any]:
     classes = list(map(str, classifier.classes_))
     right = right_of(rows, classes, supports)
@@ -141,7 +138,7 @@ def _summary(
         "right": None if right is None else right[0],
         "labelled": None if right is None else right[1],
         "right_ci95": None if right is None else proportion_interval(*right),
-        "unreadable": [{"file": file, "reason": reason} for file, reason in skipped.files],
+        "unreadable": [{"file": file, "reason": reason} for file, reason in skipped],
     }
 
 
@@ -151,16 +148,13 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
     if summary["calibrated"]:
         note = f"; probabilities are calibrated for {summary['calibrated_shots']} per class"
     where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
-    print(
-        f"{_counted(summary['classified'], 'image')} classified from {_counted(summary['examples'], 'example')} of "
-        f"{_counted(len(summary['classes']), 'class', 'classes')}{where}{note}"
-    )
-    print(f"{1000 * summary['seconds'] / summary['classified']:.1f} ms per image, reading it included")
+    images, examples, classes = summary["classified"], summary["examples"], len(summary["classes"])
+    print(f"{images} images classified from {examples} examples of {classes} classes{where}{note}")
+    print(f"{1000 * summary['seconds'] / images:.1f} ms per image, reading it included")
     if summary["reject_rate"] is not None:
         print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
     if summary["labelled"]:
-        share = 100 * summary["right"] / summary["labelled"]
-        low, high = summary["right_ci95"]
+        share, (low, high) = 100 * summary["right"] / summary["labelled"], summary["right_ci95"]
         print(
             f"{share:.1f} % right of the {summary['labelled']} in folders named as a class (95 %: {low:.1f} to "
             f"{high:.1f}, for other images and these examples)"

@@ -81,7 +81,7 @@ def open_source(model: Any, device: str = "auto", *, trust: bool = False) -> Sou
             f"{folder} was given its data from Python, so that how its images were prepared is not known; pass its "
             "model instead, l2g_meta.training.build.load_run(folder)[0], with inputs as in training"
         )
-    return Source(wrapper.module, Preparation.of_run(config, info["image_shape"]))
+    return Source(wrapper.module, Preparation.of_training(config, info["image_shape"]))
 
 
 def architecture(config: Config) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def architecture(config: Config) -> dict[str, Any]:
 def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     values = read_values(folder)
     try:
-        preparation = Preparation.of(values.get("preparation") or {})
-        calibration = None if values.get("calibration") is None else Calibration.of(values["calibration"])
-        config = Config.of(values["architecture"]).resolved()
+        preparation = Preparation.from_json(values.get("preparation") or {})
+        calibration = None if values.get("calibration") is None else Calibration.from_json(values["calibration"])
+        config = Config.from_json(values["architecture"]).resolved()
     except L2GError as error:
         raise CheckpointError(f"{folder / MODEL}: {error}") from error
     except Exception as error:  # names and values of any kind

@@ -132,7 +132,7 @@ def _what_to_train(args: argparse.Namespace) -> tuple[Config, Path, bool]:
         if not numbers(out) or _is_json(out / "config.json"):  # a value that somebody changed is not passed over
             raise
         complain(f"{error}; its states have the config, too")
-    config = stored or Config.of(newest(out)[2]["config"])
+    config = stored or Config.from_json(newest(out)[2]["config"])
     if not args.trust:
         refuse_modules(config, out, named=given(args, Config))
     return replace(config, **given(args, Config)).resolved(), out, True

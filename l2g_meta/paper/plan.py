@@ -32,12 +32,12 @@ class Scale:
         title: in words; printed with every result.
         seeds: trained models per cell.
         updates: most updates of a cell; ``None`` for the paper's number of episodes.
+        validations: of a run.
         dear: most updates of rows that say so, and of tasks of several ways and shots.
         image_size: pixels.
         queries: per class of a training task.
         test_queries: per class of a test episode.
-        validations: of a run.
-        validation_episodes: of each.
+        validation_episodes: of each validation.
         test_episodes: of each trained model.
         timed: updates of each of two rows that are timed for equal wall time.
         pairs: of an update; the paper has 5.
@@ -50,14 +50,14 @@ class Scale:
     title: str
     seeds: int
     updates: int | None
-    dear: int | None
-    image_size: int
-    queries: int
-    test_queries: int
     validations: int
-    validation_episodes: int
-    test_episodes: int
-    timed: int
+    dear: int | None = None
+    image_size: int = 28
+    queries: int = 10
+    test_queries: int = 15
+    validation_episodes: int = 200
+    test_episodes: int = 600
+    timed: int = 7
     pairs: int = 5
     aligned: int = 0
     averaged: bool = False
@@ -69,33 +69,35 @@ SCALES = {
     "full": Scale(
         "the paper's budget: 84 px, 15 queries; the length of training, which the paper leaves open, is our choice: "
         "100,000 episodes, relation networks 500,000, MAML 240,000 and the LSTM 60,000 as their authors",
-        5, None, None, 84, 15, 15, 50, 600, 600, 15,
+        seeds=5, updates=None, validations=50, image_size=84, queries=15, validation_episodes=600, timed=15,
     ),
     "small": Scale(
         "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, so that rows "
         "of one task per update have fewer episodes than L2G, not as many, and those of equal time as many updates as "
         "that pays for; 10 training queries instead of 15",
-        2, 300, 150, 28, 10, 15, 6, 200, 600, 7, columns=1,
+        seeds=2, updates=300, validations=6, dear=150, columns=1,
     ),
     "screen": Scale(
         "a screen, to choose what to look at closely: 28 px, 200 updates of 2 pairs, 10 training queries",
-        1, 200, None, 28, 10, 15, 4, 200, 600, 7, pairs=2, aligned=50,
+        seeds=1, updates=200, validations=4, pairs=2, aligned=50,
     ),
     "confirm": Scale(
         "1000 updates of 2 pairs, 28 px, 10 training queries",
-        3, 1000, None, 28, 10, 15, 10, 200, 600, 7, pairs=2, aligned=100,
+        seeds=3, updates=1000, validations=10, pairs=2, aligned=100,
     ),
     "spread": Scale(
         "600 updates of 2 pairs, 28 px, 10 training queries, eight seeds: how much trained models differ",
-        8, 600, None, 28, 10, 15, 6, 200, 600, 7, pairs=2, averaged=True,
+        seeds=8, updates=600, validations=6, pairs=2, averaged=True,
     ),
     "long": Scale(
         "8000 updates of 2 pairs, 28 px, 15 training queries",
-        2, 8000, None, 28, 15, 15, 16, 600, 600, 15, pairs=2, aligned=100, averaged=True,
+        seeds=2, updates=8000, validations=16, queries=15, validation_episodes=600, timed=15, pairs=2, aligned=100,
+        averaged=True,
     ),
     "smoke": Scale(
         "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
-        1, 2, 2, 28, 5, 5, 1, 5, 5, 1, aligned=1, averaged=True, columns=1, data="glyphs",
+        seeds=1, updates=2, validations=1, dear=2, queries=5, test_queries=5, validation_episodes=5, test_episodes=5,
+        timed=1, aligned=1, averaged=True, columns=1, data="glyphs",
     ),
 }  # fmt: skip
 

@@ -154,7 +154,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 and row["iteration"] == info["iteration"]
                 and all(isinstance(v, int | float) for v in row.values())
             )
-        Config.of(info["config"])
+        Config.from_json(info["config"])
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"need the state of a run in {path}, got a header with: {error}") from error
     if not sound:

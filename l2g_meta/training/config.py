@@ -219,7 +219,7 @@ class Config:
             L2GError: if the file is missing or holds something else.
         """
         try:
-            return cls.of(opened(json.loads(read_text(path)))).resolved()
+            return cls.from_json(opened(json.loads(read_text(path)))).resolved()
         except L2GError:
             raise
         except OSError as error:
@@ -230,14 +230,14 @@ class Config:
             raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
 
     @classmethod
-    def of(cls, values: Any) -> Config:
+    def from_json(cls, values: Any) -> Config:
         """A config from a run's JSON: lists become tuples; a run from before ``mix`` had none.
 
         Raises:
             L2GError: if the run used a field of ``REMOVED``.
 
         Example:
-            >>> Config.of({"method": "maml", "fresh_queries": False}).method
+            >>> Config.from_json({"method": "maml", "fresh_queries": False}).method
             'maml'
         """
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -32,7 +32,7 @@ def initialise(model: nn.Module, config: Config) -> None:
         put_encoder(read_state_dict(path), encoder, str(path))
         return
     tensors, info = load_tensors(path / "best.safetensors")
-    theirs = Config.of(info["config"])
+    theirs = Config.from_json(info["config"])
     put_encoder(tensors, encoder, f"{path}, a run with --backbone {theirs.backbone},")
     if (theirs.head, theirs.head_options) == (config.head, config.head_options) and isinstance(
         getattr(model, "head", None), nn.Module

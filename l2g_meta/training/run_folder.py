@@ -153,7 +153,7 @@ class Run:
                 f"{self.out} was given its {had} from Python, now {has}; continue it with "
                 "l2g_meta.train(..., resume=True) and the same parts"
             )
-        stored = Config.of(info["config"]).resolved()
+        stored = Config.from_json(info["config"]).resolved()
         difference = self.config.differences(stored)
         if difference and not force:
             raise CheckpointError(
