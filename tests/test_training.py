@@ -418,7 +418,7 @@ def test_options_that_exclude_each_other(more, complaint, folder, tmp_path, caps
 def test_sizes_that_are_no_numbers(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(flags(folder, tmp_path / "run", "--shots", "1,few"))
-    assert "need a number, or several as 1,5,10; got '1,few'" in capsys.readouterr().err
+    assert "need a number, or several as 1,5,10, got '1,few'" in capsys.readouterr().err
 
 
 def test_the_meta_gradient_is_clipped(folder, tmp_path):

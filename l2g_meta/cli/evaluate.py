@@ -92,21 +92,12 @@ def _evaluate_runs(
     from l2g_meta.training.build import build_data, build_device
 
     results = []
+    asked = {name: getattr(args, name) for name in ("episodes", "runs", "bn", "episode_seed")}
     for run, (wrapper, config) in zip(runs, loaded, strict=True):
         world, device = join(build_device(config.device))
-        results.append(
-            evaluate(
-                wrapper.to(device),
-                build_data(replace(config, root=args.root or config.root), args.split),
-                **_sizes(args, config),
-                episodes=args.episodes,
-                runs=args.runs,
-                bn=args.bn,
-                episode_seed=args.episode_seed,
-                device=device,
-                world=world,
-            )
-        )
+        data = build_data(replace(config, root=args.root or config.root), args.split)
+        shape = _sizes(args, config)
+        results.append(evaluate(wrapper.to(device), data, **shape, **asked, device=device, world=world))
         if world.main:
             print(f"{run}: {describe(config)}: {results[-1]}")
     if len(results) == 1:

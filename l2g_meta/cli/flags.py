@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
-from functools import partial
 from typing import Any
 
 from l2g_meta.training.checks import Names, Sizes, flag, kinds
@@ -13,61 +12,55 @@ from l2g_meta.training.checks import Names, Sizes, flag, kinds
 Arguments = argparse._ActionsContainer  # a parser, or a group of its arguments
 
 
-def natural(text: str, *, least: int = 0) -> int:
-    """A whole number of at least ``least``.
+def parsed(kind: Callable[[str], Any], need: str) -> Callable[[str], Any]:
+    """A flag's value from its text.
+
+    Args:
+        kind: makes the value, or raises ``ValueError``.
+        need: what is needed, in words.
 
     Example:
-        >>> natural("3", least=1)
-        3
+        >>> parsed(float, "a number")("1e-3")
+        0.001
     """
-    need = f"need a whole number of at least {least}, got"
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{need} {text!r}") from error
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{need} {value}")
+
+    def value(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"need {need}, got {text!r}") from error
+
     return value
 
 
-positive = partial(natural, least=1)
-
-
-def whole(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"need a whole number, got {text!r}") from error
-
-
-def number(text: str) -> float:
-    """A number.
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of at least ``least``.
 
     Example:
-        >>> number("1e-3")
-        0.001
+        >>> at_least(1)("3")
+        3
     """
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"need a number, got {text!r}") from error
+
+    def counted(text: str) -> int:
+        if (value := int(text)) < least:
+            raise ValueError(text)
+        return value
+
+    return parsed(counted, f"a whole number of at least {least}")
 
 
-def sizes(text: str) -> int | tuple[int, ...]:
-    """A number, or several as 1,5,10."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"need a number, or several as 1,5,10; got {text!r}") from error
+def _sizes(text: str) -> int | tuple[int, ...]:
+    found = tuple(map(int, text.split(",")))
     return found[0] if len(found) == 1 else found
 
 
+natural, positive = at_least(0), at_least(1)
+number = parsed(float, "a number")
 VALUES: dict[Any, tuple[Any, str]] = {  # how a field's type is read, and what stands for it in the help
-    int: (whole, "N"),
+    int: (parsed(int, "a whole number"), "N"),
     float: (number, "X"),
     str: (str, "NAME"),
-    Sizes: (sizes, "N,N"),
+    Sizes: (parsed(_sizes, "a number, or several as 1,5,10"), "N,N"),
     Names: (str, "NAME"),
 }
 

@@ -39,17 +39,12 @@ def output_of(args: argparse.Namespace) -> Iterator[None]:
         L2GError: if the file for JSON cannot be written.
     """
     args.stdout = sys.stdout  # for ``emit``
-    path = getattr(args, "json", None)
-    if path is not None and path != STDOUT:
-        _check_writable(path)
-    if getattr(args, "quiet", False):
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    if args.json is not None and args.json != STDOUT:
+        _check_writable(args.json)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        target = nowhere if args.quiet else sys.stderr if args.json == STDOUT else sys.stdout
+        with redirect_stdout(target):
             yield
-    elif path == STDOUT:
-        with redirect_stdout(sys.stderr):
-            yield
-    else:
-        yield
 
 
 def emit(args: argparse.Namespace, values: Any) -> None:

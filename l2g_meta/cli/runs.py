@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from l2g_meta.cli.flags import Arguments, natural, positive
+from l2g_meta.cli.flags import Arguments, at_least, natural, positive
 from l2g_meta.data.images import SPLITS
 from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.training.config import Config
@@ -29,7 +27,7 @@ def add_episodes(parser: Arguments, each: str) -> None:
     """Which episodes a run is tested on; ``each``: what ``--episodes`` counts."""
     add = parser.add_argument
     add("--split", default="test", choices=SPLITS, help="default: test")
-    add("--ways", type=partial(natural, least=2), metavar="N", help="classes per episode (default: as trained)")
+    add("--ways", type=at_least(2), metavar="N", help="classes per episode (default: as trained)")
     add("--shots", type=positive, metavar="N", help="supports per class (default: as trained)")
     add("--queries", type=positive, metavar="N", help="queries per class (default: as trained)")
     add("--episodes", type=positive, metavar="N", default=600, help=f"{each} (default: 600)")

@@ -12,6 +12,7 @@ other kinds are those of rank 0. No DDP: its hooks do not see ``autograd.grad``.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ def join(device: torch.device) -> tuple[World, torch.device]:
             raise L2GError(
                 f"rank {here.rank} waited for the other of {here.size} processes, which did not come within "
                 f"{_timeout():g} seconds (L2G_RANK_TIMEOUT; {str(error).splitlines()[0]}); start them all, with one "
-                "and port"
+                "address and port"
             ) from error
     return World(dist.get_rank(), dist.get_world_size()), device
 
@@ -186,9 +187,7 @@ class Joined:
         for norm in self.running:
             parts += norm.contribution(self.mine, self.later)
         parts += [b if self.world.main else torch.zeros_like(b) for b in self.others]  # of no known law: rank 0's
-        wide = torch.float32
-        for part in parts:
-            wide = torch.promote_types(wide, part.dtype)
+        wide = functools.reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
         flat = self.world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
         found = iter(flat.split([part.numel() for part in parts]))
         sums = next(found).tolist()

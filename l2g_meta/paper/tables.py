@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -71,27 +73,23 @@ def curve(cell: Cell) -> Iterator[dict[str, Any]]:
 def tables(plan: Plan) -> dict[str, Any]:
     """All that the Markdown shows, and each trained model's accuracies, as a dictionary that ``json`` takes."""
     spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
-    results = {cell: cell.result for cell in plan.cells if cell.done}
+    results: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for cell in plan.cells:
+        if cell.done:
+            results[cell.data, cell.column][cell.row].append(cell.result)
+    everything = [result for of_row in results.values() for found in of_row.values() for result in found]
     parts = []
-    for data in plan.data:
-        for column in plan.columns:
-            of_row = {
-                row: [
-                    result
-                    for cell, result in results.items()
-                    if (cell.data, cell.column, cell.row) == (data, column, row)
-                ]
-                for row in plan.rows
-            }
-            rows = []
-            for row, found in of_row.items():
-                paper = dict(zip(spec.columns, spec.paper.get(row, ()), strict=False)).get(column)
-                rows.append(_summary(row, found, None if scale.data else paper, of_row))
-            classes = next((r.get("classes") for cell, r in results.items() if cell.data == data), None)
-            parts.append(
-                {"data": data, "classes": classes, "column": column, "title": COLUMNS[column].title, "rows": rows}
-            )
-    machines = sorted({result["machine"] for result in results.values()})
+    for data, column in itertools.product(plan.data, plan.columns):
+        of_row = results[data, column]
+        published = {row: dict(zip(spec.columns, numbers, strict=True)) for row, numbers in spec.paper.items()}
+        paper = {} if scale.data else {row: numbers[column] for row, numbers in published.items()}
+        parts.append({
+            "data": data,
+            "classes": next((result["classes"] for result in everything if result["config"]["data"] == data), None),
+            "column": column,
+            "title": COLUMNS[column].title,
+            "rows": [_summary(row, of_row[row], paper.get(row), of_row) for row in plan.rows],
+        })  # fmt: skip
     return {
         "experiment": plan.experiment,
         "scale": plan.scale,
@@ -99,7 +97,7 @@ def tables(plan: Plan) -> dict[str, Any]:
         "budget": scale.title,
         "seeds": plan.seeds,
         "test_episodes": scale.test_episodes,
-        "machines": machines,
+        "machines": sorted({result["machine"] for result in everything}),
         "missing": [cell.name for cell in plan.cells if not cell.done],
         "tables": parts,
     }

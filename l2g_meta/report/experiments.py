@@ -75,15 +75,6 @@ class Difference:
     episodes: float
     seeds: float | None
 
-    @property
-    def verdict(self) -> str:
-        """Which one is ahead, over these episodes."""
-        if self.episodes != self.episodes:
-            return "one episode"
-        if abs(self.mean) <= self.episodes:
-            return "not settled"
-        return "the first is ahead" if self.mean > 0 else "the second is ahead"
-
 
 @dataclass(frozen=True)
 class Report:

@@ -57,21 +57,6 @@ class ReportedRun:
         return int(self.log[:, 0].max()) if len(self.log) else 0
 
     @property
-    def progress(self) -> str:
-        """How far it is, in words."""
-        if self.config is None:
-            return f"{self.updates:,} updates in its log"
-        done = "" if self.updates >= self.config.iterations else "unfinished: "
-        return f"{done}{self.updates:,} of {self.config.iterations:,} updates"
-
-    @property
-    def chosen(self) -> str:
-        """What validation has chosen, in words."""
-        accuracy, update = self.best.get("val_accuracy"), self.best.get("iteration")
-        known = isinstance(accuracy, int | float) and isinstance(update, int)
-        return f"{accuracy:.2f} % at update {update:,}" if known else ""
-
-    @property
     def validation(self) -> np.ndarray:
         """Rows of the log that have a validation, (n, 4)."""
         return self.log[np.isfinite(self.log[:, 2])]
