@@ -101,7 +101,8 @@ def fit_folder(classifier: FewShotClassifier, preparation: Preparation, folder: 
     Raises:
         DataError: if a class has no readable image.
     """
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[str] = []
     pixels: list[np.ndarray] = []
     classes = support_files(folder)
     for file in loose_files(folder):
