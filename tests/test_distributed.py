@@ -261,13 +261,13 @@ def dies_while_saving(world, out, rank, write):
 
 @pytest.mark.parametrize(
     ("rank", "write"),
-    [(0, 7), *(pytest.param(r, w, marks=pytest.mark.slow) for r in (0, 1) for w in range(1, 13))],
+    [(0, 7), *(pytest.param(r, w, marks=pytest.mark.slow) for r in (0, 1) for w in range(1, 12))],
 )
 def test_a_rank_lost_while_saving(rank, write, tmp_path):
     """The survivor ends in an error; what is saved is whole, and the run goes on to what an undisturbed one finds."""
     (out := tmp_path / "run").parent.mkdir(exist_ok=True)
     found = ranks(2, dies_while_saving, out, rank, write, timeout=5, dies=rank)[1 - rank]
-    assert isinstance(found, dict) if write > 11 and rank else "has lost another of 2 processes" in found, found
+    assert "has lost another of 2 processes" in found, found
     for path in out.glob("*.safetensors"):
         load_tensors(path)
     (first,) = ranks(1, run, out, 6, (out / "config.json").exists())

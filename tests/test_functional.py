@@ -17,6 +17,11 @@ def test_class_sums_keep_maps():
     torch.testing.assert_close(f.class_sums(z, y, 2), torch.stack([z[1], z[0] + z[2]]))
 
 
+def test_class_sums_of_very_many_classes():
+    z, y = torch.randn(10_000, 3), torch.arange(10_000) % 5000
+    torch.testing.assert_close(f.class_sums(z, y, 5000), z[:5000] + z[5000:])
+
+
 def test_distances_against_loops():
     a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     loop = torch.stack([torch.stack([((x - y) ** 2).sum() for y in b]) for x in a])
