@@ -7,7 +7,7 @@ BIN := .venv/bin
 # It is named again beside the rest, which would otherwise bring a NumPy that it does not take.
 LEARN2LEARN := $(shell $(PYTHON) -c 'import sys; print("" if sys.version_info >= (3, 13) else "learn2learn==0.2.0")')
 
-.PHONY: demo test slow lint docs audit gpu clean
+.PHONY: demo test slow oldest lint docs audit gpu clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -18,11 +18,22 @@ test: lint docs
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+# The oldest versions that pyproject.toml allows, on Python 3.10: make oldest PYTHON=python3.10
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra classify --extra timm pyproject.toml \
+		--python .venv-oldest/bin/python --output-file .venv-oldest/lowest.txt
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint .venv-oldest/lowest.txt \
+		--editable ".[classify,timm]" hypothesis pytest pytest-xdist learn2learn==0.2.0
+	.venv-oldest/bin/python -m pytest -m "not slow" --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/prose.py
 
 docs: .venv/installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
@@ -44,4 +55,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info docs/_build
+	rm -rf .venv .venv-oldest build dist *.egg-info docs/_build

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import itertools
 import json
 import os
 import signal
@@ -38,14 +37,12 @@ PACKAGES = {  # by module: the package, with what it needs, and who needs it
         "matplotlib contourpy cycler fonttools kiwisolver packaging pyparsing python-dateutil six",
         "training, whose letters are of its fonts",
     ),
-    "triton": ("triton", "steps named triton"),
 }
 
 STOCK, WHOLE = "l2g, own network, stock operators, data included", "l2g, data included"
 PLAIN = "episodic", "episodic, own network", "episodic, own network, channels-last"
 OWN = "l2g, own network", "l2g, own network, channels-last", "l2g, own network, stock operators"
 LOW = "episodic, TF32", "l2g, TF32", "episodic, bf16", "l2g, bf16"
-CAPTURED = "l2g, captured, data included"
 CASES = ("conv4", 5), ("conv4", 1), ("resnet12", 5), ("resnet12", 1)
 
 PROBE = """
@@ -73,7 +70,6 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
     """All steps, the most telling first; ``tiny``: on a CPU."""
     device = "cpu" if tiny else "cuda"
     here = {"L2G_TEST_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what the same bits are claimed for
-    compiled = here | ({"TRITON_INTERPRET": "1"} if tiny else {})
     more = [
         *PLAIN,
         "l2g, first order",
@@ -94,18 +90,6 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
     for path in sorted((ROOT / "tests").glob("test_*.py")):  # each by itself: one may need what is not here
         if "mark.cuda" in path.read_text(encoding="utf-8") and path.name not in ("test_cuda.py", "test_gpu.py"):
             found.append(_tests(path.stem.removeprefix("test_"), 60, path.name, here))
-    graphs = (ROOT / "l2g_meta/training/captured.py").exists() and not tiny
-    if graphs:
-        found += [_bench("graph", backbone, 5, (WHOLE, CAPTURED), out, tiny=tiny) for backbone in ("conv4", "resnet12")]
-        found += [
-            _bench(f"graph-{low}", "conv4", 5, [f"{CAPTURED}, {low}"], out, tiny=tiny) for low in ("TF32", "bf16")
-        ]
-    if (ROOT / "l2g_meta/operators/kernels/triton.py").exists():
-        rows = {"triton": ("episodic", "l2g", WHOLE), **({"triton-graph": [CAPTURED]} if graphs else {})}
-        found.append(_tests("triton", 60, "test_cuda.py::TestTriton", compiled, "triton"))
-        for kind, backbone in itertools.product(rows, ("conv4", "resnet12")):
-            bench = _bench(kind, backbone, 5, rows[kind], out, tiny=tiny)
-            found.append(bench._replace(needs=["triton"], environment={"L2G_KERNELS": "triton"}))
     return found
 
 
@@ -219,7 +203,7 @@ def summary(found: dict[str, Any], out: Path) -> str:
     lines += ["", "| bench | row | ms | to two fastest episodes | times faster |", "|---|---|---|---|---|"]
     for name, rows in (benches := {path.stem: _rows(path) for path in sorted(out.glob("bench-*.json"))}).items():
         *_, backbone, pairs = name.split("-")
-        eager = benches.get(f"bench-eager-{backbone}-{pairs}", {}).get(WHOLE)  # what graphs and Triton stand against
+        eager = benches.get(f"bench-eager-{backbone}-{pairs}", {}).get(WHOLE)
         for title, row in rows.items():
             ratio, ms = row["ratio_to_fastest"], 1e3 * row["seconds"]
             faster = eager["seconds"] / row["seconds"] if eager and "data" in title else None
@@ -274,7 +258,7 @@ def main() -> int:
     lacking = missing()
     print("\n".join(lacking), flush=True)
     if machine.get("error") and not (args.cpu and machine["torch"]):
-        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.6 or newer: {machine['error']}; CPU=1 tries it on a CPU")
+        print(f"make gpu needs an NVIDIA GPU and PyTorch 2.8 or newer: {machine['error']}; CPU=1 tries it on a CPU")
         return 2
     if out.exists() and any(out.iterdir()):
         print(f"make gpu needs an empty folder, got {out}; choose another OUT")

@@ -3,6 +3,9 @@
 from dataclasses import fields
 from importlib import metadata
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 from l2g_meta.training.config import Config
 
 project = "l2g-meta"
@@ -18,6 +21,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"l2g-meta {release}"
 html_copy_source = False
+smartquotes = False  # θ' keeps its prime
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -45,6 +50,15 @@ def name_the_fields_once(app, what, name, obj, options, signature, returns):
     return ("(**fields)", None) if obj is Config else None
 
 
+def write_mathml(self, node):
+    """Browsers draw MathML themselves: formulas need no network and no script."""
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    self.body.append(f'<div class="math" style="padding: 0.5em 0">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
     app.connect("autodoc-process-docstring", list_config_fields, priority=400)  # before napoleon, at 500
     app.connect("autodoc-process-signature", name_the_fields_once)

@@ -68,7 +68,8 @@ def l2g() -> None:
             learner = l2g.clone()
             loss_i = learner.loss(task_i)
             learner.adapt(loss_i)
-            ((loss_i + learner.loss(task_j)) / 4).backward()  # mix 0.5; without loss_i, by 2: Algorithm 1
+            loss = 0.5 * learner.loss(task_j) + 0.5 * loss_i  # mix=0.5; Algorithm 1 as published: mix=0.0
+            (loss / 2).backward()
         optimizer.step()
 
     result = evaluate(l2g, test, ways=ways, shots=shots, queries=queries, episodes=episodes)  # adapts to nothing
@@ -80,4 +81,4 @@ for train_and_test in (maml, l2g) if has_learn2learn() else (l2g,):
     train_and_test()
     print(f", {ways}-way {shots}-shot on unseen scripts; {time.process_time() - began:.0f} s of processor time")
 if not has_learn2learn():
-    print("MAML: left out, since learn2learn is not installed; docs/getting-started.md has the line that adds it")
+    print("MAML is left out: learn2learn is not installed. docs/getting-started.md has the line that adds it.")

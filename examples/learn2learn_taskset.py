@@ -80,7 +80,10 @@ began = time.perf_counter()
 data, validation = make("train"), make("validation")
 print(f"{type(data).__name__} of {args.data} loaded in {time.perf_counter() - began:.1f} s")
 
-config = Config(queries=5, pairs=2, iterations=iterations, eval_every=iterations, eval_episodes=episodes)
+config = Config(
+    method="l2g", inner_lr=0.003, mix=0.5, queries=5, pairs=2,
+    iterations=iterations, eval_every=iterations, eval_episodes=episodes,
+)  # fmt: skip
 torch.manual_seed(0)
 with tempfile.TemporaryDirectory() as folder:
     run = Path(folder) / "run"

@@ -56,8 +56,9 @@ def main() -> None:
     iterations, episodes = (2, 10) if smoke else (200, 600)
     train_data, validation, test = (load("glyphs", split) for split in ("train", "validation", "test"))
     results = {}
-    for method in ("episodic", "maml", "l2g"):
-        config = Config(method=method, iterations=iterations, eval_every=iterations, eval_episodes=episodes)
+    objectives = {"episodic": {}, "maml": {"inner_lr": 0.003}, "l2g": {"inner_lr": 0.003, "mix": 0.5}}
+    for method, step in objectives.items():
+        config = Config(method=method, iterations=iterations, eval_every=iterations, eval_episodes=episodes, **step)
         torch.manual_seed(0)
         model = MetricModel(Conv4(1), ManhattanHead(64), image_shape=(1, 28, 28))
         with tempfile.TemporaryDirectory() as folder:

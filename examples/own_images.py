@@ -45,6 +45,7 @@ with tempfile.TemporaryDirectory() as scratch:
 
     config = Config(
         data="folder", root=str(root), image_size=args.image_size, ways=3, shots=1, queries=4, pairs=2,
+        method="l2g", inner_lr=0.003, mix=0.5,
         iterations=iterations, eval_every=max(1, iterations // 4), eval_episodes=episodes,
     )  # fmt: skip
     model = train(config, Path(scratch) / "run")

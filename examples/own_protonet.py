@@ -39,12 +39,12 @@ updates, episodes = (2, 10) if parser.parse_args().smoke else (300, 600)
 
 torch.manual_seed(0)
 pairs = TaskPairs(load("glyphs", "train"), ways=5, shots=1, queries=5, seed=0)
-l2g = L2GWrapper(MyProtoNet(), inner_lr=0.01, mix=0.5)
+l2g = L2GWrapper(MyProtoNet(), inner_lr=0.003, mix=0.5)
 optimizer = torch.optim.Adam(l2g.parameters(), lr=1e-3)
 
 for k in range(updates):
     task_i, task_j = pairs[k]  # two tasks without a common class
-    loss = l2g(task_i, task_j)  # half L(θ − α∇L(θ; T_i); T_j), half L(θ; T_i); without mix the former alone
+    loss = l2g(task_i, task_j)  # 0.5 L(θ − α∇L(θ; T_i); T_j) + 0.5 L(θ; T_i)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

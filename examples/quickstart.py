@@ -4,9 +4,8 @@
     python examples/quickstart.py --smoke    # seconds, to see that everything works
 
 All take the same number of updates on one stream of pairs of tasks. L2G learns to classify T_j after an inner step on
-T_i: as published (Algorithm 1), and with T_i's own loss as half of the loss, which is what `l2g train` does and costs
-no time. Episodic training is given as many outer tasks per update as L2G (the paper's way of counting), and as many
-images (both tasks of each pair).
+T_i, as published (Algorithm 1), and with mix 0.5, the weight of T_i's own loss. Episodic training gets 2 tasks per
+update, the number of L2G's outer tasks, or 4, the number of all its tasks.
 """
 
 import argparse
@@ -25,8 +24,8 @@ from l2g_meta.training.loop import train
 METHODS = {
     "Episodic, 2 tasks": Config(method="episodic", tasks_per_update=2),
     "Episodic, 4 tasks": Config(method="episodic"),
-    "L2G, Algorithm 1": Config(method="l2g", mix=0.0),
-    "L2G, mix 0.5": Config(method="l2g"),
+    "L2G, Algorithm 1": Config(method="l2g", inner_lr=0.003, mix=0.0),
+    "L2G, mix 0.5": Config(method="l2g", inner_lr=0.003, mix=0.5),
 }
 L2G = "L2G, mix 0.5"
 

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from l2g_meta.models.heads import FullContextMatchingHead as FullContextMatchingHead
     from l2g_meta.models.heads import MatchingHead as MatchingHead
     from l2g_meta.models.heads import PrototypicalHead as PrototypicalHead
-    from l2g_meta.models.heads import RelationHead as RelationHead
     from l2g_meta.models.metric import MetricModel as MetricModel
+    from l2g_meta.models.relation_network import RelationHead as RelationHead
     from l2g_meta.task import Task as Task
     from l2g_meta.testing import check_head as check_head
     from l2g_meta.training.build import load_run as load_run
     from l2g_meta.training.config import Config as Config
     from l2g_meta.training.loop import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Config",
     "Conv4",
@@ -68,7 +68,8 @@ _HOMES = {
     "training.config": ("Config",),
     "data": ("Episodes", "TaskPairs", "load"),
     "evaluation.episodes": ("evaluate", "paired_difference"),
-    "models.heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead", "RelationHead"),
+    "models.heads": ("FullContextMatchingHead", "MatchingHead", "PrototypicalHead"),
+    "models.relation_network": ("RelationHead",),
     "models.metric": ("MetricModel",),
     "models.batchnorm_policy": ("batchnorm_policy",),
     "task": ("Task",),

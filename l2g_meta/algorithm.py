@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError
-from l2g_meta.inner.clone import backend, own_buffers, rebind, same_tensors
+from l2g_meta.errors import FitError, check_argument, one_of
+from l2g_meta.inner.clone import backend, no_copy, own_buffers, rebind, same_tensors, warn_of_unregistered
 from l2g_meta.inner.compiled import eagerly, plain_names, uncompiled
 from l2g_meta.inner.scores import LossFn, evaluated, loss_of
 from l2g_meta.inner.second_order import twice_differentiable
@@ -98,17 +99,21 @@ class L2GWrapper(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise FitError(f"need a model to wrap, an nn.Module, got {model!r}; a class is called first: Model()")
-        if type(inner_steps) is not int or inner_steps < 1:
-            raise FitError(f"need inner_steps to be an integer of at least 1, got {inner_steps!r}")
-        if not 0 <= mix < 1:
-            raise FitError(f"need mix to be at least 0 and below 1, got {mix!r}")
-        if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
-            raise FitError(f"need autocast to be a type such as torch.bfloat16, got {autocast!r}")
+        is_step, is_share = type(inner_steps) is int and inner_steps >= 1, isinstance(mix, Real) and 0 <= mix < 1
+        is_type = autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)
+        check_argument("inner_steps", inner_steps, "an integer of at least 1", is_step)
+        check_argument("mix", mix, "a number of at least 0 and below 1", is_share)
+        check_argument("autocast", autocast, "a type such as torch.bfloat16", is_type)
+        warn_of_unregistered(model)
         self.module = model
         self.inner_lr = StepSizes(uncompiled(model), inner_lr, learn_inner_lr, adapt)
         self.step = InnerStep(self.inner_lr, adapt=adapt, first_order=first_order, whole=mix > 0)
-        self.inner_steps, self.mix, self.first_order = inner_steps, mix, first_order
-        self.autocast, self.fast, self._loss_fn = autocast, fast, loss_fn
+        self.inner_steps, self.mix, self.autocast, self._loss_fn = inner_steps, mix, autocast, loss_fn
+        self.first_order = one_of("first_order", first_order, (True, False))
+        self.fast = one_of("fast", fast, (True, False))
+        loss_fn = self.loss_fn
+        is_function = callable(loss_fn) and not isinstance(loss_fn, type)
+        check_argument("loss_fn", loss_fn, "a function of (scores, query_y); a class is called first", is_function)
         plain_names(self)
 
     def forward(self, task_i: TaskLike, task_j: TaskLike) -> Tensor:  # ()
@@ -169,6 +174,7 @@ class Learner:
         clone_module, self._update_module = backend()
         self._l2g, self._source = l2g, uncompiled(l2g.module)
         self.module, self.updates, self._own_buffers = rebind(self._source, clone_module(self._source)), {}, False
+        vars(self.module)["__deepcopy__"] = no_copy
 
     @eagerly
     def __call__(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
@@ -211,8 +217,5 @@ class Learner:
         exact = not self._l2g.first_order and torch.is_grad_enabled()
         return twice_differentiable(fast=self._l2g.fast) if exact else nullcontext()
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise FitError(
-            "need a learner's own parameters to copy it, but they are functions of the model's; call clone() for "
-            "another learner, or copy learner.module.state_dict()"
-        )
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        no_copy()

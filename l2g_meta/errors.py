@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 INSTALL_LEARN2LEARN = "pip install --config-settings=--build-option=build_ext learn2learn==0.2.0"
 
 
@@ -28,6 +30,21 @@ class NotFiniteError(L2GError):
     """A loss, a gradient or a weight is NaN or infinite."""
 
 
+def check_argument(name: str, value: Any, need: str, fits: bool) -> None:
+    """That an argument is what it is said to be.
+
+    Raises:
+        FitError: if it does not fit.
+
+    Example:
+        >>> check_argument("inner_steps", 0, "at least 1", 0 >= 1)
+        Traceback (most recent call last):
+        l2g_meta.errors.FitError: need inner_steps to be at least 1, got 0
+    """
+    if not fits:
+        raise FitError(f"need {name} to be {need}, got {value!r}")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known.
 
@@ -37,3 +54,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_of(name: str, value: T, choices: Sequence[T]) -> T:
+    """The value of an argument, which must be one of these.
+
+    Raises:
+        FitError: if it is not.
+
+    Example:
+        >>> one_of("reduction", "mean", ("mean", "sum"))
+        'mean'
+    """
+    if value not in choices:
+        raise FitError(f"need {name} to be one of {', '.join(map(str, choices))}; got {value!r}")
+    return value

@@ -37,7 +37,7 @@ class Task(NamedTuple):
             value: a task, or ``(support_x, support_y, query_x, query_y)``. A fifth element that is an int is n_way;
                 any other, such as easyfsl's list of class ids, is ignored. Without n_way the labels may be any
                 integers: the classes of ``support_y`` are numbered in sorted order, which synchronises with the device.
-                Each tensor may have the leading 1 of a ``DataLoader``.
+                Each tensor may have the leading 1 of a ``DataLoader``, or be an array or a list of numbers.
 
         Raises:
             DataError: for anything else, or a query of a class without support.
@@ -48,7 +48,7 @@ class Task(NamedTuple):
             >>> task.support_y.tolist(), task.n_way, Task.of(task) is task
             ([0, 1], 2, True)
         """
-        if isinstance(value, Task) and getattr(value.support_y, "ndim", 0) == 1:
+        if isinstance(value, Task) and all(isinstance(t, Tensor) for t in value[:4]) and value.support_y.ndim == 1:
             return value
         if not isinstance(value, tuple | list) or len(value) not in (4, 5):
             got = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
@@ -107,16 +107,18 @@ class Task(NamedTuple):
         classes, y = torch.unique(y, return_inverse=True)
         if n_way is not None and len(classes) != n_way:
             raise DataError(
-                f"need {n_way} different labels for n_way={n_way}, got {classes.tolist()}; pass the number of classes "
-                "that the batch has, or leave n_way out"
+                f"need {n_way} different labels for n_way={n_way!r}, got {classes.tolist()}; pass the number of "
+                "classes that the batch has, or leave n_way out"
             )
         if split not in ("first", "even-odd"):
             raise DataError(f"need split to be 'first' or 'even-odd', got {split!r}")
+        if not isinstance(shots, Integral) or shots < 1:
+            raise DataError(f"need shots to be an integer of at least 1, got {shots!r}")
         step, needed = (1, shots + 1) if split == "first" else (2, 2 * shots)
         counts = torch.bincount(y)
-        if shots < 1 or not len(counts) or int(counts.min()) < needed:
+        if not len(counts) or int(counts.min()) < needed:
             raise DataError(
-                f"need shots ≥ 1 and at least {needed} examples of each class for shots={shots}, split={split!r}, got "
+                f"need at least {needed} examples of each class for shots={shots}, split={split!r}, got "
                 f"{counts.tolist()} per class; lower shots or load more (learn2learn: KShots(k=shots + queries))"
             )
         order = torch.argsort(y, stable=True)
@@ -174,7 +176,12 @@ class Task(NamedTuple):
         support_x, support_y, query_x, query_y, n_way = self
         _check_labelled(support_x, support_y, "support")
         _check_labelled(query_x, query_y, "query")
-        if not isinstance(n_way, int) or n_way < 1:
+        if support_x.shape[1:] != query_x.shape[1:]:
+            raise DataError(
+                f"need supports and queries of one shape, got {tuple(support_x.shape[1:])} and "
+                f"{tuple(query_x.shape[1:])}; resize the images"
+            )
+        if type(n_way) is not int or n_way < 1:
             raise DataError(f"need n_way to be a Python int of at least 1, got {n_way!r}; int(n_way) makes one")
         if labels or (labels is None and support_y.device.type == "cpu"):
             _check_range(support_y, n_way, "support")
@@ -193,13 +200,14 @@ TaskLike: TypeAlias = Task | Sequence[Any]  # a task, or (support_x, support_y, 
 
 
 def _labelled(x: Any, y: Any, part: str) -> tuple[Tensor, Tensor]:  # (n, ...), (n,)
-    """Inputs and their int64 labels, without a DataLoader's leading 1."""
+    """Inputs and their int64 labels as tensors, without a DataLoader's leading 1."""
     try:
-        y = torch.as_tensor(y)
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"need {part} labels as a tensor of integers, got {type(y).__name__}: {error}") from error
-    if not isinstance(x, Tensor):
-        raise DataError(f"need {part} inputs as a tensor (n, ...), got {type(x).__name__}; torch.stack joins a list")
+        raise DataError(
+            f"need tensors or arrays of {part} inputs (n, ...) and of their labels (n,), got {type(x).__name__} and "
+            f"{type(y).__name__}: {error}; torch.stack joins a list of tensors"
+        ) from error
     if y.is_floating_point() and y.isfinite().all() and torch.equal(y, y.round()):
         y = y.long()
     if y.is_floating_point() or y.is_complex():
@@ -216,7 +224,10 @@ def _labelled(x: Any, y: Any, part: str) -> tuple[Tensor, Tensor]:  # (n, ...), 
     return x, y.long()  # uint8 would index as a mask
 
 
-def _check_labelled(x: Tensor, y: Tensor, part: str) -> None:
+def _check_labelled(x: Any, y: Any, part: str) -> None:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        got = f"{type(x).__name__} and {type(y).__name__}"
+        raise DataError(f"need {part}_x and {part}_y as tensors, got {got}; Task.of(task) converts them")
     if y.ndim != 1 or not x.ndim or len(x) != len(y) or y.dtype != torch.int64:
         raise DataError(
             f"need {part}_y of dtype int64 and shape (n,), one label per {part}, got {y.dtype} of shape "

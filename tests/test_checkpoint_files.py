@@ -145,6 +145,38 @@ def test_a_pickled_checkpoint_is_refused(run: Path) -> None:
         resume(run)
 
 
+META = '{"__metadata__":{"format":"1","info":"{}","sha256":"0"}'
+TENSOR = META + ',"a":{"dtype":"F32","shape":%s,"data_offsets":%s}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("{}", 2**64 - 1),
+        ("{}", 2**63),
+        ("[" * 10**6, None),
+        ('{"a":' * 10**5, None),
+        ("[]", None),
+        ('{"__metadata__":[]}', None),
+        (META.replace('"1"', '"' + "9" * 10**5 + '"') + "}", None),
+        (META.replace("{}", "9" * 10**5) + "}", None),
+        (TENSOR % ([2**40, 2**40], [0, 4]), None),
+        (TENSOR % ([0, 2**40], [0, 0]), None),
+        (TENSOR % ([1], [-4, 0]), None),
+        (TENSOR % ([1], [0, 2**40]), None),
+        (TENSOR % ([1], [0, 4]) + ",", None),
+        (META + "," + META[1:] + "}", None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_absurd_headers(tmp_path: Path, text: str, size: int | None) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((len(text) if size is None else size).to_bytes(8, "little") + text.encode() + b"1234")
+    with pytest.raises(CheckpointError) as error:
+        load_tensors(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     tensors = {name: torch.randn(3) for name in "abc"}
     written = set()

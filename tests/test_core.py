@@ -1,6 +1,8 @@
 """The wrapper as people meet it: their tasks, their networks, checkpoints, and what is refused."""
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -38,6 +40,9 @@ class TestTasks:
             [(*t[:4], [11, 5, 7]) for t in tasks],  # easyfsl's class ids
             [tuple(part[None] for part in t[:4]) for t in tasks],  # a DataLoader's
             [(t.support_x, t.support_y * 2 + 5, t.query_x, t.query_y * 2 + 5) for t in tasks],
+            [tuple(part.numpy() for part in t[:4]) for t in tasks],
+            [Task(*(part.numpy() for part in t[:4]), 3) for t in tasks],
+            [Task(t.support_x, t.support_y.tolist(), t.query_x, t.query_y.tolist(), 3) for t in tasks],
         ):
             found = gradients(L2GWrapper(model, 0.1), pair)
             assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
@@ -59,8 +64,16 @@ class TestTasks:
             ({"query_y": torch.tensor([0, 1, 2, -1, 1, 2])}, r"need query labels in 0 … 2, got \[-1, 0, 1, 2\]"),
             ({"query_y": torch.arange(3)}, "one label per query, got torch.int64 of shape"),
             ({"n_way": torch.tensor(3)}, "need n_way to be a Python int"),
+            (
+                {"query_x": torch.zeros(6, 3, 20, 20)},
+                r"supports and queries of one shape, got \(3, 16, 16\) and \(3, 20, 20\); resize",
+            ),
+            (
+                {"support_x": torch.zeros(3, *IMAGE).byte(), "query_x": torch.zeros(6, *IMAGE).byte()},
+                r"that MetricModel computes with, torch.float64, got torch.uint8; .* by x.float\(\) / 255",
+            ),
         ],
-        ids=["way", "class", "queries", "high", "negative", "length", "tensor"],
+        ids=["way", "class", "queries", "high", "negative", "length", "tensor", "sizes", "uint8"],
     )
     def test_a_wrong_task_is_told_on_every_call(self, change, message, tasks):
         wrapper, wrong = L2GWrapper(network(), 0.1), tasks[0]._replace(**change)
@@ -77,6 +90,21 @@ class TestTasks:
             wrapper(*tasks)  # that an earlier task was right does not matter
             with pytest.raises(DataError, match=message):
                 call()
+
+    def test_a_network_that_converts_images_takes_them_as_they_are(self, tasks):
+        class Scaled(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.encoder = model.encoder
+
+            def forward(self, x):
+                return self.encoder(x.double() / 255)
+
+        model = network()
+        bytes_ = [t._replace(support_x=(t.support_x * 40).byte(), query_x=(t.query_x * 40).byte()) for t in tasks]
+        as_floats = [t._replace(support_x=t.support_x.double() / 255, query_x=t.query_x.double() / 255) for t in bytes_]
+        found = L2GWrapper(MetricModel(Scaled(model), PrototypicalHead()), 0.1)(*bytes_)
+        assert torch.equal(found, L2GWrapper(model, 0.1)(*as_floats))
 
     @pytest.mark.parametrize("thing", [None, 3, torch.zeros(4, 3), "task", (torch.zeros(2), torch.arange(2))])
     def test_what_is_no_task(self, thing, tasks):
@@ -102,6 +130,22 @@ class TestModels:
         assert all(m.training for m in encoder.modules())
         assert L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.1)(*tasks).isfinite()
 
+    @pytest.mark.parametrize("error", [AssertionError, ValueError, RuntimeError, KeyError])
+    def test_whatever_a_bare_encoder_raises(self, error, tasks):
+        class Strict(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3)
+
+            def forward(self, x):
+                if not isinstance(x, torch.Tensor):
+                    raise error("an image, please")
+                return self.conv(x)
+
+        with pytest.raises(FitError, match=r"Strict's forward takes images; wrap it: MetricModel") as raised:
+            L2GWrapper(Strict().double(), 0.1)(*tasks)
+        assert isinstance(raised.value.__cause__, error)
+
     def test_an_error_of_ones_own_forward_stays_what_it_is(self, tasks):
         class Wrong(nn.Module):
             def __init__(self):
@@ -119,18 +163,85 @@ class TestModels:
         with pytest.raises(FitError, match=r"need autocast to be a type such as torch.bfloat16, got"):
             L2GWrapper(network(), 0.1, autocast=autocast)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mix": "a"}, "need mix to be a number of at least 0 and below 1, got 'a'"),
+            ({"mix": None}, "need mix to be a number"),
+            ({"first_order": "x"}, "need first_order to be one of True, False; got 'x'"),
+            ({"fast": None}, "need fast to be one of True, False; got None"),
+            ({"inner_lr": [0.1]}, r"need inner_lr to be a number of at least 0, finite, got \[0.1\]"),
+            ({"inner_lr": torch.tensor(0.1)}, "need inner_lr to be a number"),
+            ({"adapt": 3}, "need adapt to be names or patterns, at least one, got 3"),
+            ({"loss_fn": 3}, r"need loss_fn to be a function of \(scores, query_y\); .* got 3"),
+            ({"loss_fn": nn.CrossEntropyLoss}, "a class is called first, got .*CrossEntropyLoss"),
+        ],
+    )
+    def test_arguments(self, options, message):
+        with pytest.raises(FitError, match=message):
+            L2GWrapper(network(), **{"inner_lr": 0.1, **options})
+
+    def test_a_loss_is_a_number(self, tasks):
+        wrapper = L2GWrapper(network(), 0.1)
+        for loss in (None, 1.0, wrapper.clone()(tasks[0])):
+            with pytest.raises(FitError, match="need a loss as a tensor of one number, .* got"):
+                wrapper.clone().adapt(loss)
+        for loss_fn in (nn.CrossEntropyLoss(reduction="none"), lambda scores, y: 1.0):
+            wrapper = L2GWrapper(network(), 0.1, loss_fn=loss_fn)
+            for call in (lambda w: w(*tasks), lambda w: w.loss(tasks[0])):
+                with pytest.raises(FitError, match=r"one number, .* got (a tensor of shape \(6,\)|1.0)"):
+                    call(wrapper)
+
+    def test_a_tied_weight_goes_by_any_of_its_names(self, either_backend):
+        encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        encoder[2].weight = encoder[0].weight
+        model, task = MetricModel(encoder.double(), PrototypicalHead()), random_task((4,), n_way=3, queries=2)
+        for adapt, adapted in (
+            (["encoder.2.weight"], {"encoder.0.weight"}),
+            (["encoder.2"], {"encoder.0.weight", "encoder.2.bias"}),
+            (["encoder.0"], {"encoder.0.weight", "encoder.0.bias"}),
+        ):
+            learner = L2GWrapper(model, 0.1, adapt=adapt, learn_inner_lr="tensor").adapted(task)
+            assert set(learner.updates) == adapted
+            assert learner.module.encoder[0].weight is learner.module.encoder[2].weight
+        with pytest.raises(FitError, match="there are encoder.0.weight, .*, encoder.2.weight"):
+            L2GWrapper(model, 0.1, adapt=["encoder.1"])
+
+    def test_parameters_that_pytorch_does_not_see(self):
+        class Hidden(nn.Module):
+            def __init__(self, *, kept=list):
+                super().__init__()
+                self.seen, self.layers = nn.Linear(4, 4), kept([nn.Linear(4, 4)])
+
+        with pytest.warns(UserWarning, match="in the plain list 'encoder.layers' are neither adapted nor trained"):
+            L2GWrapper(MetricModel(Hidden(), PrototypicalHead()), 0.1)
+        hidden = Hidden()
+        hidden.layers = {"w": nn.Parameter(torch.zeros(2))}
+        with pytest.warns(UserWarning, match="in the plain dict 'layers'"):
+            L2GWrapper(hidden, 0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hidden.layers = [hidden.seen, 3]  # registered as well
+            for model in (hidden, Hidden(kept=nn.ModuleList), nn.LSTM(3, 4)):
+                L2GWrapper(model, 0.1)
+
     def test_a_model_is_an_instance(self):
         with pytest.raises(FitError, match=r"need a model to wrap, an nn.Module, got .*a class is called first: Model"):
             L2GWrapper(Conv4, 0.1)
 
     def test_a_learner_is_copied_by_clone(self, tasks):
         learner = L2GWrapper(network(), 0.1).adapted(tasks[0])
-        for copied in (copy.deepcopy, lambda thing: copy.deepcopy({"learner": thing})):
-            with pytest.raises(
-                FitError, match=r"call clone\(\) for another learner, or copy learner.module.state_dict"
-            ):
-                copied(learner)
-        assert copy.deepcopy(learner.module.state_dict()).keys() == network().state_dict().keys()
+        for copied in (copy.copy, copy.deepcopy, lambda thing: copy.deepcopy({"learner": thing}), pickle.dumps):
+            for thing in (learner, L2GWrapper(network(), 0.1).clone()):
+                with pytest.raises(FitError, match=r"call clone\(\) for another learner, or copy learner.module.state"):
+                    copied(thing)
+        with pytest.raises(FitError, match=r"copy learner.module.state_dict\(\) into a copy of the model"):
+            copy.deepcopy(learner.module)
+        model = network()
+        model.load_state_dict(learner.module.state_dict())
+        assert torch.equal(model(tasks[1]), learner(tasks[1]))
+        loaded = pickle.loads(pickle.dumps(learner.module))  # noqa: S301 (a file has parameters of its own)
+        assert torch.equal(copy.deepcopy(loaded)(tasks[1]), learner(tasks[1]))
 
     def test_a_clone_is_in_the_mode_of_its_wrapper(self, tasks, either_backend):
         wrapper = L2GWrapper(network(), 0.1)

@@ -1,7 +1,6 @@
 """What a GPU must compute as a CPU in float64 does; `make gpu` runs it, and with CPU=1 each step of it on a CPU."""
 
 import copy
-import importlib
 import os
 import socket
 from dataclasses import replace
@@ -21,11 +20,9 @@ from l2g_meta.evaluation.world import join, shutdown
 from l2g_meta.models.heads import HEADS
 from l2g_meta.models.libraries import torchvision_encoder
 from l2g_meta.models.metric import build_head, feature_shape
-from l2g_meta.operators import kernels
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
-from l2g_meta.operators.kernels import aten
 from l2g_meta.testing import random_task
 from l2g_meta.training.objectives import l2g, meta_gradient
 
@@ -243,7 +240,7 @@ def _update(rank, size, port, folder):
     """One update's meta-gradient on so many processes, saved by the first."""
     from l2g_meta.training.build import build_pairs
     from l2g_meta.training.config import Config
-    from l2g_meta.training.update import EagerUpdate
+    from l2g_meta.training.update import Updater
 
     torch.set_num_threads(1)
     if size > 1:
@@ -261,45 +258,8 @@ def _update(rank, size, port, folder):
     wrapper = L2GWrapper(MetricModel(Conv4(1, 8), PrototypicalHead()), 0.05).double().to(device)
     data = ClassDataset(torch.from_numpy(IMAGES).permute(0, 3, 1, 2).double() / 255, DATA.labels)
     optimizer = torch.optim.SGD(wrapper.parameters(), 0.0)
-    update = EagerUpdate(config, l2g, wrapper, optimizer, build_pairs(config, data, device), world)
+    update = Updater(config, l2g, wrapper, optimizer, build_pairs(config, data, device), world)
     assert update(0).finite and world.size == size
     if world.main:
         torch.save([p.grad.cpu() for p in wrapper.parameters()], folder / f"{size}.pt")
     shutdown()
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Triton's passes, asked for; on a CPU in its interpreter."""
-    pytest.importorskip("triton")
-    module = importlib.import_module("l2g_meta.operators.kernels.triton")
-    monkeypatch.setenv("L2G_KERNELS", "triton")
-    if DEVICE == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":  # is read when the kernels are defined
-            pytest.skip("needs TRITON_INTERPRET=1 on a CPU")
-        monkeypatch.setattr(kernels, "of", lambda x: module if module.takes(x) else aten)
-    return module
-
-
-class TestTriton:
-    @pytest.mark.parametrize("pool", [False, True])
-    @pytest.mark.parametrize("relu", [False, True])
-    @pytest.mark.parametrize("shape", [(2, 5, 5, 4), (1, 70, 2, 3), (3, 64, 13, 12)], ids=str)
-    def test_passes_equal_atens(self, shape, relu, pool, fused):
-        maps = lambda *s: torch.randn(s, device=DEVICE).contiguous(memory_format=torch.channels_last)  # noqa: E731
-        x, (w, b, vw, vb) = maps(*shape), torch.randn(4, shape[1], device=DEVICE)
-        mean, variance = aten.statistics(x, None, None, 0.1)
-        assert error(fused.statistics(x, None, None, 0.1), (mean, variance)) < 1e-5 and kernels.of(x) is fused
-        rstd = (variance + 1e-5).rsqrt()
-        (y, where), (expected, where_aten) = (m.forward(x, w, b, mean, rstd, relu, pool) for m in (fused, aten))
-        assert error([y], [expected]) < 1e-5
-        g, v, out = maps(*y.shape), maps(*shape), expected if relu else None
-        for name, cotangents in (("backward", (g,)), ("double_backward", (v, vw, vb, g))):
-            found = getattr(fused, name)(*cotangents, x, w, mean, rstd, out, where)
-            expected = getattr(aten, name)(*cotangents, x, w, mean, rstd, out, where_aten)
-            for f, e in zip(found, expected, strict=True):
-                assert error([f], [e]) < 1e-4
-
-    def test_meta_gradient(self, fused):
-        model, tasks = MetricModel(Conv4(3, 8), PrototypicalHead()), [random_task((3, 16, 16), queries=1) for _ in "ij"]
-        assert error(gradient(model, tasks, DEVICE, dtype=torch.float32), gradient(model, tasks, "cpu")) < 1e-3

@@ -37,6 +37,7 @@ def folders(blob_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     for folder in found.values():
         for name in {*sys.stdlib_module_names, *NAMED, *OTHERS} - BY_PYTHON:
             (folder / f"{name}.py").write_text(EVIL.format(marker=str(marker)))
+        (folder / "matplotlibrc").write_bytes(b"text.usetex: True\n\xff")  # Matplotlib's import fails where it is read
     return found, marker
 
 
@@ -55,7 +56,12 @@ def call(how: str, folder: Path, script: Path, *words: str) -> subprocess.Comple
 
 @pytest.mark.parametrize(
     ("how", "command"),
-    [*itertools.product(("l2g", "module"), ("report", "predict", "evaluate")), ("torchrun", "evaluate")],
+    [
+        *itertools.product(("l2g", "module"), ("report", "evaluate")),
+        ("l2g", "predict"),
+        ("module", "train"),  # which draws a curve, and so imports Matplotlib
+        ("torchrun", "evaluate"),
+    ],
 )
 def test_nothing_in_the_current_folder_runs(how, command, folders, tmp_path):
     found, marker = folders
@@ -63,6 +69,7 @@ def test_nothing_in_the_current_folder_runs(how, command, folders, tmp_path):
     there, words = {
         "report": ("run", ["report", ".", "--root", data, "--episodes", "2", "-o", str(tmp_path / "report.html")]),
         "predict": ("photos", ["predict", "--model", str(found["run"]), "--support", ".", "--query", "."]),
+        "train": ("run", ["train", "--resume", "."]),
         "evaluate": ("data", ["evaluate", str(found["run"]), "--root", ".", "--episodes", "2"]),
     }[command]
     done = call(how, found[there], tmp_path / "script", *words)

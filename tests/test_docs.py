@@ -4,6 +4,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,11 @@ import pytest
 
 import l2g_meta
 import l2g_meta.data
+from l2g_meta.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 SCRIPTS = {"interop": ["learn2learn_protonet", "easyfsl_prototypical", "lightning_training"]}  # else that of its name
 
@@ -25,8 +29,7 @@ COMMANDS = ("l2g_meta.cli", "l2g_meta.report.")  # they explain themselves: --he
 INTERNAL = {
     "inner.compiled", "inner.scores",
     "bench.timing", "paper.equal_time", "classify.card", "classify.photo_folder", "data.images",
-    "operators.kernels", "operators.kernels.aten", "operators.kernels.coefficients", "operators.kernels.programs",
-    "operators.kernels.triton",
+    "operators.norm_passes",
 }  # fmt: skip
 
 
@@ -119,22 +122,77 @@ def test_there_are_tutorials():
     }
 
 
+def python_blocks(page: Path) -> list[str]:
+    """The fenced Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def unindented(code: str) -> str:
+    """Code without the indentation of its lines: what stands in a function of a script stands alone on a page."""
+    return "\n".join(line.strip() for line in code.strip().splitlines())
+
+
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_tutorial_shows_its_script(page):
-    text, scripts = page.read_text(encoding="utf-8"), SCRIPTS.get(page.stem, [page.stem])  # test_examples.py runs them
-    blocks = re.findall(r"```\{literalinclude\} (\S+)\n((?:.|\n)*?)```", text)
-    assert blocks and {name for name, _ in blocks} == {f"../../examples/{script}.py" for script in scripts}
-    for name, options in blocks:
-        source = (page.parent / name).read_text(encoding="utf-8")
-        markers = re.findall(r":(?:start|end)-(?:at|before|after): \"(.+)\"", options)
-        assert not [marker for marker in markers if source.count(marker) != 1]
-    assert not [script for script in scripts if f"python examples/{script}.py" not in text]
-    assert f"tutorials/{page.stem}" in (DOCS / "index.md").read_text(encoding="utf-8")
+    scripts = SCRIPTS.get(page.stem, [page.stem])  # test_examples.py runs them
+    sources = {name: unindented((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")) for name in scripts}
+    blocks = [unindented(code) for code in python_blocks(page)]
+    assert not [code for code in blocks if not any(code in source for source in sources.values())]
+    assert not [name for name, source in sources.items() if not any(code in source for code in blocks)]
+    assert not [name for name in scripts if f"python examples/{name}.py" not in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda page: page.stem)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for code in python_blocks(page):  # one after the other, as a reader runs them
+        exec(compile(code, str(page), "exec"), names)  # noqa: S102
+
+
+def shell_commands(page: Path) -> list[str]:
+    """What a page's shell blocks give to ``l2g``."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    command = re.compile(r"(?:torchrun .*-m )?l2g(?:_meta)? (\w.*?)(?:  +#.*| > .*)?$")
+    return [found[1] for line in lines if (found := command.match(line))]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES, *TUTORIALS], ids=lambda page: page.stem)
+def test_commands_of_a_page_have_the_flags_that_they_are_given(page):
+    for command in shell_commands(page):
+        build_parser([command.split()[0]]).parse_args(shlex.split(command.replace("$M", "--root DIR")))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda page: page.stem)
+def test_page_reads_on_github(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"literalinclude|\[\]\([^)]*\)", text), "need code and link texts on the page itself"
+    home = page.relative_to(DOCS).with_suffix("").as_posix()
+    listed = (DOCS / "index.md").read_text(encoding="utf-8").splitlines()
+    assert home in ("index", *listed), "need the page in a toctree of index.md"
 
 
 def test_no_page_waits_for_its_numbers():
-    pages = {page.name: page.read_text(encoding="utf-8") for page in [*DOCS.glob("*.md"), *TUTORIALS]}
+    pages = {page.name: page.read_text(encoding="utf-8") for page in [*PAGES, *TUTORIALS]}
     assert not {name: gaps for name, text in pages.items() if (gaps := re.findall(r"^\{\w+\}$", text, re.MULTILINE))}
+
+
+def test_tables_are_those_of_the_json():
+    script = runpy.run_path(str(DOCS / "results_table.py"))
+    texts = {page.name: page.read_text(encoding="utf-8") for page in script["PAGES"]}
+    stale = [name for name, text in texts.items() if script["rewritten"](text) != text]
+    assert not stale, "run python docs/results_table.py"
+    tables = {name: [table.split()[0] for table, _ in script["TABLE"].findall(text)] for name, text in texts.items()}
+    assert "glance" in tables["results.md"] and {"systems", "differences"} <= set(tables["paper-tables.md"])
+    assert "study" in tables["notebook.md"]
+
+
+def test_differences_in_words_stand_in_the_table():
+    script = runpy.run_path(str(DOCS / "results_table.py"))
+    table, prose = script["glance"](), (DOCS / "results.md").read_text(encoding="utf-8").split("<!-- end -->")[1]
+    named = re.findall(r"[+−]\d+\.\d+ ± \d+\.\d+ \(\d seeds\)", prose)
+    assert len(named) > 3 and not [difference for difference in named if difference not in table]
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)

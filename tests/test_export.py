@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,11 @@ def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def asking(values, **architecture):
+    return json.dumps({**values, "architecture": {**values["architecture"], **architecture}})
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,6 +185,15 @@ def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
         (lambda v: json.dumps({**v, "architecture": {"hat": 1}}), "need an architecture"),
         (lambda v: json.dumps({**v, "architecture": {**v["architecture"], "backbone": "resnet12"}}), "another model"),
         (lambda v: json.dumps({**v, "calibration": {"shots": [{"shots": 1}]}}), "need a calibration"),
+        (lambda v: json.dumps({**v, "calibration": {**v["calibration"], "ways": math.inf}}), "need a calibration"),
+        (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "mean": [math.nan]}}), "need a size"),
+        (lambda v: json.dumps({**v, "preparation": {**v["preparation"], "mean": [10**400]}}), "need a size"),
+        (lambda v: asking(v, inner_steps=10**18), "need --inner-steps to be at least 1 and at most 10,000"),
+        (lambda v: asking(v, backbone_options=["channels=20000"]), "has 113,348 values, its config 10,800,860,004"),
+        (lambda v: asking(v, backbone_options=["channels=-1"]), "got options channels: .*negative dimension"),
+        (lambda v: asking(v, backbone_options=["channels=0"]), "does not take images"),
+        (lambda v: asking(v, backbone_options=[f"channels={10**18}"]), "got options channels"),
+        (lambda v: asking(v, backbone_options=[f"a{k}=1" for k in range(10**4)]), "got options a0, a1, [^z]{,200}$"),
     ],
 )
 def test_damaged_exports_end_in_our_error(change, message, copied):

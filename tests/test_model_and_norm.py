@@ -121,3 +121,8 @@ def test_a_head_of_another_signature_is_refused():
 def test_what_is_no_module_is_refused(parts, need):
     with pytest.raises(FitError, match=need):
         MetricModel(*parts)
+
+
+def test_images_of_another_number_of_dimensions_are_named():
+    with pytest.raises(FitError, match=r"Conv4 does not take images of shape \(1,\)"):
+        feature_shape(Conv4(1, 4), (1,))

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from l2g_meta import Task
 from l2g_meta.data import ClassDataset, Episodes, MapDataset, TaskPairs
-from l2g_meta.data.class_splits import Far
 from l2g_meta.data.pairs import generator
+from l2g_meta.data.sources import disjoint_classes
 from l2g_meta.errors import DataError
 
 
@@ -27,7 +27,7 @@ def test_no_shared_class_in_100_000_draws():
     for k in range(100_000):
         rng = generator(pairs.seed, k)
         shapes = pairs.inner.draw(rng), pairs.outer.draw(rng)
-        chosen_i, chosen_j = pairs.source.classes(rng, shapes)
+        chosen_i, chosen_j = disjoint_classes(rng, 12, [ways for ways, _, _ in shapes])
         assert len(np.unique(np.concatenate([chosen_i, chosen_j]))) == shapes[0][0] + shapes[1][0]
 
 
@@ -172,21 +172,6 @@ def test_channels_come_last_in_uint8_images():
         ClassDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [0, 0, 1])
 
 
-def test_far_pairs_share_no_super_category():
-    categories = list("aaabbbcccddd")
-    pairs = TaskPairs(numbered(12, 4), ways=4, shots=1, queries=1, relation=Far(categories))
-    seen = set()
-    for k in range(30):
-        sides = [{categories[c] for c in rows.classes} for rows in pairs.draw([k])[0]]
-        assert not sides[0] & sides[1]
-        seen |= sides[0]
-    assert seen == set("abcd")
-    with pytest.raises(DataError, match="lower --ways, or draw other pairs"):
-        TaskPairs(numbered(12, 4), ways=6, shots=1, queries=1, relation=Far(list("a" * 11 + "b")))[0]
-    with pytest.raises(DataError, match="need a super-category of each of 12 classes, got 2"):
-        TaskPairs(numbered(12, 4), ways=2, shots=1, queries=1, relation=Far(list("ab")))[0]
-
-
 OPTIONS = dict(ways=2, shots=1, queries=2, seed=5)
 STREAMS = pytest.mark.parametrize("stream", [TaskPairs, Episodes])
 
@@ -242,6 +227,20 @@ def test_a_loader_gives_unbatched_items_of_each_epoch(stream, options):
             for task in [item] if stream is Episodes else item:
                 assert type(task) is Task and type(task.n_way) is int and task.check() is task
     assert [rows(item) for item in loader] == [rows(item) for item in five]  # the epoch stays until it is set
+
+
+@STREAMS
+def test_a_loader_keeps_to_single_items_in_order(stream):
+    five = stream(numbered(8, 6), **OPTIONS, length=5)
+    for option, remedy in (
+        ({"batch_size": 2}, "add the losses of several items"),
+        ({"shuffle": True}, "the order is random by the seed"),
+        ({"num_workers": 2}, "write workers=..."),
+    ):
+        with pytest.raises(DataError, match=f"need no {next(iter(option))} for a loader of single items .*; {remedy}"):
+            five.loader(**option)
+    assert len(list(five.loader(batch_size=None, shuffle=False, num_workers=0))) == 5
+    assert stream(numbered(8, 6), **OPTIONS) and five  # true with and without a length
 
 
 def test_workers_need_tasks_on_the_cpu():

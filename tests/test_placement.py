@@ -12,10 +12,7 @@ from l2g_meta.data import host as placement
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.cache import create_images, open_dataset, write_classes
 from l2g_meta.data.host import HostDataset, fits, free_memory, placed
-from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import evaluate
-from l2g_meta.training.config import Config
-from l2g_meta.training.loop import train
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(60) // 6
@@ -101,14 +98,6 @@ def test_evaluation_is_the_same(crowded, monkeypatch):
     assert host.split == "train"
     monkeypatch.setattr(placement, "free_memory", lambda device: None)
     assert host == evaluate(model, UINT8, **SHAPE, episodes=5, device="cpu")
-
-
-@pytest.mark.filterwarnings("ignore:need .* GB on cpu")
-def test_a_cuda_graph_needs_the_data_on_the_device(crowded, tmp_path):
-    config = Config(cuda_graph=True, pairs=1, queries=2, ways=2, eval_episodes=1, device="cpu")
-    with pytest.raises(L2GError, match="need the images on the device.*leave --cuda-graph out"):
-        train(config, tmp_path / "run", data=UINT8, validation=UINT8, progress=False)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.cuda

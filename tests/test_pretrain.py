@@ -107,7 +107,7 @@ def test_defaults_and_what_does_not_go_together():
     assert (Config().resolved().optimizer, Config().resolved().lr, Config().resolved().batch) == ("adam", 1e-3, None)
     assert calls_of_update(Config(method="supervised", tasks_per_update=2).resolved(), 3) == [((6, 0),), ((7, 0),)]
     wrapper = L2GWrapper(MetricModel(Conv4(1, 4), LinearHead(4, 4)), 0.1)
-    optimizer = build_optimizer(config, wrapper, torch.device("cpu"))
+    optimizer = build_optimizer(config, wrapper)
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
     for options, message in (
         ({"method": "supervised", "head": "relation"}, "--method supervised does not take --head"),

@@ -29,7 +29,7 @@ from l2g_meta.training.config import Config
 from l2g_meta.training.curves import Scatter, draw_scatters
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import learning_rate
-from l2g_meta.training.update import EagerUpdate
+from l2g_meta.training.update import Updater
 
 
 def smoke(out, *rows, seeds=1, experiment="table1"):
@@ -187,7 +187,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
     """Of updates as the two rows have them, with as many as their costs say, once: what goes on is what began."""
     (cell,) = smoke(tmp_path, "proto-time").cells
     assert cell.config().iterations == 2 and cell.decided is None
-    ran, calls = [], EagerUpdate.__call__
+    ran, calls = [], Updater.__call__
 
     def recorded(update, k, asked=0):
         ran.append((update.config.method, update.config.tasks_of_an_update, k))
@@ -198,7 +198,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
         theirs, ours = functions
         return {theirs: [0.9, 0.6, 50.0], ours: [0.6, 70.0, 0.2]}
 
-    monkeypatch.setattr(EagerUpdate, "__call__", recorded)
+    monkeypatch.setattr(Updater, "__call__", recorded)
     monkeypatch.setattr("l2g_meta.paper.equal_time.interleaved", three_to_two)
     assert work([cell], quiet=True) == []
     assert ran == [("l2g", 10, 0), ("episodic", 10, 0), *(("episodic", 10, k) for k in range(3))]

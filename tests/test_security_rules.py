@@ -18,9 +18,9 @@ NEVER = {
 NEEDS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "np.save": ("allow_pickle", False)}
 
 
-# Files are written by l2g_meta.files.writing alone. These have reasons of their own: memory maps, downloads, members of
-# archives in a folder that is new, a switch of the Linux kernel.
-WRITERS = {"files/writing.py", "data/cache.py", "data/download.py", "data/archive.py", "bench/comparison.py"}
+# Files are written by l2g_meta.files.writing alone. These have reasons of their own: memory maps, downloads, a switch
+# of the Linux kernel.
+WRITERS = {"files/writing.py", "data/cache.py", "data/download.py", "bench/comparison.py"}
 WRITES = {"write_text", "write_bytes", "savefig", "to_csv", "tofile", "open_memmap", "touch"}
 
 

@@ -126,7 +126,7 @@ def test_a_mix_is_the_sum_of_both_gradients(tasks, either_backend):
     torch.testing.assert_close(mixed(*tasks), value)
     stats, plain = (meta_gradient(l2g, L2GWrapper(model, 0.1, mix=m), [tasks]) for m in (0.25, 0.0))
     assert stats.loss == pytest.approx(value.item()) and stats.alignment == pytest.approx(plain.alignment)
-    with pytest.raises(FitError, match="mix to be at least 0 and below 1, got 1"):
+    with pytest.raises(FitError, match="mix to be a number of at least 0 and below 1, got 1"):
         L2GWrapper(model, 0.1, mix=1.0)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,10 +14,11 @@ from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
 from l2g_meta.models.backbones import Conv4, ResNet12
-from l2g_meta.models.heads import PrototypicalHead, RelationHead
+from l2g_meta.models.heads import PrototypicalHead
 from l2g_meta.models.metric import MetricModel, feature_shape
+from l2g_meta.models.relation_network import RelationHead
 from l2g_meta.training.build import build_encoder
-from l2g_meta.training.options import flag, parsed_options, types_of
+from l2g_meta.training.checks import check_settings, parsed_options, setting
 
 Layers = Literal["fused", "stock"]  # our ConvBlock's, or PyTorch's: a user's own network
 BACKBONES: dict[str, Callable[..., Any]] = {"conv4": partial(Conv4, 3), "resnet12": partial(ResNet12, 3)}
@@ -26,10 +26,6 @@ RELATION_BACKBONES: dict[str, Callable[..., Any]] = {  # which leave maps to com
     "conv4": partial(Conv4, 3, pools=2),
     "resnet12": partial(ResNet12, 3, pooled=False),
 }
-
-
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -44,25 +40,20 @@ class Case:
         320
     """
 
-    backbone: str = _flag("conv4", "conv4, resnet12, timm:NAME or torchvision:NAME")
-    backbone_options: str = _flag("", "arguments of a library's encoder, 'NAME=VALUE NAME=VALUE'")
-    head: str = _flag("prototypical", "prototypical or relation")
-    image_size: int = _flag(84, "pixels")
-    ways: int = _flag(5, "classes of a task")
-    shots: int = _flag(1, "supports per class")
-    queries: int = _flag(15, "queries per class")
-    pairs: int = _flag(1, "pairs of tasks per update")
-    inner_steps: int = _flag(1, "inner steps on T_i")
-    inner_lr: float = _flag(0.01, "α, step size of the inner step")
-    device: str = _flag("auto", "auto, cpu, cuda, …")
+    backbone: str = setting("conv4", "conv4, resnet12, timm:NAME or torchvision:NAME")
+    backbone_options: str = setting("", "arguments of a library's encoder, 'NAME=VALUE NAME=VALUE'")
+    head: str = setting("prototypical", "prototypical or relation")
+    image_size: int = setting(84, "pixels")
+    ways: int = setting(5, "classes of a task", least=2)
+    shots: int = setting(1, "supports per class")
+    queries: int = setting(15, "queries per class")
+    pairs: int = setting(1, "pairs of tasks per update")
+    inner_steps: int = setting(1, "inner steps on T_i")
+    inner_lr: float = setting(0.01, "α, step size of the inner step", least=0)
+    device: str = setting("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:
-        for name, kind in types_of(Case).items():
-            least = 2 if name == "ways" else 1  # one class leaves nothing to tell apart
-            if kind is int and getattr(self, name) < least:
-                raise L2GError(f"need {flag(name)} of at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.inner_lr < math.inf:
-            raise L2GError(f"need --inner-lr of at least 0 and finite, got {self.inner_lr}")
+        check_settings(self)
         if self.head not in ("prototypical", "relation"):
             raise L2GError(f"need --head prototypical or relation, got {self.head}")
         known = self.backbone in BACKBONES or self.backbone.startswith(("timm:", "torchvision:"))

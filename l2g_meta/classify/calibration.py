@@ -212,11 +212,13 @@ class Calibration:
         try:
             entries = tuple(AtShots(**{**e, "known": tuple(map(float, e["known"]))}) for e in values["shots"])
             found = cls(int(values["ways"]), int(values["episodes"]), entries)
-            sound = all(e.shots >= 1 and 0 < e.temperature < math.inf for e in entries) and entries
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            sound = all(1 <= e.shots < 2**31 and 0 < e.temperature < math.inf for e in entries) and entries
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise L2GError(f"need a calibration, got: {error!r}; export the run again") from error
         if not sound:
-            raise L2GError(f"need a calibration with positive temperatures, got {values!r}; export the run again")
+            raise L2GError(
+                f"need a calibration with positive temperatures, got {str(values)[:200]}; export the run again"
+            )
         return found
 
 

@@ -124,17 +124,19 @@ def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path)
     Raises:
         DataError: if a class has no readable image.
     """
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[str] = []
     pixels: list[np.ndarray] = []
     classes = support_files(folder)
     for file in loose_files(folder):
         reader.skip(file, "it lies in no folder of a class; move it into one")
     for name, paths in classes.items():
+        before = len(files)
         for part, read in reader.batches(paths):
             files += part
             labels += [name] * len(part)
             pixels.append(read)
-        if name not in labels:
+        if len(files) == before:
             raise DataError(
                 f"need a readable image of class {name!r} in {folder}, got none; add one, or remove the class"
             )
@@ -155,7 +157,7 @@ def classify_files(
         yield rows
 
 
-def right_of(rows: Sequence[Row], classes: Sequence[str], supports: Collection[str] = ()) -> tuple[int, int] | None:
+def right_of(rows: Sequence[Row], classes: Collection[str], supports: Collection[str] = ()) -> tuple[int, int] | None:
     """How many rows are right, of those whose file lies in a folder that is named as a class; ``None`` of none.
 
     Files that are examples themselves do not count.
@@ -164,7 +166,7 @@ def right_of(rows: Sequence[Row], classes: Sequence[str], supports: Collection[s
         >>> right_of([Row("q/cat/1.png", "cat", 0.9, ""), Row("q/dog/2.png", "cat", 0.6, "")], ["cat", "dog"])
         (1, 2)
     """
-    known = set(map(os.path.realpath, supports))
+    known, classes = set(map(os.path.realpath, supports)), set(classes)
     others = [row for row in rows if not known or os.path.realpath(row.file) not in known]
     named = [(row.label, os.path.basename(os.path.dirname(row.file))) for row in others]
     told = [label == name for label, name in named if name in classes]

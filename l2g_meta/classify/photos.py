@@ -47,11 +47,11 @@ class Preparation:
     def __post_init__(self) -> None:
         numbers = (*self.mean, *self.std)
         sound = (
-            isinstance(self.size, int)
+            type(self.size) is int
             and 1 <= self.size <= MAX_SIDE
             and self.channels in (1, 3)
             and {len(self.mean), len(self.std)} <= {1, self.channels}
-            and all(isinstance(value, int | float) for value in numbers)
+            and all(type(value) in (int, float) and abs(value) < 1e6 for value in numbers)
             and all(value > 0 for value in self.std)
         )
         if not sound:

@@ -16,8 +16,9 @@ from l2g_meta.errors import FitError, L2GError
 from l2g_meta.evaluation.episodes import scores_from_embeddings
 from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
-from l2g_meta.models.heads import FullContextMatchingHead, MatchingHead, RelationHead
+from l2g_meta.models.heads import FullContextMatchingHead, MatchingHead
 from l2g_meta.models.metric import MetricModel
+from l2g_meta.models.relation_network import RelationHead
 from l2g_meta.task import Task
 
 PAIRS = 2**22  # numbers in one table of differences, query by class by dimension

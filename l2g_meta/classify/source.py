@@ -19,7 +19,7 @@ from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.sealed import opened
 from l2g_meta.files.tensors import load_tensors, put, read_info
-from l2g_meta.training.build import build_device, build_model, load_run, n_classes_of, refuse_modules, set_precision
+from l2g_meta.training.build import build_device, build_stored, load_run, n_classes_of, refuse_modules, set_precision
 from l2g_meta.training.config import MACHINE, Config
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported folder
@@ -91,18 +91,18 @@ def architecture(config: Config) -> dict[str, Any]:
 
 def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     values = read_values(folder)
-    preparation = Preparation.from_json(values.get("preparation") or {})
-    calibration = None if values.get("calibration") is None else Calibration.from_json(values["calibration"])
     try:
+        preparation = Preparation.from_json(values.get("preparation") or {})
+        calibration = None if values.get("calibration") is None else Calibration.from_json(values["calibration"])
         config = Config.from_json(values["architecture"]).resolved()
-    except L2GError:
-        raise
+    except L2GError as error:
+        raise CheckpointError(f"{folder / MODEL}: {error}") from error
     except Exception as error:  # names and values of any kind
         raise CheckpointError(f"need an architecture in {folder / MODEL}, got: {error!r}; export again") from error
     if not trust:
         refuse_modules(config, folder)
     tensors, info = load_tensors(folder / WEIGHTS)
-    model = build_model(config, preparation.image_shape, n_classes_of(info))
+    model = build_stored(config, preparation.image_shape, n_classes_of(info), tensors, folder / WEIGHTS)
     put(tensors, model, folder / WEIGHTS)
     set_precision(config.precision)
     return Source(model.eval().to(device), preparation, calibration, values)
@@ -117,7 +117,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     path = folder / MODEL
     try:
         values = opened(json.loads(read_text(path)))
-        if not isinstance(values, dict) or not isinstance(values.get("format"), int):
+        if not isinstance(values, dict) or type(values.get("format")) is not int:
             raise ValueError("no object with a format")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"need an exported model in {path}, got: {error}; export the run again") from error

@@ -30,7 +30,6 @@ OPTIONAL = {  # module, what it is for, and the extra that brings it or the comm
     **{name: (name, "l2g export", "export") for name in ("onnx", "onnxruntime", "onnxscript")},
     "timm": ("timm", "encoders by --backbone timm:NAME", "timm"),
     "tensorboard": ("tensorboard", "l2g train --tensorboard", "tensorboard"),
-    "triton": ("triton", "fused kernels on NVIDIA GPUs", "pip install triton"),
     **{name: (name, "l2g bench", "bench") for name in ("higher", "torchopt")},
 }
 DESCRIPTION = (

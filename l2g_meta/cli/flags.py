@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
-from l2g_meta.training.options import Names, Sizes, flag, types_of
+from l2g_meta.training.checks import Names, Sizes, flag, kinds
 
 Arguments = argparse._ActionsContainer  # a parser, or a group of its arguments
 
@@ -64,6 +64,8 @@ VALUES: dict[Any, tuple[Any, str]] = {  # how a field's type is read, and what s
     Names: (str, "NAME"),
 }
 
+BOUNDS = ("least", "most", "above", "below")  # of numbers, which ``check_settings`` looks at
+
 
 def add_fields(
     parser: argparse.ArgumentParser, settings: type, groups: dict[str, str], leave_out: Collection[str] = ()
@@ -76,7 +78,7 @@ def add_fields(
         groups: title of each group by the field that it begins with.
         leave_out: fields that get none.
     """
-    types, made = types_of(settings), {}
+    types, made = kinds(settings), {}
     for field in fields(settings):
         if field.name in groups:
             title = groups[field.name]
@@ -87,7 +89,7 @@ def add_fields(
 
 
 def _options(field: Field[Any], kind: Any) -> dict[str, Any]:
-    options = dict(field.metadata)
+    options = {name: rule for name, rule in field.metadata.items() if name not in BOUNDS}
     if field.default is not None and field.default is not False and field.default != "":
         options["help"] += f" (default: {field.default})"
     if kind is bool:

@@ -14,6 +14,7 @@ from l2g_meta.cli import command
 from l2g_meta.cli.output import complain, output_of, plain_warnings, print_anything
 from l2g_meta.cli.parser import parse
 from l2g_meta.errors import L2GError
+from l2g_meta.files.reading import pass_over_matplotlibrc
 from l2g_meta.training.allocator import keep_freed_memory
 
 MEMORY = "lower --pairs, --queries, --image-size or --batch-size, where the command has them, or choose --device cpu"
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain_warnings()
     if argv is None:  # it is a process of its own; those that it starts import nothing from the current folder either
         os.environ.setdefault("PYTHONSAFEPATH", "1")
+        pass_over_matplotlibrc()
     try:
         args = parse(argv)
         keep_freed_memory()

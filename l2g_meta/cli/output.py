@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.errors import L2GError
+from l2g_meta.files.names import shown
 from l2g_meta.files.writing import check_writable, write_text
 
+LONGEST = 2000  # characters of an error
 STDOUT = Path("-")
 
 
@@ -71,8 +73,9 @@ def finite_or_none(value: Any) -> Any:
 
 
 def complain(message: str) -> None:
-    """An error in a line of its own on stderr."""
-    print(f"l2g: {message}", file=sys.stderr)
+    """An error in a line of its own on stderr, which names from elsewhere neither break nor lengthen."""
+    text = shown(" ".join(message.split()))
+    print(f"l2g: {text if len(text) < LONGEST else text[:LONGEST] + ' ...'}", file=sys.stderr)
 
 
 def plain_warnings() -> None:

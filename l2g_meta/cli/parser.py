@@ -17,7 +17,7 @@ WIDTH = 80  # of paragraphs in help texts
 HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
 
 EXAMPLES = """\
-l2g train                                       # L2G on a built-in data set: minutes on a CPU
+l2g train --inner-lr 0.003 --mix 0.5            # the defaults: L2G on built-in data, in minutes on a CPU
 l2g evaluate runs/glyphs-l2g-prototypical-seed0 # on classes it has never seen
 l2g predict --model RUN --support known --query new   # your own photos
 l2g doctor                                      # what is installed here, and whether it works"""

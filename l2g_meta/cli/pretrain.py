@@ -19,7 +19,7 @@ DESCRIPTION = (
 EXAMPLES = """\
 l2g pretrain --data mini-imagenet --root DIR --augment --out runs/pre
 l2g pretrain --backbone resnet12 --backbone-options dropblock=5 drop_rate=0.1 --data mini-imagenet --root DIR
-l2g train --weights runs/pre --data mini-imagenet --root DIR     # meta-training begins with its encoder"""
+l2g train --weights runs/pre --data mini-imagenet --root DIR --inner-lr 0.003 --mix 0.5   # begins with its encoder"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

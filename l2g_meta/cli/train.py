@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = "l2g train --resume RUN continues a run to the same bits"
 DESCRIPTION = "Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
 EXAMPLES = """\
-l2g train                                            # L2G on glyphs, in minutes on a CPU
-l2g train --data mini-imagenet --root DIR --ways 5 --shots 1 --out runs/a
+l2g train --inner-lr 0.003 --mix 0.5                 # the defaults: L2G on glyphs, in minutes on a CPU
+l2g train --mix 0 --inner-lr 0.01                    # Algorithm 1 as published
+l2g train --data mini-imagenet --root DIR --image-size 32 --out runs/a
 l2g train --data folder --root photos --method episodic --head relation
 l2g train --resume runs/a                            # go on where it stopped"""
 

@@ -27,6 +27,7 @@ from l2g_meta.files.locks import claim, turn
 from l2g_meta.files.writing import replaced, sync
 
 CHECKSUMS = "checksums.json"
+_sound: dict[Path, dict[str, list[int]]] = {}  # stamps of folders that this process found as they were
 
 
 def cache_root() -> Path:
@@ -80,9 +81,11 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             partial.rename(folder)
             sync(root)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
+            if error.filename is not None:
                 raise
-            raise DataError(f"need room for converted data, {root} is full; make some, or set L2G_CACHE") from error
+            raise DataError(f"cannot write converted data to {root}: {error.strerror}; set L2G_CACHE") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -109,10 +112,13 @@ def seal(folder: Path) -> None:
 def changed(folder: Path) -> str:
     """What of a sealed folder is not as it was, in words, or ""; files are read only if they were touched since."""
     try:
+        found = _stamps(folder)
+        if found == _sound.get(folder):
+            return ""
         with open(folder / CHECKSUMS, "rb") as file:
             sealed = json.load(file)
+        stamps = {name: stamp for name, stamp in found.items() if name != CHECKSUMS}
         digests = {name: digest for name, (digest, *_) in sealed.items()}
-        stamps = _stamps(folder)
         if stamps.keys() != sealed.keys():
             return f"it has other files ({sorted(stamps.keys() ^ sealed.keys())[0]}) than it was made with"
         touched = [name for name, stamp in stamps.items() if stamp != sealed[name][1:]]
@@ -124,6 +130,7 @@ def changed(folder: Path) -> str:
     if touched:
         with suppress(OSError, CheckpointError):  # a cache that may only be read
             _write_checksums(folder, {name: [digests[name], *stamp] for name, stamp in stamps.items()})
+    _sound[folder] = found  # from before the digests: what changed meanwhile is looked at again
     return ""
 
 
@@ -134,7 +141,7 @@ def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 found |= _stamps(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name != CHECKSUMS:
+            else:
                 s = entry.stat()
                 found[prefix + entry.name] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
     return found

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2g_meta.data.class_splits import Disjoint
 from l2g_meta.data.dataset import contiguous
+from l2g_meta.data.sources import disjoint_classes
 from l2g_meta.errors import DataError
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.task import Task
@@ -48,7 +48,7 @@ class MetaDatasetSource:
         """One task for each (ways, shots, queries), without a common class."""
         data = require_learn2learn().data
         tasks = []
-        chosen = Disjoint().draw(rng, len(self.labels), [ways for ways, _, _ in shapes])
+        chosen = disjoint_classes(rng, len(self.labels), [ways for ways, _, _ in shapes])
         for picks, (n, shots, queries) in zip(chosen, shapes, strict=True):
             subset = self._subset([self.labels[pick] for pick in picks])
             taskset = data.Taskset(

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Variation
-from l2g_meta.data.class_splits import Disjoint, Relation
 from l2g_meta.data.sources import Shapes, TaskRows, TaskSource, task_source
 from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
@@ -60,8 +59,6 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         outer_ways: classes of T_j; as T_i's by default. So for the next two.
         outer_shots: supports per class of T_j.
         outer_queries: queries per class of T_j.
-        relation: how the classes of both relate; by default ``Disjoint()``, as Algorithm 1 has it;
-            ``Far(categories)`` is for experiments.
         seed: of the stream of pairs.
         length: pairs of an epoch; by default there is no end. ``pairs[k]`` is the same with and without.
         augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
@@ -90,7 +87,6 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         outer_ways: Choice | None = None,
         outer_shots: Choice | None = None,
         outer_queries: Choice | None = None,
-        relation: Relation | None = None,
         seed: int = 0,
         length: int | None = None,
         augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -102,9 +98,9 @@ class TaskPairs(Stream[tuple[Task, Task]]):
             shots if outer_shots is None else outer_shots,
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
-        self.source = task_source(dataset, device, augment, relation)
+        self.source = task_source(dataset, device, augment)
         self.seed, self.length, self.device = checked_seed(seed), checked_length(length), device
-        check_enough(self.source, self.inner, self.outer, relation=relation or Disjoint())
+        check_enough(self.source, self.inner, self.outer)
 
     def batch(self, positions: Sequence[int]) -> list[tuple[Task, Task]]:
         """The pairs at these positions; their images in one gather, where the data is class-indexed."""
@@ -173,7 +169,7 @@ class Episodes(Stream[Task]):
         return [(rng, (self.shape.draw(rng),)) for rng in generators]
 
 
-def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Disjoint()) -> None:  # noqa: B008
+def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
     """That the largest tasks of these shapes fit together.
 
     Raises:
@@ -182,9 +178,8 @@ def check_enough(source: TaskSource, *shapes: TaskShape, relation: Relation = Di
     sizes = source.class_sizes()
     if sizes is None:
         return
-    ways = [shape.largest[0] for shape in shapes]
     kind = "a disjoint pair" if len(shapes) > 1 else "a task"
-    if (needed := relation.needed(ways)) > len(sizes):
+    if (needed := sum(shape.largest[0] for shape in shapes)) > len(sizes):
         split = getattr(getattr(source, "dataset", None), "split", "")
         fit = len(sizes) // len(shapes)
         raise DataError(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from l2g_meta.data.augment import Drawn, Variation, variation
-from l2g_meta.data.class_splits import Disjoint, Relation
 from l2g_meta.data.dataset import ClassDataset, MapDataset
 from l2g_meta.data.host import placed
 from l2g_meta.errors import DataError
@@ -55,20 +54,28 @@ class DrawingSource(Protocol):
         ...
 
 
+def disjoint_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
+    """Classes of tasks without a common one, (ways,) each: drawn as one set of distinct classes, then split.
+
+    Example:
+        >>> first, second = disjoint_classes(np.random.default_rng(0), 10, [5, 5])
+        >>> len({*first.tolist(), *second.tolist()})
+        10
+    """
+    return np.split(rng.choice(n_classes, sum(ways), replace=False), np.cumsum(ways)[:-1])
+
+
 class IndexedSource:
     """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: Any, augment: Variation | None = None, relation: Relation | None = None):
-        self.dataset, self.augment, self.relation = dataset, augment, relation or Disjoint()
-
-    def classes(self, rng: np.random.Generator, shapes: Shapes) -> list[np.ndarray]:
-        """Classes of each task."""
-        return self.relation.draw(rng, len(self.dataset.index), [ways for ways, _, _ in shapes])
+    def __init__(self, dataset: Any, augment: Variation | None = None):
+        self.dataset, self.augment = dataset, augment
 
     def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
         """Rows of tasks without a common image, one for each (ways, shots, queries)."""
         index, tasks = self.dataset.index, []
-        for chosen, (n, shots, queries) in zip(self.classes(rng, shapes), shapes, strict=True):
+        chosen_classes = disjoint_classes(rng, len(index), [ways for ways, _, _ in shapes])
+        for chosen, (n, shots, queries) in zip(chosen_classes, shapes, strict=True):
             drawn = np.stack([rng.choice(index[c], shots + queries, replace=False) for c in chosen])
             tasks.append(
                 TaskRows(
@@ -105,8 +112,13 @@ class IndexedSource:
 
     def load(self, drawn: Sequence[TaskRows], draws: Drawn | None = None) -> list[Task]:
         """The tasks of these rows, all images in one gather, varied by ``draws``."""
-        x = self.gather(torch.from_numpy(self.concatenated(drawn)), draws)
-        return TaskLayout.of(drawn, x.device).tasks(x)
+        parts = [part for rows in drawn for part in (rows.support, rows.query)]
+        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
+        x = self.gather(torch.from_numpy(np.concatenate(parts)), draws)
+        xs = x.split([len(part) for part in parts])
+        ys = [torch.from_numpy(y).to(x.device) for y in labels]
+        ways = [len(rows.classes) for rows in drawn]
+        return [Task(*part) for part in zip(xs[0::2], ys[0::2], xs[1::2], ys[1::2], ways, strict=True)]
 
     def gather(self, rows: Tensor, draws: Drawn | None = None) -> Tensor:
         """Inputs of the rows (n,), varied by ``draws``: (n, ...)."""
@@ -114,50 +126,19 @@ class IndexedSource:
             return self.dataset.gather(rows)
         return self.dataset.gather(rows, vary=partial(self.augment.gather, draws=draws))
 
-    @staticmethod
-    def concatenated(drawn: Sequence[TaskRows]) -> np.ndarray:
-        """Supports' and queries' rows of one task after the other, (n,)."""
-        return np.concatenate([part for rows in drawn for part in (rows.support, rows.query)])
-
 
 TaskSource: TypeAlias = IndexedSource | DrawingSource
-
-
-class TaskLayout(NamedTuple):
-    """How the inputs of tasks, one after the other, become tasks again."""
-
-    sizes: list[int]  # of supports, queries, supports, …
-    labels: list[Tensor]  # (size,) each
-    ways: list[int]
-
-    @classmethod
-    def of(cls, drawn: Sequence[TaskRows], device: torch.device) -> TaskLayout:
-        """The layout of ``IndexedSource.concatenated(drawn)``."""
-        labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
-        return cls(
-            [len(y) for y in labels],
-            [torch.from_numpy(y).to(device) for y in labels],
-            [len(rows.classes) for rows in drawn],
-        )
-
-    def tasks(self, x: Tensor) -> list[Task]:  # (n, ...)
-        """The tasks."""
-        x, y = x.split(self.sizes), self.labels
-        parts = zip(x[0::2], y[0::2], x[1::2], y[1::2], self.ways, strict=True)
-        return [Task(*part) for part in parts]
 
 
 def task_source(
     dataset: Any,
     device: torch.device | str | None = None,
     augment: Variation | Callable[[Tensor], Tensor] | None = None,
-    relation: Relation | None = None,
 ) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
     Raises:
-        DataError: if images are to be augmented that are not a ``ClassDataset``'s, or learn2learn's tasks are to have
-            another relation than ``Disjoint``.
+        DataError: if images are to be augmented that are not a ``ClassDataset``'s.
     """
     if augment is not None and not (isinstance(dataset, ClassDataset) and dataset.images.dtype == torch.uint8):
         raise DataError(
@@ -165,16 +146,14 @@ def task_source(
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), variation(augment), relation)
+        return IndexedSource(placed(dataset, device), variation(augment))
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
-        return IndexedSource(dataset, relation=relation)
+        return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):
         from l2g_meta.data.learn2learn import learn2learn_source
 
-        if relation not in (None, Disjoint()):
-            raise DataError(f"need a class-indexed data set for {relation}, got learn2learn's; pass its images instead")
         return learn2learn_source(dataset)
-    return IndexedSource(MapDataset(dataset), relation=relation)
+    return IndexedSource(MapDataset(dataset))
 
 
 def indexed(source: TaskSource) -> IndexedSource:

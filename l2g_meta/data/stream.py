@@ -71,6 +71,9 @@ class Stream(ABC, Generic[T_co]):
             )
         return self.length
 
+    def __bool__(self) -> bool:
+        return True  # without a length, too
+
     def __iter__(self) -> Iterator[T_co]:
         return map(self.__getitem__, range(len(self)))
 
@@ -87,8 +90,14 @@ class Stream(ABC, Generic[T_co]):
 
         Raises:
             TypeError: without a length.
-            DataError: for workers that would put tasks on a device other than the CPU.
+            DataError: for workers that would put tasks on a device other than the CPU, or for options that would
+                change which items come, or how many at once.
         """
+        for name in OURS.keys() & options:
+            if (value := options.pop(name)) not in (None, False):
+                raise DataError(
+                    f"need no {name} for a loader of single items in the stream's order, got {value!r}; {OURS[name]}"
+                )
         if workers and torch.device(self.device or "cpu").type != "cpu":
             raise DataError(
                 f"need tasks on the CPU from workers, got device={self.device}; leave device out and move each task "
@@ -98,6 +107,16 @@ class Stream(ABC, Generic[T_co]):
         return _Loader(
             dataset, batch_size=None, sampler=Epochs(len(self)), num_workers=workers, collate_fn=_same, **options
         )
+
+
+RANDOM = "the order is random by the seed, and new in each epoch"
+OURS = {  # options that loaders of a stream have set already, and what to do instead
+    **dict.fromkeys(("shuffle", "sampler", "batch_sampler"), RANDOM),
+    "batch_size": "add the losses of several items before a step of the optimizer",
+    "drop_last": "there are no batches",
+    "num_workers": "write workers=...",
+    "collate_fn": "map a function over the loader",
+}
 
 
 class _Loader(DataLoader[T_co]):

@@ -32,6 +32,20 @@ def open_regular(path: Path | str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def pass_over_matplotlibrc() -> None:
+    """Has Matplotlib imported without the ``matplotlibrc`` of the current folder, which may be anybody's.
+
+    Matplotlib reads that file first, whatever the environment says; it may never end, or have LaTeX run.
+    """
+    if os.path.lexists("matplotlibrc"):
+        here = os.getcwd()
+        os.chdir(os.sep)
+        try:
+            import matplotlib  # noqa: F401
+        finally:
+            os.chdir(here)
+
+
 def read_bytes(path: Path) -> bytes:
     """What a regular file holds.
 

@@ -146,7 +146,7 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} belongs to another model: {error}") from error
+        raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
@@ -158,7 +158,8 @@ def _named_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"need a checkpoint in {path}, got no such file; use another, or train again") from error
     except Exception as error:  # damaged JSON, types that PyTorch lacks, …
-        raise CheckpointError(f"need a checkpoint in {path}, got: {error}; use another, or train again") from error
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"need a checkpoint in {path}, got: {reason}; use another, or train again") from error
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

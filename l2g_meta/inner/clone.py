@@ -11,10 +11,11 @@ import functools
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from types import MethodType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -80,6 +81,22 @@ def own_buffers(source: nn.Module, clone: nn.Module) -> None:
             if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
                 original._buffers[name] = buffer.detach()
             child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
+
+
+class _NoCopy:
+    """The ``__deepcopy__`` of a differentiable copy of a module; what a file holds of one can be copied."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise FitError(
+            "need parameters of its own to copy or pickle a learner or its module, but they are functions of the "
+            "model's; call clone() for another learner, or copy learner.module.state_dict() into a copy of the model"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+no_copy = _NoCopy()
 
 
 def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
@@ -165,7 +182,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def adapted_names(module: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Names of the trainable parameters that an inner step changes, in the module's order.
+    """Names of the trainable parameters that an inner step changes, in the module's order; of a tied one the first.
 
     Args:
         module: the model.
@@ -184,17 +201,32 @@ def adapted_names(module: nn.Module, patterns: Sequence[str] | None) -> list[str
         return names
     if isinstance(patterns, str):
         raise FitError(f"need adapt to be several names or patterns, got the text {patterns!r}; write [{patterns!r}]")
-    if not all(isinstance(pattern, str) for pattern in patterns) or not patterns:
+    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns) or not patterns:
         raise FitError(f"need adapt to be names or patterns, at least one, got {patterns!r}; leave it out for all")
-    found: set[str] = set()
+    every = {n: id(p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    found: set[int] = set()
     for pattern in patterns:
-        fitting = [n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
+        fitting = [n for n in every if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
         if not fitting:
-            raise FitError(
-                f"need a trainable parameter for adapt {pattern!r}, got none; there are {', '.join(_shortened(names))}"
-            )
-        found |= set(fitting)
-    return [name for name in names if name in found]
+            known = ", ".join(_shortened(list(every)))
+            raise FitError(f"need a trainable parameter for adapt {pattern!r}, got none; there are {known}")
+        found |= {every[n] for n in fitting}
+    return [name for name in names if every[name] in found]
+
+
+def warn_of_unregistered(module: nn.Module) -> None:
+    """Warns of parameters in plain lists and dictionaries, alone or in modules: PyTorch does not see them."""
+    known = {id(p) for p in module.parameters()}
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            parameters = chain.from_iterable(m.parameters() if isinstance(m, nn.Module) else [m] for m in held)
+            if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
+                warnings.warn(
+                    f"the parameters in the plain {type(value).__name__} {f'{path}.{name}'.lstrip('.')!r} are neither "
+                    "adapted nor trained; hold them in an nn.ModuleList, an nn.ParameterList or the like",
+                    stacklevel=3,
+                )
 
 
 def _shortened(names: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError
+from l2g_meta.errors import DataError, FitError
 from l2g_meta.task import Task, TaskLike
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -20,17 +20,29 @@ def loss_of(model: nn.Module, task: TaskLike, loss_fn: LossFn, autocast: torch.d
 
     Raises:
         DataError: for a task that is none.
-        FitError: if the scores are not (n_query, n_way), or the model takes images, not tasks.
+        FitError: if the scores are not (n_query, n_way), the loss is no number, or the model takes images, not tasks.
     """
     task = Task.of(task)
-    return loss_fn(evaluated(model, task, autocast), task.query_y)
+    return checked_loss(loss_fn(evaluated(model, task, autocast), task.query_y))
+
+
+def checked_loss(loss: Any) -> Tensor:  # ()
+    """The loss itself.
+
+    Raises:
+        FitError: if it is no tensor of one number.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise FitError(f"need a loss as a tensor of one number, such as the mean over queries, got {got}")
+    return loss
 
 
 def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = None) -> Tensor:  # (n_query, n_way)
     """Scores of a task's queries, in the images' type.
 
     Raises:
-        DataError: for a task that is none.
+        DataError: for a task that is none, or images of another type than the model takes.
         FitError: if the scores are not (n_query, n_way), or the model takes images, not tasks.
     """
     task = Task.of(task).check()
@@ -39,11 +51,17 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
     with nullcontext() if autocast is None else torch.autocast(device, autocast, cache_enabled=False):
         try:
             scores = scores_of(model, task)
-        except (TypeError, AttributeError) as error:
-            if _takes_images(model, task.query_x):
+        except Exception as error:  # whatever a forward raises that is given another thing than it takes
+            if not hasattr(model, "process_support_set") and _takes_images(model, task.query_x):
                 raise FitError(
                     f"need a model whose forward takes a task, {type(model).__name__}'s forward takes images; wrap it: "
                     "MetricModel(encoder, PrototypicalHead())"
+                ) from error
+            dtype, own = task.query_x.dtype, next((p.dtype for p in model.parameters()), None)
+            if isinstance(error, RuntimeError) and own not in (None, dtype):
+                raise DataError(
+                    f"need inputs of the type that {type(model).__name__} computes with, {own}, got {dtype}; convert "
+                    "them, images of integers by x.float() / 255"
                 ) from error
             raise
     expected = (len(task.query_y), task.n_way)
@@ -52,7 +70,7 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
         raise FitError(
             f"need scores of shape (n_query, n_way) = {expected} from {type(model).__name__}.forward(task), got {got}"
         )
-    return scores if autocast is None else scores.to(task.query_x.dtype)
+    return scores if autocast is None else scores.to(torch.promote_types(scores.dtype, task.query_x.dtype))
 
 
 def scores_of(model: nn.Module, task: Task) -> Any:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.errors import FitError
+from l2g_meta.errors import FitError, check_argument, one_of
 from l2g_meta.inner.clone import adapted_names, trainable_parameters
+from l2g_meta.inner.scores import checked_loss
 
 LearnInnerLR = Literal[False, "scalar", "tensor", "element"]
 
@@ -37,15 +39,13 @@ class StepSizes(nn.Module):
 
     def __init__(self, model: nn.Module, value: float, learn: LearnInnerLR = False, adapt: Sequence[str] | None = None):
         super().__init__()
-        if learn not in (False, "scalar", "tensor", "element"):
-            raise FitError(f"need learn_inner_lr to be False, 'scalar', 'tensor' or 'element'; got {learn!r}")
-        if value is None or isinstance(value, str) or not 0 <= float(value) < math.inf:
-            raise FitError(f"need inner_lr to be a number of at least 0, finite; got {value!r}")
+        is_step = isinstance(value, Real) and 0 <= value < math.inf
+        check_argument("inner_lr", value, "a number of at least 0, finite", is_step)
         trainable = trainable_parameters(model)
         if not trainable:
             raise FitError(f"need a model with trainable parameters, {type(model).__name__} has none")
         trainable = {name: trainable[name] for name in adapted_names(model, adapt)}
-        self.learn = learn
+        self.learn = one_of("learn_inner_lr", learn, (False, "scalar", "tensor", "element"))
         if learn in ("tensor", "element"):
             for name, p in trainable.items():
                 alpha = torch.full(p.shape if learn == "element" else (), value, dtype=p.dtype, device=p.device)
@@ -123,9 +123,9 @@ class InnerStep:
         """The gradient of a loss by name; parameters that the loss does not depend on are left out.
 
         Raises:
-            FitError: if the loss has no graph, or depends on none of the parameters.
+            FitError: if the loss is no number, has no graph, or depends on none of the parameters.
         """
-        if not loss.requires_grad:
+        if not checked_loss(loss).requires_grad:
             raise FitError(
                 "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
                 "learner (learner.loss(task)), with gradients enabled, and leave some parameter trainable"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Reduction = Literal["mean", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
 
 def class_sums(

@@ -1,6 +1,6 @@
 r"""Supervised pre-training of an encoder on the base classes, as a metric head: one loop trains it, too.
 
-.. math:: L(\theta, W) = -\tfrac{1}{n} \sum_i \log \mathrm{softmax}(W f_\theta(x_i) + b)_{y_i}
+.. math:: L(\theta, W) = -\frac{1}{n} \sum_i \log \mathrm{softmax}(W f_\theta(x_i) + b)_{y_i}
 
 over batches of labelled images of all training classes (Chen et al. 2019; Tian et al. 2020; Chen et al. 2021). What is
 kept is the encoder: tasks of unseen classes are classified by nearest prototypes of its features.

@@ -58,7 +58,8 @@ class MetricModel(nn.Module):
         """Scores of the task's queries; a plain tuple is taken as ``Task.of`` does."""
         task = Task.of(task)
         x = torch.cat([task.support_x, task.query_x])
-        features = self.encoder(x).to(x.dtype)  # under autocast: distances are compared in full precision
+        features = self.encoder(x)
+        features = features.to(torch.promote_types(features.dtype, x.dtype))  # under autocast, for the distances
         support, query = features[: len(task.support_x)], features[len(task.support_x) :]
         return self.score(support, task.support_y, query, task.n_way)
 
@@ -158,7 +159,7 @@ def feature_shape(encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int
     with _dry_run(encoder) as zeros:
         try:
             features = encoder(zeros(2, *image_shape))
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
             raise FitError(
                 f"{type(encoder).__name__} does not take images of shape {tuple(image_shape)}: {error}; use larger "
                 "images, or another encoder"

@@ -14,7 +14,7 @@ and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
     \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
 
 where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
-most of what an exact meta-step costs; ``kernels`` does it in a few. ReLU and 2×2 max-pooling after the norm only
+most of what an exact meta-step costs; ``norm_passes`` does it in a few. ReLU and 2×2 max-pooling after the norm only
 select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from l2g_meta.operators import kernels
-from l2g_meta.operators.kernels.aten import per_channel
+from l2g_meta.operators import norm_passes
+from l2g_meta.operators.norm_passes import per_channel
 
 
 def batch_norm(
@@ -86,9 +86,9 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance in the precision of x, whatever that of the running statistics."""
     if running_mean is None or running_var is None:
-        return kernels.of(x).statistics(x, None, None, momentum)
+        return norm_passes.statistics(x, None, None, momentum)
     wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
-    found = kernels.of(x).statistics(x, wide_mean, wide_var, momentum)
+    found = norm_passes.statistics(x, wide_mean, wide_var, momentum)
     if wide_mean is not running_mean:
         running_mean.copy_(wide_mean)
         running_var.copy_(wide_var)
@@ -100,7 +100,7 @@ class _Norm(Function):
     def forward(
         x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return kernels.of(x).forward(x, w, b, mean, rstd, relu, pool)
+        return norm_passes.forward(x, w, b, mean, rstd, relu, pool)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
@@ -130,22 +130,21 @@ class _NormBackward(Function):
         where: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.of(x).backward(in_format_of(x, g), x, w, mean, rstd, out, where)
+        return norm_passes.backward(in_format_of(x, g), x, w, mean, rstd, out, where)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *(t.clone() for t in outputs[1:]))  # users may write to what they get
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, rstd, out, where = ctx.saved_tensors
+        g, x, w, mean, rstd, out, where, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            where = where if where is None else kernels.of(x).index(where, x)
             cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
         else:
-            cotangents = kernels.of(x).double_backward(
-                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where
+            cotangents = norm_passes.double_backward(
+                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where, *sums
             )
         return *cotangents, None, None, None, None, None
 
@@ -161,7 +160,7 @@ def double_backward(
     where: Tensor | None,  # in each map, where the pooling found its maxima, of y's shape
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the kernels' oracle."""
+    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the passes' oracle."""
     active = None if out is None else (out > 0).to(x.dtype)
     dims = [d for d in range(x.ndim) if d != 1]
 

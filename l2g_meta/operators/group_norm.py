@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from l2g_meta.operators.batch_norm import in_format_of
-from l2g_meta.operators.kernels.aten import affine, channel_sums
+from l2g_meta.operators.norm_passes import affine, channel_sums
 
 
 def group_norm(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from l2g_meta.operators.kernels.aten import take
+from l2g_meta.operators.norm_passes import take
 
 aten = torch.ops.aten
 

@@ -29,6 +29,8 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.alignment import alignment
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
+from l2g_meta.files.reading import pass_over_matplotlibrc
+from l2g_meta.files.sealed import sealed
 from l2g_meta.files.writing import check_writable, write_text
 from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.paper.catalogue import COLUMNS, ROWS
@@ -100,6 +102,7 @@ def check(plan: Plan) -> None:
 def _worker(cells: Sequence[Cell], threads: int, quiet: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
     Thread(target=_end_with_parent, daemon=True).start()
+    pass_over_matplotlibrc()
     torch.set_num_threads(threads)
     keep_freed_memory()
     work(cells, quiet=quiet, progress=False)
@@ -151,7 +154,7 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
     if begun:
         check_same(cell, Config.load(cell.folder / "config.json"))
     elif ROWS[cell.row].time_of is not None:
-        write_json(cell.folder / EQUAL_TIME, equal_time(cell) | {"machine": machine})
+        write_json(cell.folder / EQUAL_TIME, sealed(equal_time(cell) | {"machine": machine}))
     config, scale = cell.config(), SCALES[cell.plan.scale]
     train(config, cell.folder, resume=begun, progress=progress, keep_weights=scale.averaged)
     wrapper, _ = load_run(cell.folder, device=config.device)
@@ -177,7 +180,7 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
         pairs = TaskPairs(data["test"], ways=column.ways[0], shots=column.shots[0], queries=scale.test_queries,
                           seed=ALIGNED_SEED, device=device)  # fmt: skip
         result["held_out"] = alignment(wrapper, pairs, scale.aligned)._asdict()
-    write_json(cell.folder / RESULT, result)
+    write_json(cell.folder / RESULT, sealed(result))
     return result
 
 

@@ -19,13 +19,14 @@ from l2g_meta.training.build import (
     build_data,
     build_device,
     build_model,
+    build_objective,
     build_optimizer,
     build_pairs,
     build_wrapper,
     set_precision,
 )
 from l2g_meta.training.config import Config
-from l2g_meta.training.loop import build_update
+from l2g_meta.training.update import Updater
 
 
 def equal_time(cell: Cell) -> dict[str, Any]:
@@ -62,6 +63,6 @@ def _updates(config: Config, data: Any, device: torch.device) -> Callable[[], An
     set_precision(config.precision)
     pairs = build_pairs(config, data, device)
     wrapper = build_wrapper(config, build_model(config, tuple(pairs[0][0].support_x.shape[1:]))).to(device).train()
-    update = build_update(config, wrapper, build_optimizer(config, wrapper, device), pairs, World())
+    update = Updater(config, build_objective(config), wrapper, build_optimizer(config, wrapper), pairs, World())
     positions = itertools.count()
     return lambda: update(next(positions))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from l2g_meta.errors import L2GError, did_you_mean
+from l2g_meta.files.reading import read_text
+from l2g_meta.files.sealed import opened
 from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.published import Column, Row
 from l2g_meta.training.config import Config
@@ -209,16 +211,16 @@ class Cell:
     def decided(self) -> dict[str, Any] | None:
         """What ``equal_time`` found when it began, if it has another row's time."""
         path = self.folder / EQUAL_TIME
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     @property
     def result(self) -> dict[str, Any]:
         """What it found.
 
         Raises:
-            L2GError: if that belongs to another config than the plan's.
+            L2GError: if that is damaged, or belongs to another config than the plan's.
         """
-        found = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        found = _read(self.folder / RESULT)
         check_same(self, Config.load(self.folder / "config.json"))
         return found
 
@@ -259,6 +261,18 @@ class Cell:
             return EPISODES[row.family] // (_tasks_per_update(row, column) or scale.pairs)
         dear = row.dear or len(column.ways) * len(column.shots) > 1
         return scale.dear if dear and scale.dear else scale.updates
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = opened(json.loads(read_text(path)))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise L2GError(
+            f"need what a cell found in {path}, got: {error}; remove it, and run the command again"
+        ) from error
 
 
 def check_same(cell: Cell, found: Config) -> None:

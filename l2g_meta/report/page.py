@@ -24,8 +24,8 @@ from l2g_meta.report.image_section import DETAILED, image_sections
 from l2g_meta.report.projection import POINTS
 from l2g_meta.report.svg import colour
 from l2g_meta.report.thumbnails import SIZES
+from l2g_meta.training.checks import flag
 from l2g_meta.training.config import MACHINE, Config
-from l2g_meta.training.options import flag
 
 LIMIT = 5_000_000  # bytes of a page
 SPLITS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2g_meta import data
 from l2g_meta.algorithm import L2GWrapper
@@ -21,8 +21,8 @@ from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.errors import CheckpointError, FitError, did_you_mean
-from l2g_meta.files.tensors import image_shape_of, load_weights, read_info
+from l2g_meta.errors import CheckpointError, FitError, L2GError, did_you_mean
+from l2g_meta.files.tensors import image_shape_of, load_tensors, put
 from l2g_meta.models.backbones import BACKBONES
 from l2g_meta.models.heads import HEADS
 from l2g_meta.models.libraries import LIBRARIES
@@ -30,10 +30,11 @@ from l2g_meta.models.linear_head import LinearHead
 from l2g_meta.models.maml import SoftmaxMAML
 from l2g_meta.models.meta_lstm import MetaLSTM
 from l2g_meta.models.metric import MetricModel, SoftmaxClassifier, build_head, feature_shape
-from l2g_meta.training.checks import LEARNERS, SUPERVISED
+from l2g_meta.training.checks import LEARNERS, SUPERVISED, parsed_options
 from l2g_meta.training.config import Config
 from l2g_meta.training.objectives import OBJECTIVES, Objective, episodic
-from l2g_meta.training.options import parsed_options
+
+PARTS = ("head", "backbone")  # of a model, which a config may name as package.module:Class
 
 
 def build_device(name: str) -> torch.device:
@@ -124,19 +125,11 @@ def build_wrapper(config: Config, model: nn.Module) -> L2GWrapper:
     )
 
 
-def build_optimizer(config: Config, wrapper: L2GWrapper, device: torch.device) -> torch.optim.Optimizer:
-    """Adam (eq. 5), or SGD with momentum 0.9; Adam in a form that a CUDA graph can record, if that is wanted.
-
-    Raises:
-        FitError: if a CUDA graph of SGD is wanted.
-    """
-    graph = config.cuda_graph and device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if graph else config.lr
+def build_optimizer(config: Config, wrapper: L2GWrapper) -> torch.optim.Optimizer:
+    """Adam (eq. 5), or SGD with momentum 0.9."""
     if config.optimizer == "adam":
-        return torch.optim.Adam(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, capturable=graph)
-    if graph:
-        raise FitError("need --optimizer adam with --cuda-graph, got sgd; leave --cuda-graph out")
-    return torch.optim.SGD(wrapper.parameters(), lr=lr, weight_decay=config.weight_decay, momentum=0.9)
+        return torch.optim.Adam(wrapper.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(wrapper.parameters(), lr=config.lr, weight_decay=config.weight_decay, momentum=0.9)
 
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:
@@ -178,17 +171,36 @@ def load_run(
     if not trust:
         refuse_modules(config, run)
     path = run / f"{checkpoint}.safetensors"
-    info = read_info(path)
+    tensors, info = load_tensors(path)
     if "model" in info.get("given", []):
         raise CheckpointError(
             f"{path} holds a model given from Python; build that model and call "
             "l2g_meta.files.tensors.load_weights(path, L2GWrapper(model, inner_lr))"
         )
-    wrapper = build_wrapper(config, build_model(config, image_shape_of(info, path), n_classes_of(info)))
-    load_weights(path, wrapper)
+    model = build_stored(config, image_shape_of(info, path), n_classes_of(info), tensors, path)
+    wrapper = build_wrapper(config, model)
+    put(tensors, wrapper, path)
     config = config if device is None else replace(config, device=device)
     set_precision(config.precision)
     return wrapper.to(build_device(config.device)).eval(), config
+
+
+def build_stored(
+    config: Config, image_shape: tuple[int, ...], n_classes: int | None, tensors: Mapping[str, Tensor], path: Path
+) -> nn.Module:
+    """As ``build_model``, for weights from ``path``; a config that asks for more memory than they take gets none.
+
+    Raises:
+        CheckpointError: if the model has more values than the file.
+        FitError: as ``build_model``.
+    """
+    if not any(_names_module(config, kind) for kind in PARTS):  # those may draw on what is there alone
+        need, got = 0, sum(t.numel() for t in tensors.values())
+        with suppress(Exception), torch.device("meta"):  # a real one says so again, a library's may need memory
+            need = sum(t.numel() for t in build_model(config, image_shape, n_classes).state_dict().values())
+        if need > got:
+            raise CheckpointError(f"{path} belongs to another model: it has {got:,} values, its config {need:,}")
+    return build_model(config, image_shape, n_classes)
 
 
 def n_classes_of(info: Mapping[str, Any]) -> int | None:
@@ -214,13 +226,17 @@ def refuse_modules(config: Config, path: Path, *, named: Collection[str] = ()) -
     Raises:
         CheckpointError: if it names a module, which would be imported and so run.
     """
-    for kind in {"head", "backbone"}.difference(named):
-        name = getattr(config, kind)
-        if ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES):
+    for kind in PARTS:
+        if kind not in named and _names_module(config, kind):
             raise CheckpointError(
-                f"{path} names a module as its {kind}, {name}, which would be run; look at it, then give --trust "
-                "(trust=True in Python)"
+                f"{path} names a module as its {kind}, {getattr(config, kind)}, which would be run; look at it, then "
+                "give --trust (trust=True in Python)"
             )
+
+
+def _names_module(config: Config, kind: str) -> bool:
+    name = getattr(config, kind)
+    return ":" in name and not (kind == "backbone" and name.partition(":")[0] in LIBRARIES)
 
 
 def _named(name: str, known: dict[str, Any], kind: str) -> Callable[..., nn.Module]:
@@ -262,8 +278,10 @@ def build_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn
     encoder = _named(name, BACKBONES, "backbone")
     try:
         return encoder(in_channels, **options)
-    except TypeError as error:
-        given = ", ".join(options) or "none"
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, L2GError) or "can't allocate memory" in str(error):
+            raise
+        given = ", ".join(list(options)[:9]) or "none"
         raise FitError(
             f"need a backbone that is built as Backbone(in_channels, **options), got options {given}: {error}"
         ) from error

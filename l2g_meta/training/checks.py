@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import Any, get_type_hints
 
 from l2g_meta.errors import L2GError
 from l2g_meta.training.objectives import OBJECTIVES
-from l2g_meta.training.options import Names, Sizes, flag, parsed_options, types_of
 
 LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
 SUPERVISED = "supervised"  # the encoder with a linear classifier of the training classes: `l2g pretrain`
 METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
 NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
     "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "inner_lr", "inner_steps", "first_order", "learn_inner_lr", "adapt",
-    "pairs", "cuda_graph", "mix",
+    "inner_lr", "inner_steps", "first_order", "learn_inner_lr", "adapt", "pairs", "mix",
 )  # fmt: skip
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
-TYPES: dict[Any, tuple[type, ...]] = {
-    int: (int,),
-    float: (int, float),
-    str: (str,),
-    bool: (bool,),
-    Sizes: (int, tuple),
-    Names: (tuple,),
-}
+Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
+Names = tuple[str, ...]
+# Kinds of settings.
+WORDS: dict[Any, str] = {
+    int: "int", float: "float", str: "str", bool: "bool", Sizes: "int or list", Names: "texts"
+}  # fmt: skip
+
+Value = bool | int | float | str | None | tuple[Any, ...]
+NAMED_VALUES: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a dataclass of settings, which is also a flag of the command line.
+
+    Args:
+        default: its value, if none is given.
+        help: of the flag.
+        rules: ``choices``, or the bounds of numbers: ``least`` or ``above``, and ``below`` or ``most`` (whole numbers
+            are at least 1 unless told otherwise); ``nargs`` and ``metavar`` of the flag.
+    """
+    return field(default=default, metadata={"help": help, **rules})
+
+
+def kinds(settings: type) -> dict[str, Any]:
+    """The kind of each field of such a dataclass, one of ``WORDS``: its type, ``None`` left out.
+
+    Example:
+        >>> from l2g_meta.training.config import Config
+        >>> kinds(Config)["ways"] == Sizes, kinds(Config)["adapt"] == Names, kinds(Config)["clip_norm"]
+        (True, True, <class 'float'>)
+    """
+    hints = get_type_hints(settings)
+    return {f.name: next(kind for kind in WORDS if hints[f.name] in (kind, kind | None)) for f in fields(settings)}
+
+
+def check_settings(config: Any) -> None:
+    """That each value of a dataclass of ``setting`` is of its kind, and within its bounds; ``None`` is none.
+
+    Raises:
+        L2GError: naming the flag, what it needs and what it got.
+    """
+    kind_of = kinds(type(config))
+    for f in fields(config):
+        value, kind, rules, name = getattr(config, f.name), kind_of[f.name], f.metadata, flag(f.name)
+        if value is None:
+            continue
+        fitting = {float: (int, float), Sizes: (int, tuple), Names: (tuple,)}.get(kind, (kind,))
+        if type(value) not in fitting:
+            raise L2GError(f"need {name} to be of type {WORDS[kind]}, got {value!r}")
+        if "choices" in rules and value not in rules["choices"]:
+            raise L2GError(f"need {name} to be one of {', '.join(rules['choices'])}; got {value!r}")
+        if kind in (int, Sizes):
+            least, most, sizes = (
+                rules.get("least", 1),
+                rules.get("most"),
+                value if isinstance(value, tuple) else (value,),
+            )
+            if not sizes or not all(type(size) is int and least <= size <= (most or 2**63 - 1) for size in sizes):
+                bound = "below 2**63" if most is None else f"at most {most:,}"
+                raise L2GError(f"need {name} to be at least {least} and {bound}, got {value}")
+        if kind is float:
+            least, above, below = (rules.get(bound) for bound in ("least", "above", "below"))
+            low = value > above if least is None else value >= least
+            if not (low and math.isfinite(value) and (below is None or value < below)):
+                first = f"above {above}" if least is None else f"of at least {least}"
+                last = "finite" if below is None else f"below {below}"
+                raise L2GError(f"need {name} {first} and {last}, got {value}")
 
 
 def check(config: Any) -> None:
@@ -35,42 +93,12 @@ def check(config: Any) -> None:
     Raises:
         L2GError: naming the flag, what it needs and what it got.
     """
-    types = types_of(type(config))
-    for f in fields(config):
-        kind, value, choices = types[f.name], getattr(config, f.name), f.metadata.get("choices")
-        if value is not None and type(value) not in TYPES[kind]:
-            names = " or ".join(of.__name__.replace("tuple", "list") for of in TYPES[kind])
-            raise L2GError(f"need {flag(f.name)} to be of type {names}, got {value!r}")
-        if choices and value is not None and value not in choices:
-            raise L2GError(f"need {flag(f.name)} to be one of {', '.join(choices)}; got {value!r}")
-        counted = kind in (int, Sizes) and f.name not in ("seed", "split_seed")
-        sizes = value if isinstance(value, tuple) else (value,)
-        if counted and value is not None and not all(type(size) is int and size >= 1 for size in sizes or (0,)):
-            raise L2GError(f"need {flag(f.name)} to be at least 1, got {value}")
-    if max(config.seed, config.split_seed) >= 2**63:
-        raise L2GError("need --seed and --split-seed below 2**63")
+    check_settings(config)
     if "\0" in (config.root or ""):
         raise L2GError("need --root to be a path, got one with a zero byte")
-    if config.seed < 0 or config.split_seed < 0:
-        raise L2GError("need --seed and --split-seed to be at least 0")
-    if config.temperature is not None and not 0 < config.temperature < math.inf:
-        raise L2GError(f"need --temperature above 0 and finite, got {config.temperature}")
-    if not 0 < config.lr < math.inf:
-        raise L2GError(f"need --lr above 0 and finite, got {config.lr}")
-    if not 0 <= config.inner_lr < math.inf:
-        raise L2GError(f"need --inner-lr of at least 0 and finite, got {config.inner_lr}")
-    if config.clip_norm is not None and not 0 < config.clip_norm < math.inf:
-        raise L2GError(f"need --clip-norm above 0 and finite, got {config.clip_norm}")
-    if config.clip_norm is not None and config.cuda_graph:
-        by_default = ", the default of --method meta-lstm" if config.method == "meta-lstm" else ""
-        raise L2GError(f"--cuda-graph does not clip, got --clip-norm {config.clip_norm:g}{by_default}; leave one out")
-    if not 0 <= config.mix < 1:
-        raise L2GError(f"need --mix of at least 0 and below 1, got {config.mix}")
     if config.method not in ("l2g", "maml") and config.mix:
         raise L2GError(f"--mix belongs to l2g and maml, got --method {config.method}")
-    if not 0 <= config.weight_decay < math.inf:
-        raise L2GError(f"need --weight-decay of at least 0 and finite, got {config.weight_decay}")
-    if config.resized_crop is not None and not (config.augment and 0 < config.resized_crop <= 1):
+    if config.resized_crop is not None and not (config.augment and config.resized_crop <= 1):
         got = f"{config.resized_crop} {'with' if config.augment else 'without'} --augment"
         raise L2GError(f"need --augment and a --resized-crop above 0 and at most 1, got {got}")
     _check_learner(config)
@@ -78,8 +106,6 @@ def check(config: Any) -> None:
     _check_names(config)
     if config.tasks_per_update is not None and config.method == "l2g":
         raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
-    if config.cuda_graph and (config.tasks_per_update or 0) % 2:
-        raise L2GError(f"need an even --tasks-per-update with --cuda-graph, got {config.tasks_per_update}")
 
 
 def _check_names(config: Any) -> None:
@@ -130,3 +156,41 @@ def _check_learner(config: Any) -> None:
                 f"--method {config.method} has one output per class and needs one number of ways, got --ways "
                 f"{config.ways} and --outer-ways {config.outer_ways}"
             )
+
+
+def flag(name: str) -> str:
+    """A field as the command line has it.
+
+    Example:
+        >>> flag("inner_lr")
+        '--inner-lr'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def parsed_options(given: Sequence[str] | None) -> dict[str, Value]:
+    """Python values of ``NAME=VALUE`` texts: numbers, true, false, none, several by commas, else the text.
+
+    Raises:
+        L2GError: for a text of another form, or a name given twice.
+
+    Example:
+        >>> parsed_options(["widths=64,128", "drop_rate=0.1", "act=gelu", "bias=false"])
+        {'widths': (64, 128), 'drop_rate': 0.1, 'act': 'gelu', 'bias': False}
+    """
+    found: dict[str, Value] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise L2GError(f"need options as NAME=VALUE, each name once, got {text!r}; for example drop_rate=0.1")
+        found[name] = tuple(map(_value, value.split(","))) if "," in value else _value(value)
+    return found
+
+
+def _value(text: str) -> Value:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return NAMED_VALUES.get(text.lower(), text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from l2g_meta.files.sealed import opened, sealed
 from l2g_meta.files.writing import write_text
 from l2g_meta.models.backbones import BACKBONES
 from l2g_meta.models.heads import HEADS
-from l2g_meta.training.checks import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, check
-from l2g_meta.training.options import Names, Sizes, flag
+from l2g_meta.training.checks import HEAD_FLAGS, LEARNERS, METHODS, SUPERVISED, Names, Sizes, check, flag, setting
 
 # The paper's protocol, where a data set has no smaller default. It gives no total of updates: 20,000 is our choice.
 PAPER: dict[str, Any] = {"queries": 15, "pairs": 5, "iterations": 20_000, "eval_every": 500, "eval_episodes": 600}
@@ -29,6 +28,7 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "shared_classes": (None,),
     "unit_step": (False,),
     "recompute": (False,),
+    "cuda_graph": (False,),
     "outer_queries": (None,),  # or as many as queries
     "test_steps": (None, 10),
     "far_pairs": (False,),
@@ -39,10 +39,6 @@ REMOVED: dict[str, tuple[Any, ...]] = {
 }
 LAST_WITH = "0.1.0"
 MACHINE = ("root", "device", "download", "tensorboard", "save_every")  # where, not what
-
-
-def _flag(default: Any, help: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": help, **options})
 
 
 @dataclass(frozen=True)
@@ -56,85 +52,89 @@ class Config:
         'conv4'
     """
 
-    data: str = _flag("glyphs", "data set", choices=DATASETS)
-    root: str | None = _flag(
-        None, "folder that holds the data (not needed for glyphs); for folder also a tar file of it", metavar="DIR"
-    )
-    image_size: int = _flag(None, "pixels; another size than the data set's own is another benchmark")
-    download: bool = _flag(False, "download missing data from where learn2learn gets it")
-    split_seed: int = _flag(0, "folder with one level of classes: seed of its train/validation/test split")
-    augment: bool = _flag(False, "vary training images: random crop, flip and colours")
-    resized_crop: float | None = _flag(None, "with --augment: crops of at least this share of an image, resized, "
-                                       "instead of crops of its own size that reach over its edge")  # fmt: skip
+    data: str = setting("glyphs", "data set", choices=DATASETS)
+    root: str | None = setting(None, "folder that holds the data (not needed for glyphs)", metavar="DIR")
+    image_size: int = setting(None, "pixels; another size than the data set's own is another benchmark")
+    download: bool = setting(False, "download missing data from where learn2learn gets it")
+    split_seed: int = setting(0, "folder with one level of classes: seed of its train/validation/test split", least=0)
+    augment: bool = setting(False, "vary training images: random crop, flip and colours")
+    resized_crop: float | None = setting(None, "with --augment: crops of at least this share of an image, resized, "
+                                       "instead of crops of its own size that reach over its edge",
+                                         above=0)  # fmt: skip
 
-    backbone: str = _flag(None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class")
-    backbone_options: Names | None = _flag(None, "arguments of the encoder, for example drop_rate=0.1 "
+    backbone: str = setting(
+        None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class"
+    )
+    backbone_options: Names | None = setting(None, "arguments of the encoder, for example drop_rate=0.1 "
                                            "widths=64,128,256,512", nargs="+", metavar="NAME=VALUE")  # fmt: skip
-    weights: str | None = _flag(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors "
+    weights: str | None = setting(None, "initial weights of the encoder: a run (its best checkpoint), a .safetensors "
                                 "file or one of torch.save with a state dict, or default: the pretrained ones of "
                                 "timm or torchvision", metavar="RUN|FILE|default")  # fmt: skip
-    head: str = _flag(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
-    distance: str | None = _flag(
+    head: str = setting(None, f"metric head: {', '.join(HEADS)}, or package.module:Class (default: prototypical)")
+    distance: str | None = setting(
         None, "prototypical, and nearest prototypes of supervised: distance", choices=("euclidean", "squared", "cosine")
     )
-    dims: str | None = _flag(None, "prototypical: sum or mean over dimensions", choices=("sum", "mean"))
-    temperature: float | None = _flag(None, "prototypical, matching: scores are divided by it")
-    learn_temperature: bool = _flag(False, "prototypical, matching: train the temperature")
-    reduction: str | None = _flag(None, "loss: mean or sum over queries", choices=("mean", "sum"))
+    dims: str | None = setting(None, "prototypical: sum or mean over dimensions", choices=("sum", "mean"))
+    temperature: float | None = setting(None, "prototypical, matching: scores are divided by it", above=0)
+    learn_temperature: bool = setting(False, "prototypical, matching: train the temperature")
+    reduction: str | None = setting(None, "loss: mean or sum over queries", choices=("mean", "sum"))
 
-    ways: Sizes = _flag(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
-    shots: Sizes = _flag(1, "supports per class, or several: 1,5,10")
-    queries: int = _flag(None, "queries per class")
-    outer_ways: Sizes = _flag(None, "classes of T_j, one or several; as T_i by default, and so for the next")
-    outer_shots: Sizes = _flag(None, "supports per class of T_j, one or several")
-    pairs: int = _flag(None, "pairs of tasks per update")
-    tasks_per_update: int | None = _flag(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs; "
+    ways: Sizes = setting(5, "classes of a task (T_i), or several numbers to draw from: 5,7,10")
+    shots: Sizes = setting(1, "supports per class, or several: 1,5,10")
+    queries: int = setting(None, "queries per class")
+    outer_ways: Sizes = setting(None, "classes of T_j, one or several; as T_i by default, and so for the next")
+    outer_shots: Sizes = setting(None, "supports per class of T_j, one or several")
+    pairs: int = setting(None, "pairs of tasks per update")
+    tasks_per_update: int | None = setting(None, "all but l2g: tasks per update, instead of 2 × pairs (maml: pairs; "
                                          "supervised: batches, 1)")  # fmt: skip
 
-    method: str = _flag("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
+    method: str = setting("l2g", "training objective; maml-softmax and meta-lstm have no metric head and adapt on the "
                         "supports, at test too; supervised as `l2g pretrain`", choices=METHODS)  # fmt: skip
-    inner_lr: float = _flag(None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01")
-    inner_steps: int = _flag(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
-                             "(default: 5, at test 10; meta-lstm 1-shot: 12)")  # fmt: skip
-    first_order: bool = _flag(False, "drop the Hessian term of the meta-gradient")
-    learn_inner_lr: str | None = _flag(None, "learn α: one, per tensor, or per element (Meta-SGD)",
+    inner_lr: float = setting(
+        None, "α, step size of the inner step (default: 0.003, maml-softmax 0.01); the paper: 0.01", least=0
+    )
+    inner_steps: int = setting(None, "inner steps on T_i (default: 1); maml-softmax, meta-lstm: steps on the supports "
+                             "(default: 5, at test 10; meta-lstm 1-shot: 12)", most=10_000)  # fmt: skip
+    first_order: bool = setting(False, "drop the Hessian term of the meta-gradient")
+    learn_inner_lr: str | None = setting(None, "learn α: one, per tensor, or per element (Meta-SGD)",
                                        choices=("scalar", "tensor", "element"))  # fmt: skip
-    mix: float = _flag(None, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time "
-                       "(default: l2g 0.5, maml 0); Algorithm 1 of the paper: 0")  # fmt: skip
-    adapt: Names | None = _flag(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
+    mix: float = setting(None, "l2g, maml: share of L(θ; T_i) in the loss, the rest being L(θ'; T_j); costs no time "
+                       "(default: l2g 0.5, maml 0); Algorithm 1 of the paper: 0", least=0, below=1)  # fmt: skip
+    adapt: Names | None = setting(None, "l2g, maml: parameters that the inner step changes, by prefix or pattern, for "
                                 "example encoder.blocks.3 'head.*' (default: all)",
                                 nargs="+", metavar="NAME")  # fmt: skip
 
-    batch: int | None = _flag(None, "supervised: images of a batch (default: 128)")
-    optimizer: str = _flag(
+    batch: int | None = setting(None, "supervised: images of a batch (default: 128)")
+    optimizer: str = setting(
         None, "adam, or SGD with momentum 0.9 (default: adam; supervised: sgd)", choices=("adam", "sgd")
     )
-    weight_decay: float = _flag(None, "L2 penalty added to gradients (default: 0; supervised: 5e-4)")
-    lr: float = _flag(None, "step size of the optimizer (default: adam 1e-3, sgd 0.05)")
-    schedule: str = _flag(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after "
+    weight_decay: float = setting(None, "L2 penalty added to gradients (default: 0; supervised: 5e-4)", least=0)
+    lr: float = setting(None, "step size of the optimizer (default: adam 1e-3, sgd 0.05)", above=0)
+    schedule: str = setting(None, "of lr: halve every --lr-halve-every episodes; cosine to 0; step to a tenth after "
                           "3/5 and 4/5 of the updates (default: halve; supervised: cosine)",
                           choices=("halve", "cosine", "step"))  # fmt: skip
-    lr_halve_every: int = _flag(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
-    clip_norm: float | None = _flag(None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)")
-    iterations: int = _flag(None, "updates")
-    seed: int = _flag(0, "of the initial weights and of the stream of tasks")
+    lr_halve_every: int = setting(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
+    clip_norm: float | None = setting(
+        None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)", above=0
+    )
+    iterations: int = setting(None, "updates")
+    seed: int = setting(0, "of the initial weights and of the stream of tasks", least=0)
 
-    eval_every: int = _flag(None, "updates between validations; checkpoints are written then")
-    eval_episodes: int = _flag(None, "validation episodes")
-    bn: str = _flag("running", "BatchNorm statistics at validation", choices=("running", "batch"))
+    eval_every: int = setting(None, "updates between validations; checkpoints are written then")
+    eval_episodes: int = setting(None, "validation episodes")
+    bn: str = setting("running", "BatchNorm statistics at validation", choices=("running", "batch"))
 
-    precision: str = _flag("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
+    precision: str = setting("fp32", "of convolutions and matrix products: fp32; tf32 on recent NVIDIA GPUs; bf16 by "
                            "autocast, with norms, losses and updates in fp32",
                            choices=("fp32", "tf32", "bf16"))  # fmt: skip
-    deterministic: bool = _flag(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
-    skip_nonfinite: bool = _flag(False, "leave updates out whose loss or gradient is not finite, and count them")
-    cuda_graph: bool = _flag(False, "record the update once and replay it; for data that lies on a CUDA device")
-    device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps …")
+    deterministic: bool = setting(False, "PyTorch's deterministic algorithms: the same bits on a GPU, too, more slowly")
+    skip_nonfinite: bool = setting(False, "leave updates out whose loss or gradient is not finite, and count them")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps …")
 
-    save_every: int = _flag(None, "updates between states to resume from (default: as --eval-every)")
-    average: bool = _flag(False, "also keep an average of the weights over the last part of training, as "
+    save_every: int = setting(None, "updates between states to resume from (default: as --eval-every)")
+    average: bool = setting(False, "also keep an average of the weights over the last part of training, as "
                           "average.safetensors; it moves no update")  # fmt: skip
-    tensorboard: bool = _flag(False, "also log to RUN/tensorboard")
+    tensorboard: bool = setting(False, "also log to RUN/tensorboard")
 
     def resolved(self) -> Config:
         """The same run with every default filled in and checked.

@@ -9,8 +9,8 @@ from torch import nn
 from l2g_meta.files.tensors import load_tensors
 from l2g_meta.models.libraries import library_weights
 from l2g_meta.models.pretrained import encoder_of, load_into, put_encoder, read_state_dict
+from l2g_meta.training.checks import parsed_options
 from l2g_meta.training.config import Config
-from l2g_meta.training.options import parsed_options
 
 
 def initialise(model: nn.Module, config: Config) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.identity import identity
-from l2g_meta.data.pairs import Episodes, TaskPairs, values
+from l2g_meta.data.pairs import Episodes, values
 from l2g_meta.data.sources import task_source
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.evaluation.episodes import Evaluation, evaluate
@@ -32,15 +31,13 @@ from l2g_meta.training.build import (
     build_wrapper,
     set_precision,
 )
-from l2g_meta.training.captured import StaticUpdate
 from l2g_meta.training.checks import SUPERVISED
 from l2g_meta.training.config import Config
 from l2g_meta.training.curves import learning_curve
 from l2g_meta.training.initial_weights import initialise
 from l2g_meta.training.log import require_tensorboard
 from l2g_meta.training.run_folder import Run
-from l2g_meta.training.task_stream import arrange, positions_of_update
-from l2g_meta.training.update import EagerUpdate, seed_update
+from l2g_meta.training.update import Updater, seed_update
 
 VALIDATION_SEED = 1_000_003  # validation episodes are the same in every run
 
@@ -99,9 +96,9 @@ def train(
     if config.weights is not None and not resume and world.main:
         initialise(wrapper.module, config)
     wrapper = wrapper.to(device)
-    optimizer = build_optimizer(config, wrapper, device)
+    optimizer = build_optimizer(config, wrapper)
     average = averaged(wrapper) if config.average else None
-    update = build_update(config, wrapper, optimizer, pairs, world)
+    update = Updater(config, build_objective(config), wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     known = {"train": identity(data), "validation": identity(validation)} if world.main else {}
     if config.tensorboard:
@@ -115,9 +112,6 @@ def train(
             info = run.resume(wrapper, optimizer, given, known, force=force)
         else:
             info = run.begin(wrapper, optimizer, image_shape, given, known, n_classes)
-        if isinstance(update, StaticUpdate):
-            wrapper.train()
-            update.capture()  # now: resuming replaces the optimizer's tensors
 
         def finish(row: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
             """Validates, logs and saves; what comes before is saved, so that a signal need not wait."""
@@ -133,7 +127,7 @@ def train(
             info = finish(info["pending"], info)
         for k in range(info["iteration"], config.iterations):
             wrapper.train()
-            _set_lr(optimizer, learning_rate(config, k))
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(config, k)
             began = time.perf_counter()
             seed_update(config, k, world)
             stats, finite, asked = update(k, run.signals.asked)  # Algorithm 1
@@ -143,7 +137,7 @@ def train(
                 average.update_parameters(wrapper)
             if not finite:
                 run.not_finite(k, stats, wrapper)
-            row = {"iteration": k + 1, **stats._asdict(), "lr": learning_rate(config, k), "skipped": int(not finite)}
+            row = {"iteration": k + 1, **stats._asdict(), "lr": lr, "skipped": int(not finite)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": max(0.0, time.perf_counter() - began)}
 
             due = (k + 1) % config.eval_every == 0 or k + 1 == config.iterations
@@ -211,28 +205,3 @@ def validate(
         device=device,
         world=world,
     )
-
-
-def build_update(
-    config: Config, wrapper: L2GWrapper, optimizer: torch.optim.Optimizer, pairs: TaskPairs | Batches, world: World
-) -> EagerUpdate | StaticUpdate:
-    """The update as the config wants it run.
-
-    Raises:
-        L2GError: if a CUDA graph is wanted of what none can be recorded of.
-    """
-    objective = build_objective(config)
-    if not config.cuda_graph:
-        return EagerUpdate(config, objective, wrapper, optimizer, pairs, world)
-    if world.size > 1 or isinstance(pairs, Batches):
-        raise L2GError(f"--cuda-graph is for tasks and one process, got {world.size} with --method {config.method}")
-    positions = partial(positions_of_update, config)
-    return StaticUpdate(objective, wrapper, optimizer, pairs, positions, partial(arrange, config))
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    group = optimizer.param_groups[0]
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)  # in place: a CUDA graph reads this tensor
-    else:
-        group["lr"] = lr

@@ -1,6 +1,6 @@
 """Settings by name: ``l2g train --preset NAME``. A flag that is given beside it wins.
 
-``mini-28px-*`` and ``glyphs-*`` are what our figures are of (docs/findings.md), minutes on a CPU. The others are for a
+``mini-28px-*`` and ``glyphs-*`` are what our figures are of (docs/notebook.md), minutes on a CPU. The others are for a
 GPU and of the benchmark's own size; they have not been run.
 """
 

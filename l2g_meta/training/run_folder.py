@@ -22,10 +22,10 @@ from l2g_meta.files.locks import claim
 from l2g_meta.files.tensors import load_tensors, make_folder, save_tensors
 from l2g_meta.files.writing import remove_partial
 from l2g_meta.training import checkpoints as state
+from l2g_meta.training.checks import flag
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import RunLog
 from l2g_meta.training.objectives import UpdateStats
-from l2g_meta.training.options import flag
 from l2g_meta.training.signals import Signals, Stopped, requeue
 from l2g_meta.training.task_stream import positions_of_update
 from l2g_meta.training.update import all_finite

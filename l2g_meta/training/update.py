@@ -33,7 +33,7 @@ def seed_update(config: Config, k: int, world: World) -> None:
     torch.manual_seed(int(np.random.SeedSequence([config.seed, k, world.rank]).generate_state(1)[0]))
 
 
-class EagerUpdate:
+class Updater:
     """Algorithm 1 for update k: tasks, meta-gradient, all-reduce, Adam.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from l2g_meta.data import archive, images
+from l2g_meta.data import images
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import DataError
 
@@ -26,7 +26,7 @@ def load(
     download: bool = False,
     split_seed: int = 0,
 ) -> ClassDataset:
-    """A split of the image folders in ``root`` or a tar file as a class-sorted, memory-mapped uint8 array (n, S, S, 3).
+    """A split of the image folders in ``root`` as a class-sorted, memory-mapped uint8 array (n, S, S, 3).
 
     ``root/<split>/<class>/*`` is taken as it is (``validation`` may be called ``val``). Of ``root/<class>/*`` the
     classes are dealt out to train, validation and test, 64/16/20%, by ``split_seed``. Images are turned upright (Exif),
@@ -34,7 +34,7 @@ def load(
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        root: the folder, or a ``.tar``, ``.tar.gz`` or ``.tgz`` of one, which is unpacked into the cache.
+        root: the folder.
         image_size: S, by default 84.
         download: has no effect, there is nothing to download; every data set takes it.
         split_seed: seed of the split of classes; the same names and seed give the same split everywhere.
@@ -43,9 +43,8 @@ def load(
         DataError: if the folder or split is missing, an image cannot be read, or a class has fewer than 2 images.
     """
     root, size = images.check_request("images", split, root, image_size, LAYOUTS)
-    title = root.name
     if root.is_file():
-        title, root = archive.stem(root), archive.unpacked(root)
+        raise DataError(f"need a folder of images, got the file {root}; unpack it (tar -xf FILE -C DIR), and name DIR")
     if not root.is_dir():
         raise images.missing("a folder of images", root, LAYOUTS)
     folders = [images.find_folder(root, split=s) for s in SPLITS]
@@ -60,7 +59,7 @@ def load(
     if not has_splits:
         names = split_classes(list(classes), split_seed)[split]
         classes = {name: classes[name] for name in names}
-    return images.open_folders(title or "folder", split, size, classes, _read_upright, _centre_square)
+    return images.open_folders(root.name or "folder", split, size, classes, _read_upright, _centre_square)
 
 
 def split_classes(names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:

@@ -102,16 +102,6 @@ def load(
     return open_dataset(folder, name="glyphs", split=split, mean=MEAN, std=STD)
 
 
-def super_categories(split: str, *, root: Path | str | None = None) -> dict[str, str]:
-    """The script of each class, by name; ``root`` is not looked at.
-
-    Example:
-        >>> sorted(set(super_categories("validation").values()))
-        ['armenian', 'hebrew']
-    """
-    return {name: name.partition("/")[0] for name in load(split).class_names}
-
-
 def build(folder: Path, split: str, size: int) -> None:
     """Draw every example of a split into ``folder``."""
     faces = read_faces()

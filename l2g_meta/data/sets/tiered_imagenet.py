@@ -11,7 +11,7 @@ from PIL import Image
 
 from l2g_meta.data import images
 from l2g_meta.data.cache import file_fingerprint
-from l2g_meta.data.dataset import ClassDataset, integers
+from l2g_meta.data.dataset import ClassDataset, index_by_class, integers
 from l2g_meta.data.download import check_digest, check_pickle, fetch, is_html
 from l2g_meta.data.pickles import load_pickle
 from l2g_meta.errors import DataError
@@ -63,22 +63,6 @@ def load(
     return images.open_converted("tiered-imagenet", split, size, source, partial(_convert_pickles, *files, size))
 
 
-def super_categories(split: str, *, root: Path | str | None = None) -> dict[str, str]:
-    """The super-category of each class, by name, as the label file gives it.
-
-    Raises:
-        DataError: if there is no label file, or it has no super-categories.
-    """
-    root, _ = images.check_request("tieredImageNet", split, root, None, LAYOUTS)
-    files = _find_pickles(root, split)
-    if files is None:
-        raise images.missing(f"the label file of the {split} split of tieredImageNet", root, LAYOUTS[:2])
-    categories = _read_labels(files[1])[1]
-    if not categories:
-        raise DataError(f'need super-categories, got no "label_general" in {files[1]}; use the published label file')
-    return categories
-
-
 def _pickles(base: Path, split: str) -> tuple[Path, Path]:
     short = "val" if split == "validation" else split
     return base / f"{short}_images_png.pkl", base / f"{short}_labels.pkl"
@@ -91,7 +75,7 @@ def _find_pickles(root: Path, split: str) -> tuple[Path, Path] | None:
 
 def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path) -> None:
     """Convert the list of PNG files, each a uint8 array (bytes,) or (bytes, 1), and their labels."""
-    classes, _ = _read_labels(labels_path)
+    classes = _read_labels(labels_path)
     check_digest(images_path)
     encoded = load_pickle(images_path, max_bytes=MAX_BYTES)
     n = sum(len(rows) for rows in classes.values())
@@ -111,24 +95,16 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
     images.convert(classes, read, images.stretch, size, out)
 
 
-def _read_labels(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Rows of each class and super-category of each class (none if not given), classes sorted by name."""
+def _read_labels(path: Path) -> dict[str, list[int]]:
+    """Rows of each class, classes sorted by name."""
     check_digest(path)
     data = load_pickle(path, max_bytes=MAX_LABEL_BYTES)
-    specific = _column(data, "label_specific", path)
-    general = _column(data, "label_general", path) if "label_general" in data else None
-    if general is not None and len(general) != len(specific):
-        raise DataError(f"need a super-category per image, got {len(general)} for {len(specific)} in {path}")
-    classes, categories = {}, {}
-    for label, name in _names(data, "label_specific", specific).items():
-        rows = np.flatnonzero(specific == label)
-        classes[name] = rows.tolist()
-        if general is not None:
-            of_class = np.unique(general[rows])
-            if len(of_class) > 1:
-                raise DataError(f"need one super-category per class, got {of_class.tolist()} of {name} in {path}")
-            categories[name] = _names(data, "label_general", of_class)[int(of_class[0])]
-    return {name: classes[name] for name in sorted(classes)}, {name: categories[name] for name in sorted(categories)}
+    labels, inverse = np.unique(_column(data, "label_specific", path), return_inverse=True)
+    names = _names(data, "label_specific", labels)
+    classes = {
+        names[label]: rows.tolist() for label, rows in zip(labels.tolist(), index_by_class(inverse), strict=True)
+    }
+    return {name: classes[name] for name in sorted(classes)}
 
 
 def _column(data: Any, key: str, path: Path) -> np.ndarray:
@@ -139,8 +115,8 @@ def _column(data: Any, key: str, path: Path) -> np.ndarray:
 
 
 def _names(data: dict[str, Any], key: str, column: np.ndarray) -> dict[int, str]:
-    """Name of each label that occurs: from ``<key>_str`` where it has one per label, else the number."""
-    labels, names = np.unique(column).tolist(), data.get(f"{key}_str")
+    """Name of each of some labels, ascending: from ``<key>_str`` where it has one per label, else the number."""
+    labels, names = column.tolist(), data.get(f"{key}_str")
     if isinstance(names, np.ndarray):
         names = names.tolist()
     if not isinstance(names, list | tuple) or len(names) <= labels[-1] or labels[0] < 0:

@@ -1,6 +1,6 @@
-r"""Passes of batch normalisation, ReLU and pooling in ATen, few of them and in place: for any device.
+r"""Passes over feature maps that batch normalisation, ReLU and pooling are made of, in ATen: for any device.
 
-Notation of every file here: x̂ = r (x − m) per channel, over N = batch · height · width values; y = S(w x̂ + b), where S
+Notation: x̂ = r (x − m) per channel, over N = batch · height · width values; y = S(w x̂ + b), where S
 is nothing, ReLU, or ReLU and 2×2 max-pooling (in either order, both being monotone), g the cotangent of y and G = Sᵀg.
 Allocating a feature map costs more than a pass over it (the system maps and clears its pages), so sums are taken
 without intermediate maps, by the kernel of batch normalisation's own backward.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from l2g_meta.operators.kernels.coefficients import of_backward, of_double_backward
 
 aten = torch.ops.aten
 
@@ -63,7 +61,7 @@ def backward(
     if where is None:
         return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
     sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
-    of_g, slope, shift = of_backward(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
+    of_g, slope, shift = backward_coefficients(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
     return _add_at(affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
 
 
@@ -78,15 +76,16 @@ def double_backward(
     rstd: Tensor,  # (c,)
     out: Tensor | None,
     where: Tensor | None,
+    sum_h: Tensor,  # gw, as ``backward`` gave it, (c,)
+    sum_g: Tensor,  # gb, (c,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in three passes of sums and two of output."""
+    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in two passes of sums and two of output."""
     g = g if out is None else aten.threshold_backward(g, out, 0)
     chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
-    sum_g, sum_h = channel_sums(g, chosen, mean, rstd)
     sum_v, sum_vh = channel_sums(v, x, mean, rstd)
     _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
     sums = sum_g, sum_h, sum_v, sum_vh, sum_vg
-    bar_w, of_x, of_g = of_double_backward(vw, vb, w, mean, rstd, *sums, n=x.numel() // x.shape[1])
+    bar_w, of_x, of_g = double_backward_coefficients(vw, vb, w, mean, rstd, *sums, n=x.numel() // x.shape[1])
 
     of_v, slope, shift = of_g
     bar_g = affine(chosen, slope, shift).addcmul_(v_at, per_channel(of_v, v))
@@ -98,9 +97,41 @@ def double_backward(
     return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
 
 
-def index(where: Tensor, x: Tensor) -> Tensor:
-    """Where in each map, flat, the pooling found its maxima."""
-    return where
+def backward_coefficients(
+    w: Tensor, mean: Tensor, rstd: Tensor, sum_g: Tensor, sum_h: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(of_g, slope, shift), each (c,), of gx = of_g G + slope x + shift: a pass over maps is one such combination."""
+    a = w * rstd
+    slope = -a * rstd * sum_h / n
+    return a, slope, -a * sum_g / n - mean * slope
+
+
+def double_backward_coefficients(
+    vw: Tensor,
+    vb: Tensor,
+    w: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sum_g: Tensor,
+    sum_h: Tensor,
+    sum_v: Tensor,
+    sum_vh: Tensor,
+    sum_vg: Tensor,
+    *,
+    n: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """w̄; (of_g, slope, shift, of_v) of x̄ = of_g G + slope x + shift + of_v v; (of_v, slope, shift) of ḡ = S(…)."""
+    a = w * rstd
+    bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
+
+    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
+    of_xhat = -(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n  # −Σ(h x̂)/N and −q r/N
+    slope = rstd * rstd * of_xhat
+    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
+    of_x = (rstd * of_g, slope, shift, rstd * of_v)
+
+    slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
+    return bar_w, of_x, (a, slope, vb - a * sum_v / n - mean * slope)
 
 
 def channel_sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
