@@ -51,24 +51,24 @@ def emit(args: argparse.Namespace, values: Any) -> None:
     """Writes JSON where ``--json`` wants it, if it was given; ``null`` for numbers that JSON lacks."""
     if args.json is None:
         return
-    text = json.dumps(known(values), indent=2, allow_nan=False, default=str)
+    text = json.dumps(finite_or_none(values), indent=2, allow_nan=False, default=str)
     if args.json == STDOUT:
         print(text, file=args.stdout, flush=True)
     else:
         write_text(args.json, text + "\n")
 
 
-def known(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """The same with ``None`` for the numbers that JSON lacks, NaN and ±∞, at any depth.
 
     Example:
-        >>> known({"a": [1.5, float("nan")]})
+        >>> finite_or_none({"a": [1.5, float("nan")]})
         {'a': [1.5, None]}
     """
     if isinstance(value, dict):
-        return {name: known(v) for name, v in value.items()}
+        return {name: finite_or_none(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [known(v) for v in value]
+        return [finite_or_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from l2g_meta.report.measure import Measured
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
 
+T = TypeVar("T")
 NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
 
 
@@ -72,27 +73,30 @@ def read_run(path: Path) -> ReportedRun:
         found = "a folder without config.json and log.csv" if path.is_dir() else "no folder of that name"
         raise L2GError(f"need a run directory, {path}: {found}; name a folder made by `l2g train`")
     problems: list[str] = []
-    config, log, best, logged = None, np.empty((0, len(NUMBERS))), {}, True
-    try:
-        config = Config.load(path / "config.json")
-    except L2GError as error:
-        problems.append(f"no config: {error}")
-    try:
-        log = read_numbers(path)
-    except L2GError as error:
-        logged = False
-        problems.append(f"no learning curve: {error}")
-    try:
-        best = read_info(path / "best.safetensors")
-        if not isinstance(best, dict):
-            raise CheckpointError(f"need a header in {path / 'best.safetensors'}, got another kind; train again")
-        refuse_given(best, path, "test it with l2g_meta.evaluation.episodes.evaluate")
-    except CheckpointError as error:
-        best = {}
-        problems.append(f"not tested: {error}")
-    if logged:
+
+    def attempt(without: str, read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except L2GError as error:
+            problems.append(f"{without}: {error}")
+            return otherwise
+
+    config = attempt("no config", lambda: Config.load(path / "config.json"), None)
+    lost = np.empty((0, len(NUMBERS)))
+    log = attempt("no learning curve", lambda: read_numbers(path), lost)
+    best: dict[str, Any] = attempt("not tested", lambda: _header(path), {})
+    if log is not lost:
         problems += _gaps(log, best, losses=config is not None and not config.skip_nonfinite)
     return ReportedRun(path, config, log, best, problems)
+
+
+def _header(run: Path) -> dict[str, Any]:
+    """Of the best checkpoint of a run whose data and model are its config's."""
+    best = read_info(run / "best.safetensors")
+    if not isinstance(best, dict):
+        raise CheckpointError(f"need a header in {run / 'best.safetensors'}, got another kind; train again")
+    refuse_given(best, run, "test it with l2g_meta.evaluation.episodes.evaluate")
+    return best
 
 
 def _gaps(log: np.ndarray, best: Mapping[str, Any], *, losses: bool) -> list[str]:
