@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -28,7 +27,7 @@ from l2g_meta.training.log import RunLog
 from l2g_meta.training.objectives import UpdateStats
 from l2g_meta.training.signals import Signals, Stopped, requeue
 from l2g_meta.training.task_stream import positions_of_update
-from l2g_meta.training.update import all_finite
+from l2g_meta.training.update import all_finite, culprit
 
 
 def holds_run(out: Path) -> bool:
@@ -249,21 +248,9 @@ class Run:
         positions = positions_of_update(self.config, k)
         raise NotFiniteError(
             f"update {k} (pairs {positions.start} to {positions.stop - 1} of the stream of seed {self.config.seed}) "
-            f"found a number that is not finite: {self._culprit(stats, wrapper)}; nothing was changed. Lower "
+            f"found a number that is not finite: {culprit(self.config, stats, wrapper)}; nothing was changed. Lower "
             "--inner-lr or --lr, use --dims mean, or leave such updates out with --skip-nonfinite"
         )
-
-    def _culprit(self, stats: UpdateStats, wrapper: L2GWrapper) -> str:
-        """What is not finite, nearest to the cause: weights, else losses, else gradients."""
-        tensors = dict(wrapper.named_parameters())
-        if weights := [name for name, p in tensors.items() if not all_finite([p])]:
-            return f"weight {_some(weights)}"
-        losses = {"inner loss": stats.inner_loss} if self.config.method in ("l2g", "maml") else {}
-        losses["loss"] = stats.loss
-        if found := [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]:
-            return ", ".join(found)
-        given = {name: p.grad for name, p in tensors.items() if p.grad is not None}
-        return f"gradient of {_some([name for name, g in given.items() if not all_finite([g], squared=True)])}"
 
     def _claim(self) -> None:
         if not self.stack.enter_context(claim(self.out / ".lock")):
@@ -314,9 +301,3 @@ class Run:
 
     def _stopped(self, iteration: int) -> str:
         return f"stopped after update {iteration} of {self.config.iterations}, saved"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three names, as the model's own ``named_parameters`` has them."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name.removeprefix("module.") for name in names[:3]) + more

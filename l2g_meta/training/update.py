@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,3 +107,22 @@ def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> Tensor:  
         return torch.tensor(True)
     largest = torch._foreach_norm(values, float("inf"))
     return torch.stack([(n.square() if squared else n).float() for n in largest]).isfinite().all()
+
+
+def culprit(config: Config, stats: UpdateStats, wrapper: L2GWrapper) -> str:
+    """What is not finite after a failed update, nearest to the cause: weights, else losses, else gradients."""
+    tensors = dict(wrapper.named_parameters())
+    if weights := [name for name, p in tensors.items() if not all_finite([p])]:
+        return f"weight {_some(weights)}"
+    losses = {"inner loss": stats.inner_loss} if config.method in ("l2g", "maml") else {}
+    losses["loss"] = stats.loss
+    if found := [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]:
+        return ", ".join(found)
+    given = {name: p.grad for name, p in tensors.items() if p.grad is not None}
+    return f"gradient of {_some([name for name, g in given.items() if not all_finite([g], squared=True)])}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, as the model's own ``named_parameters`` has them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix("module.") for name in names[:3]) + more
