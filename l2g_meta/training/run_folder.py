@@ -95,12 +95,8 @@ class Run:
         # What it takes to build the model again, and what of the run is not in its config.
         info: dict[str, Any] = {"iteration": 0, "best": -1.0, "best_iteration": None, "skipped": 0, "pending": None}
         info |= {} if n_classes is None else {"n_classes": n_classes}
-        info |= {
-            "image_shape": list(image_shape),
-            "given": list(given),
-            "data": dict(data),
-            "config": vars(self.config),
-        }
+        info |= {"image_shape": list(image_shape), "given": list(given)}
+        info |= {"data": dict(data), "config": vars(self.config)}
         self.world.from_main(lambda: self._begin(wrapper, optimizer, info))
         self._share(wrapper, optimizer)
         return info
