@@ -72,15 +72,9 @@ def predict(
     supports = fit_folder(classifier, reader, support)
     began = time.perf_counter()
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
-    line = _table_line(classifier, files) if table and csv_file is None else None
     hidden = None if progress else True  # None: hidden where there is no terminal
     with tqdm(total=len(files), disable=hidden) as bar:
         for start, batch in enumerate(classify_files(classifier, reader, files, supports)):
-            if line is not None and batch:
-                header = [] if rows else [COLUMNS]
-                cells = [(row.file, row.label, f"{row.probability:.3f}", row.nearest) for row in batch]
-                for values in (*header, *cells):
-                    tqdm.write(line(*map(shown, values)), file=sys.stdout)
             rows += batch
             bar.update(min(batch_size, len(files) - start * batch_size))
     if not rows:
@@ -92,6 +86,11 @@ def predict(
         lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)
         csv.writer(text).writerows([COLUMNS, *lines])
         write_text(csv_file, text.getvalue())
+    elif table:
+        cells = [[*map(shown, (r.file, r.label, f"{r.probability:.3f}", r.nearest))] for r in rows]
+        first, second = (max(len(line[k]) for line in [COLUMNS, *cells]) for k in (0, 1))
+        for file, label, probability, nearest in [COLUMNS, *cells]:
+            print(f"{file:{first}}  {label:{second}}  {probability:>11}  {nearest}")
     summary = _summary(classifier, rows, reader.skipped, supports) | {"seconds": time.perf_counter() - began}
     if table:
         _say(summary, csv_file)
@@ -99,12 +98,6 @@ def predict(
         predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         emit({"model": str(model), **summary, "predictions": predictions})
     return 1 if reader.skipped else 0
-
-
-def _table_line(classifier: FewShotClassifier, files: Sequence[str]) -> Callable[..., str]:
-    """Puts the cells of a row below those of the others."""
-    names = [*map(str, classifier.classes_), str(classifier.unknown_label), "class"]
-    return f"{{:{max(len(shown(file)) for file in files)}}}  {{:{max(map(len, names))}}}  {{:>11}}  {{}}".format
 
 
 def proportion_interval(right: int, n: int) -> tuple[float, float]:

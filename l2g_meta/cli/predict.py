@@ -10,7 +10,7 @@ from l2g_meta.cli.flags import number, positive
 from l2g_meta.cli.output import STDOUT, add_output, emit
 from l2g_meta.cli.runs import add_trust
 
-INTERRUPTED = "the rows so far are printed, a file of --csv is as it was; run it again for all"
+INTERRUPTED = "nothing was printed, a file of --csv is as it was; run it again"
 DESCRIPTION = (
     "Classifies images from a few examples of each class, DIR/<class>/*.{jpg,jpeg,png}. Prints a row per image, or "
     "writes them. Images that cannot be read are listed and skipped; then the exit code is 1."
