@@ -143,7 +143,7 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
     where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
     images, examples, classes = summary["classified"], summary["examples"], len(summary["classes"])
     print(
-        f"{images} {'image' if images == 1 else 'images'} classified from {examples} examples of {classes} classes{where}{note}"
+        f"{images} image{'' if images == 1 else 's'} classified from {examples} examples of {classes} classes{where}{note}"
     )
     print(f"{1000 * summary['seconds'] / images:.1f} ms per image, reading it included")
     if summary["reject_rate"] is not None:
