@@ -142,9 +142,8 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
         note = f"; probabilities are calibrated for {summary['calibrated_shots']} per class"
     where = "" if csv_file is None else f", in {os.fspath(csv_file)}"
     images, examples, classes = summary["classified"], summary["examples"], len(summary["classes"])
-    print(
-        f"{images} image{'' if images == 1 else 's'} classified from {examples} examples of {classes} classes{where}{note}"
-    )
+    said = "1 image" if images == 1 else f"{images} images"
+    print(f"{said} classified from {examples} examples of {classes} classes{where}{note}")
     print(f"{1000 * summary['seconds'] / images:.1f} ms per image, reading it included")
     if summary["reject_rate"] is not None:
         print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
