@@ -83,7 +83,7 @@ def test_errors_say_what_there_is(capsys):
         ("--image-size 8", r"Conv4 does not take images of shape \(3, 8, 8\).*; use larger images"),
         ("--image-size 8 --backbone resnet12", r"ResNet12 does not take images of shape \(3, 8, 8\).*; use larger"),
         ("--image-size 3 --head relation", r"Conv4 does not take images of shape \(3, 3, 3\).*; use larger images"),
-        ("--ways 1", "need --ways of at least 2, got 1"),
+        ("--ways 1", "need --ways to be at least 2, got 1"),
         ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),

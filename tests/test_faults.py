@@ -96,7 +96,8 @@ def whole(tmp_path_factory):
 
 
 def finish(out):
-    """Goes on with a run, or begins it if it was stopped before it could be resumed."""
+    """Goes on with a run, or begins it if it was stopped before it could be resumed; also in a process of its own."""
+    state.KEPT = 3
     go(out, resume=(out / "config.json").exists())
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.classify.classifier import FewShotClassifier
-from l2g_meta.classify.photo_folder import Row, Skipped, fit_folder, right_of
+from l2g_meta.classify.photo_folder import PhotoReader, Row, fit_folder, right_of
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.data import ClassDataset, Episodes, TaskPairs, load
 from l2g_meta.data.cache import create_images, write_classes
@@ -197,7 +197,7 @@ def supports(root: Path, n: int) -> Callable[[], object]:
     preparation = Preparation(2, 3, (0.5,), (0.5,))
     model = MetricModel(Pooled(), HEADS["prototypical"]())
     classifier = FewShotClassifier(model, preparation=preparation, batch_size=256, device="cpu")
-    return lambda: fit_folder(classifier, preparation, root / "support", Skipped())
+    return lambda: fit_folder(classifier, PhotoReader(preparation, 64), root / "support")
 
 
 def rows_of_classes(root: Path, n: int) -> Callable[[], object]:

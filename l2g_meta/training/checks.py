@@ -76,8 +76,8 @@ def check_settings(config: Any) -> None:
                 value if isinstance(value, tuple) else (value,),
             )
             if not sizes or not all(type(size) is int and least <= size <= (most or 2**63 - 1) for size in sizes):
-                bound = "below 2**63" if most is None else f"at most {most:,}"
-                raise L2GError(f"need {name} to be at least {least} and {bound}, got {value}")
+                bound = "" if most is None else f" and at most {most:,}"
+                raise L2GError(f"need {name} to be at least {least}{bound}, got {value}")
         if kind is float:
             least, above, below = (rules.get(bound) for bound in ("least", "above", "below"))
             low = value > above if least is None else value >= least
