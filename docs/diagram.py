@@ -1,8 +1,16 @@
-"""Draws docs/pictures/algorithm.svg, the picture of Algorithm 1 in README: ``python docs/diagram.py``."""
+"""Draws docs/pictures: Algorithm 1, for README, and the rooms of the package: ``python docs/diagram.py``."""
 
 from pathlib import Path
 
-OUT = Path(__file__).parent / "pictures" / "algorithm.svg"
+OUT = Path(__file__).parent / "pictures"
+ROOMS = (  # each row imports from rows above it, and from rooms to its left
+    (("task, errors", "what a task is"), ("files", "reading, writing"), ("operators", "conv, norms")),
+    (("inner", "clone, step"), ("algorithm", "Algorithm 1")),
+    (("models", "encoders, heads"), ("testing", "laws of heads"), ("data", "pairs, sets")),
+    (("evaluation", "accuracy"), ("training", "runs")),
+    (("classify", "photos"), ("report", "the page"), ("bench", "speed"), ("paper", "tables")),
+    (("cli", "a file a command"),),
+)
 STYLE = """
   text { font: 15px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328; text-anchor: middle }
   .small { font-size: 12.5px; fill: #59636e } .maths { font-family: Georgia, "Times New Roman", serif; font-size: 17px }
@@ -51,8 +59,8 @@ def tip(kind: str) -> str:
     )
 
 
-def draw() -> str:
-    """The whole picture."""
+def algorithm() -> str:
+    """Algorithm 1."""
     parts = [
         task(152, "task Tᵢ, five classes", "i", "▲●■◆★"),
         task(512, "task Tⱼ, five others", "j", "✚⬟☾♥☂"),
@@ -69,13 +77,31 @@ def draw() -> str:
         arrow("M614 194V232H72V198", "back"),
         text(344, 252, "the gradient of L(θ′; Tⱼ) goes back through the step, exactly", "j"),
     ]
+    return svg(parts, 262, "Algorithm 1: one gradient step on a task, judged on a task of other classes")
+
+
+def rooms() -> str:
+    """The rooms of the package, from what all use to what uses all."""
+    parts, height = [], 62
+    for row, names in enumerate(ROOMS):
+        y, width = 12 + row * (height + 26), (680 - 20 * (len(names) - 1)) / len(names)
+        for k, (name, what) in enumerate(names):
+            kind = "j" if name == "algorithm" else ""
+            parts.append(box(20 + k * (width + 20), y, width, height, (name, kind), (what, "small")))
+        if row:
+            parts.append(arrow(f"M360 {y}V{y - 23}"))
+    return svg(parts, 12 + len(ROOMS) * (height + 26), "Rooms of the package: each imports only from rooms above it")
+
+
+def svg(parts: list[str], height: int, title: str) -> str:
+    """The file."""
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 262" width="720" height="262" role="img">'
-        "<title>Algorithm 1: one gradient step on a task, judged on a task of other classes</title>"
-        f"<style>{STYLE}</style><defs>{tip('')}{tip('back')}</defs>{''.join(parts)}</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" width="720" height="{height}" role="img">'
+        f"<title>{title}</title><style>{STYLE}</style><defs>{tip('')}{tip('back')}</defs>{''.join(parts)}</svg>\n"
     )
 
 
 if __name__ == "__main__":
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(draw(), encoding="utf-8")
+    OUT.mkdir(exist_ok=True)
+    for draw in (algorithm, rooms):
+        (OUT / f"{draw.__name__}.svg").write_text(draw(), encoding="utf-8")

@@ -91,6 +91,6 @@ def test_the_meta_gradient_of_a_family(make, name):
                 p.copy_(t)
         return value
 
-    # Untrained deep networks are nearly chaotic: of two distances one is short enough and not lost in rounding.
-    slopes = [(along(h) - along(-h)) / (2 * h) for h in ((change / norm).item() for change in (1e-3, 1e-4))]
+    # Untrained deep networks are nearly chaotic: of three distances one is short enough and not lost in rounding.
+    slopes = [(along(h) - along(-h)) / (2 * h) for h in ((change / norm).item() for change in (1e-3, 1e-5, 1e-7))]
     assert min(abs(slope / norm.item() - 1) for slope in slopes) < 5e-3, slopes

@@ -3,6 +3,7 @@
 A head is an ``nn.Module`` with ``forward(support, support_y, query, n_way) -> scores`` and the loss it is trained with,
 ``loss_fn(scores, query_y)``. It stores nothing about an episode: prototypes kept on ``self`` would be stale after the
 step θ → θ'. ``l2g_meta.testing.check_head`` runs the oracles and laws on any head.
+The Relation Network's head, which has convolutions of its own, is in ``relation_network.py``.
 """
 
 from __future__ import annotations
