@@ -67,6 +67,9 @@ def test_the_meta_gradient_of_a_family(make, name):
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+    with torch.no_grad():  # weights that begin as zeros put inputs of ReLU where it has a kink
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=1e-2)
     pair = drawn(size)
 
     def loss(**options):
@@ -91,6 +94,6 @@ def test_the_meta_gradient_of_a_family(make, name):
                 p.copy_(t)
         return value
 
-    # Untrained deep networks are nearly chaotic: of three distances one is short enough and not lost in rounding.
-    slopes = [(along(h) - along(-h)) / (2 * h) for h in ((change / norm).item() for change in (1e-3, 1e-5, 1e-7))]
+    # Untrained deep networks are nearly chaotic: of two distances one is short enough and not lost in rounding.
+    slopes = [(along(h) - along(-h)) / (2 * h) for h in ((change / norm).item() for change in (1e-5, 1e-6))]
     assert min(abs(slope / norm.item() - 1) for slope in slopes) < 5e-3, slopes
