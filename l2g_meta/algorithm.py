@@ -100,10 +100,10 @@ class L2GWrapper(nn.Module):
         if not isinstance(model, nn.Module):
             raise FitError(f"need a model to wrap, an nn.Module, got {model!r}; a class is called first: Model()")
         is_step, is_share = type(inner_steps) is int and inner_steps >= 1, isinstance(mix, Real) and 0 <= mix < 1
-        is_type = autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)
+        is_type = autocast in (None, torch.bfloat16, torch.float16)
         check_argument("inner_steps", inner_steps, "an integer of at least 1", is_step)
         check_argument("mix", mix, "a number of at least 0 and below 1", is_share)
-        check_argument("autocast", autocast, "a type such as torch.bfloat16", is_type)
+        check_argument("autocast", autocast, "torch.bfloat16, torch.float16 or None", is_type)
         warn_of_unregistered(model)
         self.module = model
         self.inner_lr = StepSizes(uncompiled(model), inner_lr, learn_inner_lr, adapt)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
+from l2g_meta.data import ClassDataset
 from l2g_meta.errors import FitError
+from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.inner import clone as clone_room
 from l2g_meta.inner import twice_differentiable
 from l2g_meta.models.maml import SoftmaxMAML
@@ -249,6 +251,46 @@ def test_a_method_that_an_instance_holds_is_the_copys_own(either_backend):
     encoder.forward = lambda x: encoder.flat(x)
     with pytest.raises(FitError, match="need the forward of Plain to be its class's"):
         L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.5)
+
+
+class Embeds(Net):
+    """Calls its encoder through a bound method that it holds, compiled if asked for."""
+
+    def __init__(self, compiled=False):
+        super().__init__()
+        forward = self.encoder.forward
+        self.embed = torch.compile(forward, backend=BACKEND) if compiled else forward
+
+    def forward(self, task):
+        z = self.embed(torch.cat([task.support_x, task.query_x])).mean((2, 3))
+        support, query = z[: len(task.support_x)], z[len(task.support_x) :]
+        prototypes = torch.stack([support[task.support_y == k].mean(0) for k in range(task.n_way)])
+        return -self.scale * (query[:, None] - prototypes).square().sum(-1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_method_of_a_part_that_a_model_holds_is_the_copys(compiled, net, pair, either_backend):
+    L2GWrapper(net, 0.5)(*pair).backward()
+    torch.manual_seed(0)
+    held = Embeds(compiled).double()
+    held.load_state_dict(net.state_dict())
+    L2GWrapper(held, 0.5)(*pair).backward()
+    for p, q in zip(net.parameters(), held.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_wrapper_is_evaluated_and_loaded_from(net):
+    data = ClassDataset(torch.randn(24, 1, 6, 6, dtype=torch.double), torch.arange(24) // 6)
+    l2g, options = L2GWrapper(net, 0.05), {"ways": 3, "shots": 1, "queries": 2, "episodes": 3}
+    compiled = torch.compile(l2g, backend=BACKEND)
+    assert evaluate(compiled, data, **options) == evaluate(l2g, data, **options)
+    L2GWrapper(Net().double(), 0.05).load_state_dict(compiled.state_dict())
+
+
+def test_scripted_modules_are_refused(net):
+    net.encoder = torch.jit.script(net.encoder)
+    with pytest.raises(FitError, match="got the scripted Sequential; wrap it before it is scripted"):
+        L2GWrapper(net, 0.05)
 
 
 def test_maml_rebinds_methods_that_an_instance_holds(either_backend):

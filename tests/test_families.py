@@ -81,7 +81,9 @@ def test_the_meta_gradient_of_a_family(make, name):
     stock = torch.autograd.grad(loss(fast=False), parameters, allow_unused=True, materialize_grads=True)
     norm = torch.stack([t.norm() for t in g]).norm()
     assert norm.isfinite() and norm > 0
-    assert torch.stack([(a - b).norm() for a, b in zip(g, stock, strict=True)]).norm() < 1e-6 * norm  # what chaos leaves
+    assert (
+        torch.stack([(a - b).norm() for a, b in zip(g, stock, strict=True)]).norm() < 1e-6 * norm
+    )  # what chaos leaves
 
     def along(length):  # the loss at that distance along the gradient
         with torch.no_grad():

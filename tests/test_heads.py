@@ -274,6 +274,17 @@ class _SoftmaxTwiceSummed(_SoftmaxTwice):
         return F.cross_entropy(scores, query_y, reduction="sum")
 
 
+class _ScaleFromZero(nn.Module):
+    """Logits whose learned scale begins at 0: all rows are zeros at first, and no probabilities."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, support, support_y, query, n_way):
+        return self.scale * PrototypicalHead(distance="squared")(support, support_y, query, n_way)
+
+
 class _Probabilities(_SoftmaxTwice):
     """Probabilities with their own likelihood, as they should be."""
 
@@ -316,6 +327,10 @@ def test_findings_do_not_fail():
     report = check_head(_LearnedFarthest)
     assert set(report.holds) == names - {"a_support_is_known_again"} and len(report.findings) == 1
     assert report.findings[0].startswith("a_support_is_known_again (advisory): need the highest score")
+
+
+def test_a_scale_that_begins_at_zero_gives_no_probabilities():
+    assert "cross_entropy_gets_no_probabilities" in check_head(_ScaleFromZero).holds
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,8 @@ def test_a_loader_keeps_to_single_items_in_order(stream):
     ):
         with pytest.raises(DataError, match=f"need no {next(iter(option))} for a loader of single items .*; {remedy}"):
             five.loader(**option)
+    with pytest.raises(DataError, match="need workers to be an integer of at least 0, got '2'"):
+        five.loader("2")
     assert len(list(five.loader(batch_size=None, shuffle=False, num_workers=0))) == 5
     assert stream(numbered(8, 6), **OPTIONS) and five  # true with and without a length
 

@@ -98,6 +98,8 @@ class Stream(ABC, Generic[T_co]):
                 raise DataError(
                     f"need no {name} for a loader of single items in the stream's order, got {value!r}; {OURS[name]}"
                 )
+        if not isinstance(workers, int) or workers < 0:
+            raise DataError(f"need workers to be an integer of at least 0, got {workers!r}")
         if workers and torch.device(self.device or "cpu").type != "cpu":
             raise DataError(
                 f"need tasks on the CPU from workers, got device={self.device}; leave device out and move each task "

@@ -123,6 +123,8 @@ def evaluate(
         >>> 0 <= result.accuracy_mean <= 100, result.ci95_runs
         (True, None)
     """
+    compiled = getattr(model, "_orig_mod", None)  # torch.compile(l2g)
+    model = compiled if isinstance(compiled, L2GWrapper) else model
     loss_fn = model.loss_fn if isinstance(model, L2GWrapper) else getattr(model, "loss_fn", nn.functional.cross_entropy)
     model = model.module if isinstance(model, L2GWrapper) else model
     if episodes < 1 or runs < 1:

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from types import MethodType, ModuleType
@@ -101,25 +101,33 @@ no_copy = _NoCopy()
 
 def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
     """A copied tree of modules, after ``own_methods`` for each."""
-    originals = dict(original.named_modules(remove_duplicate=False))
+    originals, copies = dict(original.named_modules(remove_duplicate=False)), {}
     for path, module in copy.named_modules(remove_duplicate=False):
-        own_methods(originals[path], module)
+        copies[id(originals[path])] = module
+    for module in copies.values():
+        own_methods(module, copies)
     return copy
 
 
-def own_methods(original: nn.Module, copy: nn.Module) -> None:
-    """Has methods that a copy holds as attributes (``self.forward = self.fast``) be its own, not the original's.
+def own_methods(copy: nn.Module, copies: Mapping[int, nn.Module]) -> None:
+    """Has methods that a copy holds as attributes (``self.embed = self.encoder.forward``) be of copies, uncompiled.
+
+    Args:
+        copy: one of the copies.
+        copies: by the ``id`` of the module that each is a copy of.
 
     Example:
         >>> original, copy = nn.Identity(), nn.Identity()
         >>> original.forward = copy.forward = original.extra_repr
-        >>> own_methods(original, copy)
+        >>> own_methods(copy, {id(original): copy})
         >>> copy.forward.__self__ is copy
         True
     """
     for name, value in vars(copy).items():
-        if isinstance(value, MethodType) and value.__self__ is original:
-            vars(copy)[name] = MethodType(value.__func__, copy)
+        method = getattr(value, "_torchdynamo_orig_callable", value)
+        method = getattr(method, "__wrapped__", method)
+        if isinstance(method, MethodType) and id(method.__self__) in copies:
+            vars(copy)[name] = MethodType(method.__func__, copies[id(method.__self__)])
 
 
 def same_tensors(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:

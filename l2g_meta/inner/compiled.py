@@ -27,7 +27,8 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """The module itself if nothing in it is compiled, else the same tree without compilation; tensors are shared.
 
     Raises:
-        FitError: if an instance's ``forward`` was replaced, which would run on the original's parameters.
+        FitError: if an instance's ``forward`` was replaced, which would run on the original's parameters, or a
+            module is scripted.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -36,6 +37,10 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """
     modules = list(module.modules())
     for m in modules:
+        if isinstance(m, torch.jit.ScriptModule):
+            raise FitError(
+                f"need modules that can be copied, got the scripted {m.original_name}; wrap it before it is scripted"
+            )
         forward = vars(m).get("forward")
         own = isinstance(forward, MethodType) and forward.__self__ is m  # a method of its class, by another name
         if forward is not None and not own and not _is_wrapper(m):
@@ -44,7 +49,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
                 "calls the original, not its copy in the inner step; compile the module, or override forward in a class"
             )
     if any(_is_wrapper(m) or vars(m).get("_compiled_call_impl") is not None for m in modules):
-        return _without(module, {})
+        memo: dict[int, nn.Module] = {}
+        bare = _without(module, memo)
+        for m in memo.values():
+            own_methods(m, memo)
+        return bare
     return module
 
 
@@ -59,7 +68,6 @@ def _without(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in memo:
         memo[id(module)] = bare = module.__new__(type(module))
         bare.__dict__ = module.__dict__ | {"_compiled_call_impl": None}
-        own_methods(module, bare)
         bare._modules = {name: m if m is None else _without(m, memo) for name, m in module._modules.items()}
     return memo[id(module)]
 
@@ -77,6 +85,7 @@ def _plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def _as_they_are(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _plain(module, state, prefix)  # of a wrapper that was compiled itself
     tensors: chain[tuple[str, Tensor]] = chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     )
