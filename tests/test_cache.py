@@ -240,3 +240,12 @@ def test_new_files_follow_no_link(root: Path, monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(OSError, match="File exists"), replaced(root / "file") as file:
         file.write(b"other")
     assert (root / "precious").read_bytes() == b"precious" and not (root / "somewhere").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["images.npy", "checksums.json"])
+def test_a_named_pipe_in_the_cache_keeps_nobody_waiting(root: Path, name: str) -> None:
+    folder = cached("data", {}, build)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert (cached("data", {}, build) / "images.npy").read_bytes() == b"whole"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,16 @@ def test_absurd_headers(tmp_path: Path, text: str, size: int | None) -> None:
     with pytest.raises(CheckpointError) as error:
         load_tensors(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_sparse_file_is_not_read(tmp_path: Path) -> None:
+    """It has the size that it claims, and no content: reading it would take that much memory."""
+    path = tmp_path / "best.safetensors"
+    save_tensors(path, {"a": torch.zeros(2)}, {})
+    for size in (path.stat().st_size + 2**36, 2**40):
+        os.truncate(path, size)
+        with pytest.raises(CheckpointError, match=f"{size} bytes, which is not what its header says"):
+            load_tensors(path)
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_one_json_document_and_nothing_else(blob_run, photos, capsys):
 def test_a_csv_file(blob_run, photos, capsys):
     target = photos / "rows.csv"
     assert predict(blob_run, photos, "--csv", target, "--batch-size", "5") == 0
+    assert all(line.startswith('"') and line.count('"') == 8 for line in target.read_text().splitlines())
     with open(target, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == sorted(row["file"] for row in rows) and len(rows) == 12

@@ -84,7 +84,7 @@ def predict(
     if csv_file is not None:
         text = StringIO(newline="")
         lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)
-        csv.writer(text).writerows([COLUMNS, *lines])
+        csv.writer(text, quoting=csv.QUOTE_ALL).writerows([COLUMNS, *lines])  # whatever a spreadsheet splits at
         write_text(csv_file, text.getvalue())
     elif table:
         cells = [[*map(shown, (r.file, r.label, f"{r.probability:.3f}", r.nearest))] for r in rows]

@@ -24,6 +24,7 @@ import numpy as np
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
+from l2g_meta.files.reading import open_regular
 from l2g_meta.files.writing import replaced, sync
 
 CHECKSUMS = "checksums.json"
@@ -115,7 +116,7 @@ def changed(folder: Path) -> str:
         found = _stamps(folder)
         if found == _sound.get(folder):
             return ""
-        with open(folder / CHECKSUMS, "rb") as file:
+        with open_regular(folder / CHECKSUMS) as file:
             sealed = json.load(file)
         stamps = {name: stamp for name, stamp in found.items() if name != CHECKSUMS}
         digests = {name: digest for name, (digest, *_) in sealed.items()}
@@ -155,7 +156,7 @@ def _write_checksums(folder: Path, checksums: Mapping[str, Any]) -> None:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

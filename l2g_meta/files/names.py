@@ -19,7 +19,8 @@ def cell(text: str) -> str:
     r"""A name as a cell that a spreadsheet does not compute and a terminal does not obey.
 
     Source:
-        OWASP, *CSV Injection*: a quotation mark before what would begin a formula.
+        OWASP, *CSV Injection*: a quotation mark before what would begin a formula, and every cell in quotation marks,
+        which the writer of the file adds.
 
     Example:
         >>> print(cell("=cmd|' /C calc'!A0"), cell("a\x1b[2J.png"), cell("a.png"))

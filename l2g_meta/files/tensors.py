@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import CheckpointError
-from l2g_meta.files.reading import read_bytes
+from l2g_meta.files.reading import open_regular, read_bytes
 from l2g_meta.files.writing import write_bytes
 
 FORMAT = 1  # of the files; raised when an older version could not read them
+MAX_HEADER, MAX_BYTES = 2**26, 2**33
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -54,9 +56,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
     with _named_errors(path):
+        check_safetensors(path)
         content = read_bytes(path)
-        if len(content) < 8 or len(content) < 8 + int.from_bytes(content[:8], "little"):
-            raise ValueError(f"{len(content)} bytes, a file that is cut off or of another kind")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         version, text = int(header["format"]), header["info"]
         if version > FORMAT:
@@ -69,6 +70,24 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
             raise ValueError("a header of another kind")
         return data, info
+
+
+def check_safetensors(path: Path) -> None:
+    """That a file is as large as its header says, before the rest is read: a sparse one may claim any size.
+
+    Raises:
+        OSError: if it is no regular file.
+        ValueError: if it is not.
+    """
+    with open_regular(path) as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
+        length = int.from_bytes(start, "little")
+        if not 0 < length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"{size} bytes, a file that is cut off or of another kind")
+        header = json.loads(file.read(length))
+    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+    if size != 8 + length + max(ends, default=0) or size > MAX_BYTES:
+        raise ValueError(f"{size} bytes, which is not what its header says, or more than {MAX_BYTES}")
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -102,8 +121,8 @@ def image_shape_of(info: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     shape = info.get("image_shape")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
         raise CheckpointError(f"need the images' shape in {path}, got {shape!r}; use another, or train again")
-    if max(shape) > 2048 or math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
-        raise CheckpointError(f"need images of at most 2048 x 2048 values, {path} has {shape!r}; use another")
+    if max(shape) > 1024 or math.prod(shape) > 2**22:  # a dry run takes some hundred times as much memory
+        raise CheckpointError(f"need images of at most 1024 x 1024 pixels, {path} has {shape!r}; use another")
     return tuple(shape)
 
 

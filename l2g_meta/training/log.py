@@ -37,7 +37,7 @@ COLUMNS = (
 )
 
 
-MAX_LOG = 2**32  # bytes that are read
+MAX_LOG = 2**28  # bytes that are read; a row has some hundred
 
 
 class RunLog:

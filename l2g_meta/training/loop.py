@@ -151,8 +151,8 @@ def train(
                 run.stop(asked, k + 1)
             if due:
                 info = finish(row, info)
-    if world.main:
-        learning_curve([out], out / "curve.png")
+        if world.main:
+            learning_curve([out], out / "curve.png")
     return wrapper
 
 
