@@ -99,9 +99,9 @@ def a_support_is_known_again(head: nn.Module, shape: tuple[int, ...]) -> None:
         z = z / z.flatten(1).norm(dim=1).view(-1, *(1 for _ in shape))  # of one length, so that dot products obey, too
         with batchnorm_policy(head, "running"):
             scores = head(z, y, z, 3)
+        shown = f"{y.tolist()}, got {scores.detach().numpy().round(3).tolist()}"
         assert torch.equal(scores.argmax(1), y), (
-            f"need the highest score for the class whose only support the query is, {y.tolist()}, got "
-            f"{scores.detach().numpy().round(3).tolist()}; higher is closer: check the sign"
+            f"need the highest score for what the query is, {shown}; check the sign"
         )
 
 
@@ -110,8 +110,8 @@ def cross_entropy_gets_no_probabilities(head: nn.Module, shape: tuple[int, ...])
     query_y = torch.tensor([0, 1, 2, 0])
     with batchnorm_policy(head, "running"):
         scores = head(_features(3, shape), torch.arange(3), _features(4, shape), 3)
-    sums = scores.sum(1)
-    probabilities = (scores >= 0).all() and torch.allclose(sums, sums.mean()) and 0.5 < sums.mean() < 1.01
+    mean = scores.sum(1).mean()
+    probabilities = (scores >= 0).all() and torch.allclose(scores.sum(1), mean) and 0.5 < mean < 1.01
     loss, shifted = (_loss_fn(head)(s, query_y) for s in (scores, scores + 1))
     assert not (probabilities and torch.allclose(loss, shifted)), (  # a softmax does not see the shift
         "need logits or log-probabilities for cross-entropy, got rows in [0, 1] of equal sums; leave the softmax out"
