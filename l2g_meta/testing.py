@@ -113,9 +113,8 @@ def cross_entropy_gets_no_probabilities(head: nn.Module, shape: tuple[int, ...])
     mean = scores.sum(1).mean()
     probabilities = (scores >= 0).all() and torch.allclose(scores.sum(1), mean) and 0.5 < mean < 1.01
     loss, shifted = (_loss_fn(head)(s, query_y) for s in (scores, scores + 1))
-    assert not (probabilities and torch.allclose(loss, shifted)), (  # a softmax does not see the shift
-        "need logits or log-probabilities for cross-entropy, got rows in [0, 1] of equal sums; leave the softmax out"
-    )
+    twice = probabilities and torch.allclose(loss, shifted)  # a softmax does not see the shift
+    assert not twice, "need logits for cross-entropy, got probabilities; leave the softmax out"
 
 
 def queries_are_scored_apart(head: nn.Module, shape: tuple[int, ...]) -> None:
