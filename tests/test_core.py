@@ -160,7 +160,7 @@ class TestModels:
 
     @pytest.mark.parametrize("autocast", [True, "bf16", torch.int32])
     def test_autocast_is_a_type(self, autocast):
-        with pytest.raises(FitError, match=r"need autocast to be a type such as torch.bfloat16, got"):
+        with pytest.raises(FitError, match=r"need autocast to be torch.bfloat16, torch.float16 or None, got"):
             L2GWrapper(network(), 0.1, autocast=autocast)
 
     @pytest.mark.parametrize(
