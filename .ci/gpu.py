@@ -47,7 +47,7 @@ CASES = ("conv4", 5), ("conv4", 1), ("resnet12", 5), ("resnet12", 1)
 
 PROBE = """
 import json, torch
-assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6), f"PyTorch {torch.__version__} is too old"
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8), f"PyTorch {torch.__version__} is too old"
 cuda = torch.cuda.is_available()
 names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if cuda else []
 if cuda:
@@ -127,7 +127,8 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, Any]:
     missing = [PACKAGES[module][0].split()[0] for module in step.needs if find_spec(module) is None]
     if missing or seconds < 1:
         note = f"needs {', '.join(missing)}" if missing else "no time is left"
-        return {"name": step.name, "status": "left out", "seconds": 0.0, "note": note}
+        status = "left out" if missing else "out of time"
+        return {"name": step.name, "status": status, "seconds": 0.0, "note": note}
     path, began = out / f"{step.name}.log", time.monotonic()
     places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places), **step.environment}

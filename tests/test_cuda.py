@@ -126,6 +126,7 @@ def network(name, head):
     maps = head == "relation"
     if name == "Conv4":
         return Conv4(3, 8, pools=2 if maps else 4), (3, 28, 28)
+    pytest.importorskip("torchvision")
     net = torchvision_encoder("resnet18", 3, {})
     return (nn.Sequential(*list(net.children())[:6]) if maps else net), (3, 32, 32)
 
@@ -252,7 +253,7 @@ def _update(rank, size, port, folder):
             "MASTER_PORT": port,
         }
         os.environ |= {name: str(value) for name, value in of_rank.items()}
-    world, device = join(torch.device(DEVICE), timeout=60)
+    world, device = join(torch.device(DEVICE))
     config = Config(ways=2, queries=2, pairs=3, iterations=1, device=DEVICE).resolved()
     torch.manual_seed(0)
     wrapper = L2GWrapper(MetricModel(Conv4(1, 8), PrototypicalHead()), 0.05).double().to(device)
