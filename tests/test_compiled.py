@@ -279,6 +279,32 @@ def test_a_method_of_a_part_that_a_model_holds_is_the_copys(compiled, net, pair,
         assert torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
+class Lists(Embeds):
+    """Calls its parts from a plain list, and keeps what a hook of its own saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.seen = [("encoder", self.encoder)], None
+        self.embed = self.through
+        self.encoder[0].register_forward_hook(self.save)
+
+    def save(self, module, args, out):
+        self.seen = out
+
+    def through(self, x):
+        return self.parts[0][1](x) + 0 * self.seen.sum()
+
+
+def test_parts_in_lists_and_hooks_are_the_copys(net, pair, either_backend):
+    L2GWrapper(net, 0.5)(*pair).backward()
+    torch.manual_seed(0)
+    held = Lists().double()
+    held.load_state_dict(net.state_dict())
+    L2GWrapper(held, 0.5)(*pair).backward()
+    for p, q in zip(net.parameters(), held.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_a_compiled_wrapper_is_evaluated_and_loaded_from(net):
     data = ClassDataset(torch.randn(24, 1, 6, 6, dtype=torch.double), torch.arange(24) // 6)
     l2g, options = L2GWrapper(net, 0.05), {"ways": 3, "shots": 1, "queries": 2, "episodes": 3}

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import io
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -110,7 +111,9 @@ def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
 
 
 def own_methods(copy: nn.Module, copies: Mapping[int, nn.Module]) -> None:
-    """Has methods that a copy holds as attributes (``self.embed = self.encoder.forward``) be of copies, uncompiled.
+    """Has modules and methods that a copy holds otherwise (``self.embed = self.encoder.forward``) be of copies.
+
+    Those of plain lists, tuples and dictionaries as well, and of hooks. Closures cannot be looked into.
 
     Args:
         copy: one of the copies.
@@ -124,10 +127,25 @@ def own_methods(copy: nn.Module, copies: Mapping[int, nn.Module]) -> None:
         True
     """
     for name, value in vars(copy).items():
-        method = getattr(value, "_torchdynamo_orig_callable", value)
-        method = getattr(method, "__wrapped__", method)
-        if isinstance(method, MethodType) and id(method.__self__) in copies:
-            vars(copy)[name] = MethodType(method.__func__, copies[id(method.__self__)])
+        if name not in ("_parameters", "_buffers", "_modules") and (own := _of_copies(value, copies)) is not value:
+            vars(copy)[name] = own
+
+
+def _of_copies(value: Any, copies: Mapping[int, nn.Module]) -> Any:
+    """The value itself, or where it is a module, a method of one or a plain collection of them, that of the copies."""
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if type(value) in (list, tuple):
+        own = [_of_copies(v, copies) for v in value]
+        return type(value)(own) if any(a is not b for a, b in zip(own, value, strict=True)) else value
+    if type(value) in (dict, OrderedDict):  # hooks lie in the latter
+        found = {k: _of_copies(v, copies) for k, v in value.items()}
+        return type(value)(found) if any(found[k] is not v for k, v in value.items()) else value
+    method = getattr(value, "_torchdynamo_orig_callable", value)
+    method = getattr(method, "__wrapped__", method)
+    if isinstance(method, MethodType) and id(method.__self__) in copies:
+        return MethodType(method.__func__, copies[id(method.__self__)])
+    return value
 
 
 def same_tensors(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
