@@ -46,16 +46,6 @@ def pass_over_matplotlibrc() -> None:
             os.chdir(here)
 
 
-def read_bytes(path: Path) -> bytes:
-    """What a regular file holds.
-
-    Raises:
-        OSError: as ``open_regular``.
-    """
-    with open_regular(path) as file:
-        return file.read()
-
-
 def read_text(path: Path, *, errors: str = "strict", most: int = MAX_TEXT) -> str:
     """The text in a regular file of at most so many bytes, in UTF-8.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import CheckpointError
-from l2g_meta.files.reading import open_regular, read_bytes
+from l2g_meta.files.reading import open_regular
 from l2g_meta.files.writing import write_bytes
 
 FORMAT = 1  # of the files; raised when an older version could not read them
@@ -56,14 +56,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
     with _named_errors(path):
-        check_safetensors(path)
-        content = read_bytes(path)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        version, text = int(header["format"]), header["info"]
+        content, header = read_safetensors(path)
+        own = header["__metadata__"]
+        version, text = int(own["format"]), own["info"]
         if version > FORMAT:
             raise ValueError(f"a file of format {version} from a later version of l2g-meta, this one reads {FORMAT}")
         data = load(content)
-        if _digest(data, text) != header["sha256"]:
+        if _digest(data, text) != own["sha256"]:
             raise ValueError("content that does not fit its checksum")
         info = json.loads(text)
         given = info.get("given", []) if isinstance(info, dict) else None
@@ -72,12 +71,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return data, info
 
 
-def check_safetensors(path: Path) -> None:
-    """That a file is as large as its header says, before the rest is read: a sparse one may claim any size.
+def read_safetensors(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """What a file holds, and its header; the rest is read once it is as large as that says: a sparse one may claim any.
 
     Raises:
         OSError: if it is no regular file.
-        ValueError: if it is not.
+        ValueError: if its size is not what its header says.
     """
     with open_regular(path) as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(8)
@@ -85,9 +84,11 @@ def check_safetensors(path: Path) -> None:
         if not 0 < length <= min(MAX_HEADER, size - 8):
             raise ValueError(f"{size} bytes, a file that is cut off or of another kind")
         header = json.loads(file.read(length))
-    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
-    if size != 8 + length + max(ends, default=0) or size > MAX_BYTES:
-        raise ValueError(f"{size} bytes, which is not what its header says, or more than {MAX_BYTES}")
+        ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+        if size != 8 + length + max(ends, default=0) or size > MAX_BYTES:
+            raise ValueError(f"{size} bytes, which is not what its header says, or more than {MAX_BYTES}")
+        file.seek(0)
+        return file.read(), header
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import CheckpointError, L2GError
-from l2g_meta.files.reading import open_regular, read_bytes
-from l2g_meta.files.tensors import check_safetensors
+from l2g_meta.files.reading import open_regular
+from l2g_meta.files.tensors import read_safetensors
 
 PREFIXES = ("", "module.", "encoder.", "module.encoder.", "module.classifier.encoder.", "backbone.", "model.", "net.")
 NESTED = ("state_dict", "model", "params", "encoder")  # under which files of torch.save have a state dict
@@ -67,8 +67,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            check_safetensors(path)
-            return load(read_bytes(path))
+            return load(read_safetensors(path)[0])
         with open_regular(path) as file:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in any
