@@ -67,9 +67,7 @@ class Parser(argparse.ArgumentParser):
     """One whose errors name what is near to a word that it does not know, and leave the long usage out."""
 
     def __init__(self, **options: Any):
-        super().__init__(
-            **{"formatter_class": partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)} | options
-        )
+        super().__init__(**{"formatter_class": HELP} | options)
         self.children: Any = None  # what ``add_subparsers`` returns; its type is argparse's own
 
     def add_subparsers(self, **options: Any) -> Any:

@@ -70,11 +70,8 @@ def check_settings(config: Any) -> None:
         if "choices" in rules and value not in rules["choices"]:
             raise L2GError(f"need {name} to be one of {', '.join(rules['choices'])}; got {value!r}")
         if kind in (int, Sizes):
-            least, most, sizes = (
-                rules.get("least", 1),
-                rules.get("most"),
-                value if isinstance(value, tuple) else (value,),
-            )
+            least, most = rules.get("least", 1), rules.get("most")
+            sizes = value if isinstance(value, tuple) else (value,)
             if not sizes or not all(type(size) is int and least <= size <= (most or 2**63 - 1) for size in sizes):
                 bound = "" if most is None else f" and at most {most:,}"
                 raise L2GError(f"need {name} to be at least {least}{bound}, got {value}")
