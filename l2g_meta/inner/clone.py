@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from l2g_meta.errors import INSTALL_LEARN2LEARN, FitError
 
+PLAIN, COLLECTIONS = {bool, int, float, str}, {list, tuple, dict, OrderedDict}
+
 
 @functools.cache
 def has_learn2learn() -> bool:
@@ -133,6 +135,8 @@ def own_methods(copy: nn.Module, copies: Mapping[int, nn.Module]) -> None:
 
 def _of_copies(value: Any, copies: Mapping[int, nn.Module]) -> Any:
     """The value itself, or where it is a module, a method of one or a plain collection of them, that of the copies."""
+    if value is None or type(value) in PLAIN or (type(value) in COLLECTIONS and not value):
+        return value  # nearly all: this runs for each attribute of each copy
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
     if type(value) in (list, tuple):
