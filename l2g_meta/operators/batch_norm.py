@@ -20,6 +20,7 @@ select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,14 +85,12 @@ def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
 def _statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance in the precision of x, whatever that of the running statistics."""
-    if running_mean is None or running_var is None:
-        return norm_passes.statistics(x, None, None, momentum)
-    wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
-    found = norm_passes.statistics(x, wide_mean, wide_var, momentum)
-    if wide_mean is not running_mean:
-        running_mean.copy_(wide_mean)
-        running_var.copy_(wide_var)
+    """Mean and biased variance in the precision of x, whatever that of the running statistics, updated in place."""
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    wide = [t.to(x.dtype) for t in running or ()]  # themselves, if of that precision
+    found = torch.ops.aten.batch_norm_update_stats(x, *(wide or (None, None)), momentum)
+    for t, value in zip(running or (), wide, strict=True):
+        t.copy_(value)
     return found
 
 
@@ -159,35 +158,30 @@ def double_backward(
     out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
     where: Tensor | None,  # in each map, where the pooling found its maxima, of y's shape
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the passes' oracle."""
-    active = None if out is None else (out > 0).to(x.dtype)
+) -> tuple[Tensor, ...]:
+    """Cotangents (ḡ, x̄, w̄): the definition, differentiated by PyTorch, slow and to any order; the passes' oracle."""
     dims = [d for d in range(x.ndim) if d != 1]
 
-    def total(t: Tensor) -> Tensor:  # (n, c, ...) -> (c,), as it broadcasts
-        return per_channel(t.sum(dims), t)
+    def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        centred = x - x.mean(dims, keepdim=True)
+        xh = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+        y = per_channel(w, x) * xh + per_channel(b, x)
+        y = y if where is None else y.flatten(2).gather(2, where.flatten(2)).view(where.shape)
+        return y if out is None else y * (out > 0).to(y.dtype)
 
-    def select(t: Tensor) -> Tensor:  # S
-        t = t if where is None else t.flatten(2).gather(2, where.flatten(2)).view(where.shape)
-        return t if active is None else t * active
+    return differentiated_twice(norm, v, vw, vb, g, x, w)
 
-    def spread(t: Tensor) -> Tensor:  # Sᵀ
-        t = t if active is None else t * active
-        if where is None:
-            return t
-        return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
 
-    w, vw, vb = per_channel(w, x), per_channel(vw, x), per_channel(vb, x)
-    n = x.numel() / x.shape[1]
-    centred = x - total(x) / n
-    r = (total(centred**2) / n + eps).rsqrt()
-    xh, a, g = r * centred, w * r, spread(g)
-    sv, svh, sg, sh = total(v), total(v * xh), total(g), total(g * xh)
-    h = -(a / n) * (v * sh + g * svh) + vw * g
-    bar_g = select(a * (v - sv / n - xh * svh / n) + vw * xh + vb)
-    bar_w = r * (total(v * g) - sv * sg / n - svh * sh / n)
-    bar_x = r * (h - total(h) / n - xh * total(h * xh) / n) - r * w * bar_w / n * xh
-    return bar_g, bar_x, bar_w.flatten()
+def differentiated_twice(
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor], v: Tensor, vw: Tensor, vb: Tensor, g: Tensor, x: Tensor, w: Tensor
+) -> tuple[Tensor, ...]:
+    """Cotangents (ḡ, x̄, w̄) of a norm (x, w, b) that is linear in w and b, by PyTorch's automatic differentiation."""
+    with torch.enable_grad():
+        # Under other names, so that only this use of them counts: g itself may depend on x.
+        g, x, w = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, x, w))
+        b = torch.zeros_like(w, requires_grad=True)  # which moves none of the derivatives
+        first = torch.autograd.grad(norm(x, w, b), (x, w, b), g, create_graph=True)
+        return torch.autograd.grad(first, (g, x, w), (v, vw, vb), create_graph=True)
 
 
 def in_format_of(x: Tensor, t: Tensor) -> Tensor:

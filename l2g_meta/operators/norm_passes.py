@@ -15,16 +15,6 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 
-def statistics(
-    x: Tensor,  # (n, c, ...)
-    running_mean: Tensor | None,  # (c,)
-    running_var: Tensor | None,  # (c,)
-    momentum: float,
-) -> tuple[Tensor, Tensor]:  # (c,), (c,)
-    """Mean and biased variance of each channel; running statistics are updated in place."""
-    return aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
-
-
 def forward(
     x: Tensor,  # (n, c, ...)
     w: Tensor,  # (c,)
@@ -61,8 +51,9 @@ def backward(
     if where is None:
         return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
     sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
-    of_g, slope, shift = backward_coefficients(w, mean, rstd, sum_g, sum_h, x.numel() // x.shape[1])
-    return _add_at(affine(x, slope, shift), where, g * per_channel(of_g, g)), sum_h, sum_g
+    n, a = x.numel() // x.shape[1], w * rstd  # a pass over maps is one linear combination: of g, x and 1
+    slope = -a * rstd * sum_h / n
+    return _add_at(affine(x, slope, -a * sum_g / n - mean * slope), where, g * per_channel(a, g)), sum_h, sum_g
 
 
 def double_backward(
@@ -84,54 +75,19 @@ def double_backward(
     chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
     sum_v, sum_vh = channel_sums(v, x, mean, rstd)
     _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
-    sums = sum_g, sum_h, sum_v, sum_vh, sum_vg
-    bar_w, of_x, of_g = double_backward_coefficients(vw, vb, w, mean, rstd, *sums, n=x.numel() // x.shape[1])
-
-    of_v, slope, shift = of_g
-    bar_g = affine(chosen, slope, shift).addcmul_(v_at, per_channel(of_v, v))
-    bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
-
-    times_g, slope, shift, of_v = of_x
-    bar_x = affine(x, slope, shift).addcmul_(v, per_channel(of_v, v))
-    times_g = per_channel(times_g, g)
-    return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
-
-
-def backward_coefficients(
-    w: Tensor, mean: Tensor, rstd: Tensor, sum_g: Tensor, sum_h: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(of_g, slope, shift), each (c,), of gx = of_g G + slope x + shift: a pass over maps is one such combination."""
-    a = w * rstd
-    slope = -a * rstd * sum_h / n
-    return a, slope, -a * sum_g / n - mean * slope
-
-
-def double_backward_coefficients(
-    vw: Tensor,
-    vb: Tensor,
-    w: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    sum_g: Tensor,
-    sum_h: Tensor,
-    sum_v: Tensor,
-    sum_vh: Tensor,
-    sum_vg: Tensor,
-    *,
-    n: int,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """w̄; (of_g, slope, shift, of_v) of x̄ = of_g G + slope x + shift + of_v v; (of_v, slope, shift) of ḡ = S(…)."""
-    a = w * rstd
+    n, a = x.numel() // x.shape[1], w * rstd
     bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
 
-    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
-    of_xhat = -(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n  # −Σ(h x̂)/N and −q r/N
-    slope = rstd * rstd * of_xhat
-    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
-    of_x = (rstd * of_g, slope, shift, rstd * of_v)
-
     slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
-    return bar_w, of_x, (a, slope, vb - a * sum_v / n - mean * slope)
+    bar_g = affine(chosen, slope, vb - a * sum_v / n - mean * slope).addcmul_(v_at, per_channel(a, v))
+    bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
+
+    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
+    slope = rstd * rstd * (-(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n)  # −Σ(h x̂)/N and −q r/N
+    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
+    bar_x = affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
+    times_g = per_channel(rstd * of_g, g)
+    return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
 
 
 def channel_sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
