@@ -19,19 +19,6 @@ from l2g_meta.task import Task
 Shapes = Sequence[tuple[int, int, int]]  # (ways, shots, queries) of tasks without a common class
 
 
-class ClassIndexed(Protocol):
-    """What tasks are drawn from: rows by class, and inputs by row. ``ClassDataset`` is one."""
-
-    @property
-    def index(self) -> Sequence[np.ndarray]:
-        """Rows of each class."""
-        ...
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Inputs of the rows, (len(rows), ...)."""
-        ...
-
-
 class TaskRows(NamedTuple):
     """A task as rows of a data set: (n_support,), (n_support,), (n_query,), (n_query,), and the classes drawn."""
 
