@@ -86,37 +86,23 @@ class _GroupNormBackward(Function):
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
         g, x, w, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            cotangents = double_backward(v, vw, vb, g, x, w, ctx.groups, ctx.eps)
+
+            def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # the definition
+                rows = x.reshape(len(x), ctx.groups, -1)
+                centred = rows - rows.mean(2, keepdim=True)
+                xh = centred * (centred.square().mean(2, keepdim=True) + ctx.eps).rsqrt()
+                return w[:, None] * xh.view(x.shape) + b[:, None]
+
+            cotangents = differentiated_twice(norm, v, vw, vb, g, x, w)
         else:
             cotangents = _double_backward(v.contiguous(), vw, vb, g.contiguous(), x, w, mean, r)
         return *cotangents, None, None, None, None
 
 
-def double_backward(
-    v: Tensor,  # cotangent of g_x, (n, c, s)
-    vw: Tensor,  # cotangent of g_w, (c,)
-    vb: Tensor,  # cotangent of g_b, (c,)
-    g: Tensor,  # cotangent of y, (n, c, s)
-    x: Tensor,  # (n, c, s)
-    w: Tensor,  # (c,)
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """Cotangents (ḡ, x̄, w̄): the definition, differentiated by PyTorch, slow and to any order."""
-
-    def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        rows = x.reshape(len(x), groups, -1)
-        centred = rows - rows.mean(2, keepdim=True)
-        xh = centred * (centred.square().mean(2, keepdim=True) + eps).rsqrt()
-        return w[:, None] * xh.view(x.shape) + b[:, None]
-
-    return differentiated_twice(norm, v, vw, vb, g, x, w)
-
-
 def _double_backward(
     v: Tensor, vw: Tensor, vb: Tensor, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the closed form above, in three passes of sums and two of output."""
+    """Cotangents (ḡ, x̄, w̄) by the closed form above, in three passes of sums and two of output."""
     n, c, size = x.shape
     groups = mean.shape[1]
     x, v, g = (t.view(1, n * c, size) for t in (x, v, g))  # maps as channels of one input

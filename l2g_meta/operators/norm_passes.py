@@ -1,7 +1,5 @@
-r"""Passes over feature maps that batch normalisation, ReLU and pooling are made of, in ATen: for any device.
+r"""Passes over feature maps that norms, ReLU and pooling are made of, in ATen: for any device.
 
-Notation: x̂ = r (x − m) per channel, over N = batch · height · width values; y = S(w x̂ + b), where S
-is nothing, ReLU, or ReLU and 2×2 max-pooling (in either order, both being monotone), g the cotangent of y and G = Sᵀg.
 Allocating a feature map costs more than a pass over it (the system maps and clears its pages), so sums are taken
 without intermediate maps, by the kernel of batch normalisation's own backward.
 """
@@ -10,84 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 aten = torch.ops.aten
-
-
-def forward(
-    x: Tensor,  # (n, c, ...)
-    w: Tensor,  # (c,)
-    b: Tensor,  # (c,)
-    mean: Tensor,  # (c,)
-    rstd: Tensor,  # (c,)
-    relu: bool,
-    pool: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y, and where in each map the pooling found its maxima (of y's shape)."""
-    where = None
-    if pool:  # before the scale, on which a negative one turns the largest into the smallest
-        if x.is_cuda or (w < 0).any():  # not asked where the answer would have to travel
-            sign = torch.where(w < 0, -1.0, 1.0).to(x.dtype)
-            chosen, where = F.max_pool2d_with_indices(x * per_channel(sign, x), [2, 2])
-            x = chosen * per_channel(sign, x)
-        else:
-            x, where = F.max_pool2d_with_indices(x, [2, 2])
-    y = affine(x, w * rstd, b - mean * w * rstd)
-    return (y.relu_() if relu else y), where
-
-
-def backward(
-    g: Tensor,  # of y's shape
-    x: Tensor,  # (n, c, ...)
-    w: Tensor,  # (c,)
-    mean: Tensor,  # (c,)
-    rstd: Tensor,  # (c,)
-    out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
-    where: Tensor | None,  # from the forward pass, of y's shape
-) -> tuple[Tensor, Tensor, Tensor]:  # (n, c, ...), (c,), (c,)
-    """Cotangents of x, w and b: gx = w r (G − Sg/N − x̂ Sh/N), gw = Sh, gb = Sg."""
-    g = g if out is None else aten.threshold_backward(g, out, 0)
-    if where is None:
-        return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
-    sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
-    n, a = x.numel() // x.shape[1], w * rstd  # a pass over maps is one linear combination: of g, x and 1
-    slope = -a * rstd * sum_h / n
-    return _add_at(affine(x, slope, -a * sum_g / n - mean * slope), where, g * per_channel(a, g)), sum_h, sum_g
-
-
-def double_backward(
-    v: Tensor,  # cotangent of gx, (n, c, ...)
-    vw: Tensor,  # cotangent of gw, (c,)
-    vb: Tensor,  # cotangent of gb, (c,)
-    g: Tensor,  # of y's shape
-    x: Tensor,  # (n, c, ...)
-    w: Tensor,  # (c,)
-    mean: Tensor,  # (c,)
-    rstd: Tensor,  # (c,)
-    out: Tensor | None,
-    where: Tensor | None,
-    sum_h: Tensor,  # gw, as ``backward`` gave it, (c,)
-    sum_g: Tensor,  # gb, (c,)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of g, x and w: the closed form of ``batch_norm.py``, in two passes of sums and two of output."""
-    g = g if out is None else aten.threshold_backward(g, out, 0)
-    chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
-    sum_v, sum_vh = channel_sums(v, x, mean, rstd)
-    _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
-    n, a = x.numel() // x.shape[1], w * rstd
-    bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
-
-    slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
-    bar_g = affine(chosen, slope, vb - a * sum_v / n - mean * slope).addcmul_(v_at, per_channel(a, v))
-    bar_g = bar_g if out is None else aten.threshold_backward(bar_g, out, 0)
-
-    of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g G
-    slope = rstd * rstd * (-(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n)  # −Σ(h x̂)/N and −q r/N
-    shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
-    bar_x = affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
-    times_g = per_channel(rstd * of_g, g)
-    return bar_g, bar_x.addcmul_(g, times_g) if where is None else _add_at(bar_x, where, g * times_g), bar_w
 
 
 def channel_sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +39,7 @@ def take(x: Tensor, where: Tensor) -> Tensor:
     return taken.unflatten(1, where.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _add_at(x: Tensor, where: Tensor, t: Tensor) -> Tensor:
+def add_at(x: Tensor, where: Tensor, t: Tensor) -> Tensor:
     """Adds t (n, c, H // 2, W // 2) to x (n, c, H, W) at the pooling's indices, in place."""
     if x.is_contiguous():
         x.flatten(2).scatter_add_(2, where.flatten(2), t.flatten(2))
