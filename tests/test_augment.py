@@ -126,13 +126,7 @@ def test_what_cannot_be_augmented_is_refused():
             Augment(**wrong)
 
 
-def test_flag_of_the_command_line(tmp_path, capsys):
+def test_flag_of_the_command_line(tmp_path):
     flags = "--iterations 1 --pairs 1 --queries 1 --eval-episodes 1 --image-size 28 --device cpu --augment".split()
     assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["augment"] is True
-    more = ["--resized-crop", "0.1"]
-    assert main(["train", *flags, *more, "--out", str(tmp_path / "resized")]) == 0
-    shifted, resized = (tmp_path / name / "last.safetensors" for name in ("run", "resized"))
-    assert shifted.read_bytes() != resized.read_bytes()
-    assert main(["train", *flags[:-1], *more, "--out", str(tmp_path / "x")]) == 2
-    assert "need --augment and a --resized-crop" in capsys.readouterr().err

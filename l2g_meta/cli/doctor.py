@@ -29,7 +29,6 @@ OPTIONAL = {  # module, what it is for, and the extra that brings it or the comm
     "scikit-learn": ("sklearn", "FewShotClassifier, l2g predict, l2g export, t-SNE", "classify"),
     **{name: (name, "l2g export", "export") for name in ("onnx", "onnxruntime", "onnxscript")},
     "timm": ("timm", "encoders by --backbone timm:NAME", "timm"),
-    "tensorboard": ("tensorboard", "l2g train --tensorboard", "tensorboard"),
     **{name: (name, "l2g bench", "bench") for name in ("higher", "torchopt")},
 }
 DESCRIPTION = (

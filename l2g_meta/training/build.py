@@ -134,12 +134,7 @@ def build_optimizer(config: Config, wrapper: L2GWrapper) -> torch.optim.Optimize
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:
     """The training stream of the config: pairs of tasks, or for supervised training batches of labelled images."""
-    augment: Any = Augment() if config.augment else None
-    if config.resized_crop is not None:
-        from torchvision.transforms import v2
-
-        crop = v2.RandomResizedCrop(config.image_size, (config.resized_crop, 1.0))
-        augment = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)])
+    augment = Augment() if config.augment else None
     if config.method == SUPERVISED:
         return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
     return TaskPairs(
