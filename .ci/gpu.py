@@ -31,6 +31,7 @@ PACKAGES = {  # by module: the package, with what it needs, and who needs it
     "numpy": ("numpy", "all steps"),
     "PIL": ("Pillow", "all steps"),
     "pytest": ("pytest iniconfig packaging pluggy pygments", "tests"),
+    "filelock": ("filelock", "training"),
     "safetensors": ("safetensors", "training"),
     "tqdm": ("tqdm", "training"),
     "matplotlib": (
@@ -110,7 +111,7 @@ def _bench(kind: str, backbone: str, pairs: int, rows: Sequence[str], out: Path,
 
 
 def _training(out: Path, device: str, *, tiny: bool) -> list[Step]:
-    run, needs = out / "run", ["safetensors", "tqdm", "matplotlib"]
+    run, needs = out / "run", ["filelock", "safetensors", "tqdm", "matplotlib"]
     size = "--iterations 200 --eval-every 100 --eval-episodes 100".split()
     if tiny:
         size = "--iterations 2 --pairs 1 --queries 1 --eval-every 2 --eval-episodes 2".split()
@@ -131,7 +132,12 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, Any]:
         return {"name": step.name, "status": status, "seconds": 0.0, "note": note}
     path, began = out / f"{step.name}.log", time.monotonic()
     places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places), **step.environment}
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "L2G_FAST_CUDA": "1",
+        "PYTHONPATH": os.pathsep.join(places),
+        **step.environment,
+    }
     command = [sys.executable, *step.arguments]
     with path.open("wb") as log:
         process = subprocess.Popen(  # noqa: S603  # commands of this file
@@ -248,7 +254,7 @@ def missing() -> list[str]:
 
 
 def main() -> int:
-    """Runs all steps; 0: all passed and every must holds, 1: not so, 2: there is no GPU."""
+    """Runs all steps; 0: all ran and passed, and every must holds, 1: not so, 2: there is no GPU."""
     parser = argparse.ArgumentParser(description="What a GPU computes, and how fast.")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="an empty folder for the results")
     parser.add_argument("--cpu", action="store_true", help="each step in a tiny form on a CPU")
@@ -265,19 +271,22 @@ def main() -> int:
         print(f"make gpu needs an empty folder, got {out}; choose another OUT")
         return 2
     out.mkdir(parents=True, exist_ok=True)
+    if args.cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # steps are tiny: threads would wait for each other
     found: dict[str, Any] = {"tiny": args.cpu, "machine": machine, "missing": lacking, "steps": [], "musts": []}
     for step in steps(out, tiny=args.cpu):
         if not any(fnmatch.fnmatch(step.name, pattern) for pattern in args.only):
             continue
         left = SECONDS - (time.monotonic() - began)
-        limit = 10 * step.seconds if args.cpu else min(step.seconds, left)
+        limit = 20 * step.seconds if args.cpu else min(step.seconds, left)  # there may be one slow core
         found["steps"].append(done := run(step, out, limit))
         found["musts"] = musts(out)
         (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (out / "summary.md").write_text(summary(found, out), encoding="utf-8")
         print(f"{done['name']:24}{done['status']:12}{done['seconds']:6.0f} s  {done['note']}", flush=True)
     print(f"\n{summary(found, out)}\n{out}")
-    broken = [step for step in found["steps"] if step["status"] in ("failed", "out of time")]
+    whole = ("passed", "skipped", "left out") if args.cpu else ("passed", "skipped")
+    broken = [step for step in found["steps"] if step["status"] not in whole]
     return int(bool(broken) or not (args.cpu or all(must["holds"] for must in found["musts"])))
 
 

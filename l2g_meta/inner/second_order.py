@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
@@ -38,7 +39,7 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
     ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
     forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
-    operators run.
+    operators run. So they do on CUDA, where ours have not run yet: ``L2G_FAST_CUDA=1`` takes ours there as well.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
@@ -135,7 +136,7 @@ def _transformed() -> bool:
 
 def _taken(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether our operators are for such maps and vectors; what is refused, PyTorch refuses."""
-    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
+    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or x.device.type not in operators.DEVICES:
         return False
     dtypes = x.dtype, torch.promote_types(x.dtype, torch.float32)
     return all(t is None or (t.ndim == 1 and t.dtype in dtypes) for t in vectors)
