@@ -28,9 +28,6 @@ class Confusion:
         with np.errstate(invalid="ignore"):
             return self.taken / self.offered
 
-    def __add__(self, other: Confusion) -> Confusion:
-        return Confusion(self.taken + other.taken, self.offered + other.offered)
-
 
 def confusion(predictions: Sequence[EpisodePredictions], n_classes: int) -> Confusion:
     """Counts over episodes.

@@ -18,11 +18,10 @@ from markupsafe import Markup
 from l2g_meta.classify.calibration import expected_calibration_error, reliability
 from l2g_meta.data.pairs import listed
 from l2g_meta.files.writing import write_text
-from l2g_meta.report.charts import accuracy_chart, loss_chart, reliability_chart, validation_chart
+from l2g_meta.report.charts import accuracy_chart, colour, loss_chart, reliability_chart, validation_chart
 from l2g_meta.report.experiments import Experiment, Report, differences
 from l2g_meta.report.image_section import DETAILED, image_sections
 from l2g_meta.report.projection import POINTS
-from l2g_meta.report.svg import colour
 from l2g_meta.report.thumbnails import SIZES
 from l2g_meta.training.checks import flag
 from l2g_meta.training.config import MACHINE, Config
@@ -116,18 +115,15 @@ def settings(report: Report) -> dict[str, Any] | None:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ", ".join(map(str, value))
-    return "–" if value is None else str(value)
+    return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def curves(report: Report) -> dict[str, Any] | None:
     """The charts of training and validation, and what validation was over; ``None`` without any."""
-    loss, validation = loss_chart(report), validation_chart(report)
     configs = [run.config for run in report.runs if run.config is not None]
     over = sorted({f"{c.eval_episodes} episodes, BatchNorm {c.bn}" for c in configs})
-    found = {"loss": loss, "validation": validation, "validated": "; ".join(over)}
-    return found if loss or validation else None
+    found = {"loss": loss_chart(report), "validation": validation_chart(report)}
+    return found | {"validated": "; ".join(over)} if any(found.values()) else None
 
 
 def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]:
@@ -136,19 +132,14 @@ def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]
         episodes = [episode for measured in experiment.measured for episode in measured.predictions]
         if not episodes:
             continue
-        confidence, correct = (
-            torch.from_numpy(np.concatenate([getattr(episode, name) for episode in episodes]))
-            for name in ("confidence", "correct")
-        )
+        confidence = torch.from_numpy(np.concatenate([episode.confidence for episode in episodes]))
+        correct = torch.from_numpy(np.concatenate([episode.correct for episode in episodes]))
         bins = reliability(confidence, correct)
-        yield (
-            experiment,
-            {
-                "bins": bins,
-                "queries": len(confidence),
-                "error": 100 * expected_calibration_error(confidence, correct),
-                "confidence": 100 * confidence.mean().item(),
-                "right": 100 * correct.double().mean().item(),
-                "chart": reliability_chart(bins, colour(experiment.number), experiment.letter),
-            },
-        )
+        yield experiment, {
+            "bins": bins,
+            "queries": len(confidence),
+            "error": 100 * expected_calibration_error(confidence, correct),
+            "confidence": 100 * confidence.mean().item(),
+            "right": 100 * correct.double().mean().item(),
+            "chart": reliability_chart(bins, colour(experiment.number), experiment.letter),
+        }  # fmt: skip
