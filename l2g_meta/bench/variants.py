@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.bench.case import Case, Layers
+from l2g_meta.bench.case import OURS, Case, Layers
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.inner.clone import require_learn2learn
@@ -25,42 +25,43 @@ from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
 from l2g_meta.training.build import set_precision
-from l2g_meta.training.objectives import episodic, l2g, meta_gradient
+from l2g_meta.training.objectives import Objective, episodic, l2g, meta_gradient
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
+Make = Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
 LR = 1e-3  # β, Adam's step size in a whole update
 
 
 class Variant(NamedTuple):
     """One row of the bench."""
 
-    make: Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
+    make: Make
     layers: Layers = "stock"
     channels_last: bool = False  # the memory format of the weights
-    exact: bool = True  # the exact meta-gradient
+    exact: bool = True  # the exact meta-gradient of Algorithm 1
     needs: str | None = None  # package
     cuda: bool = False  # runs on CUDA devices only
     base: str = "episodic, own network"  # two plain episodes on the same layers, in the same precision
-    mixed: bool = False  # T_i's own loss in it, which has another gradient
     whole: bool = False  # a whole update: tasks are drawn, the meta-gradient taken, Adam steps
 
 
-def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
-    """L2G through ``L2GWrapper``."""
+def ours(objective: Objective, **options: Any) -> Make:
+    """``L2GWrapper`` under an objective: on pairs, or on each task of theirs by itself."""
 
     def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
         wrapper = L2GWrapper(model, inner_lr, inner_steps=inner_steps, **options)
 
         def step(pairs: Pairs) -> None:
-            meta_gradient(l2g, wrapper, pairs)
+            alone = [(task,) for pair in pairs for task in pair]
+            meta_gradient(objective, wrapper, pairs if objective is l2g else alone)
 
         return step
 
     return make
 
 
-def in_tf32(make: Callable[[Any, float, int], Step]) -> Callable[[Any, float, int], Step]:
+def in_tf32(make: Make) -> Make:
     """The same with float32 products in TF32."""
     return lambda model, inner_lr, inner_steps: float32_products("tf32")(make(model, inner_lr, inner_steps))
 
@@ -74,20 +75,6 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def episodes(**options: Any) -> Callable[[Any, float, int], Step]:
-    """Episodic training on both tasks of each pair, one after the other."""
-
-    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-        wrapper = L2GWrapper(model, inner_lr, **options)
-
-        def step(pairs: Pairs) -> None:
-            meta_gradient(episodic, wrapper, [(task,) for pair in pairs for task in pair])
-
-        return step
-
-    return make
 
 
 def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
@@ -171,59 +158,53 @@ _fused = partial(Variant, layers="fused", base="episodic")
 _channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
 _own = partial(Variant, base="episodic, own network")
 VARIANTS: dict[str, Variant] = {
-    "episodic": _fused(episodes(), exact=False),
-    "episodic, own network": _own(episodes(), exact=False),
-    "episodic, own network, channels-last": _channels_last(episodes(), exact=False),
-    "l2g": _fused(wrapped()),
-    "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
-    "l2g, first order": _fused(wrapped(first_order=True), exact=False),
-    "l2g, own network": _own(wrapped()),
-    "l2g, own network, channels-last": _channels_last(wrapped()),
-    "l2g, own network, stock operators": _own(wrapped(fast=False)),
-    "episodic, TF32": _fused(in_tf32(episodes()), exact=False, cuda=True, base="episodic, TF32"),
-    "l2g, TF32": _fused(in_tf32(wrapped()), cuda=True, base="episodic, TF32"),
-    "episodic, bf16": _fused(episodes(autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
-    "l2g, bf16": _fused(wrapped(autocast=torch.bfloat16), cuda=True, base="episodic, bf16"),
+    "episodic": _fused(ours(episodic), exact=False),
+    "episodic, own network": _own(ours(episodic), exact=False),
+    "episodic, own network, channels-last": _channels_last(ours(episodic), exact=False),
+    "l2g": _fused(ours(l2g)),
+    "l2g, mix 0.5": _fused(ours(l2g, mix=0.5), exact=False),
+    "l2g, first order": _fused(ours(l2g, first_order=True), exact=False),
+    "l2g, own network": _own(ours(l2g)),
+    "l2g, own network, channels-last": _channels_last(ours(l2g)),
+    "l2g, own network, stock operators": _own(ours(l2g, fast=False)),
+    "episodic, TF32": _fused(in_tf32(ours(episodic)), exact=False, cuda=True, base="episodic, TF32"),
+    "l2g, TF32": _fused(in_tf32(ours(l2g)), cuda=True, base="episodic, TF32"),
+    "episodic, bf16": _fused(ours(episodic, autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
+    "l2g, bf16": _fused(ours(l2g, autocast=torch.bfloat16), cuda=True, base="episodic, bf16"),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
     "torch.func": Variant(torch_func),
-    "l2g, data included": _fused(wrapped(), whole=True),
-    "l2g, own network, stock operators, data included": _own(wrapped(fast=False), whole=True),
+    "l2g, data included": _fused(ours(l2g), whole=True),
+    "l2g, own network, stock operators, data included": _own(ours(l2g, fast=False), whole=True),
 }
 
 
 def available(
-    names: Sequence[str] | None = None,
-    *,
-    device: str = "cpu",
-    ours: bool = True,
-    say: Callable[[str], None] = print,
+    case: Case, names: Sequence[str] | None = None, *, say: Callable[[str], object] = print
 ) -> dict[str, Variant]:
     """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
 
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
-    for name in names or ():
-        if name not in VARIANTS:
-            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
     chosen = {}
     for name in names or VARIANTS:
-        row = VARIANTS[name]
+        if name not in VARIANTS:
+            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
+        row, missing = VARIANTS[name], None
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
             extra = "learn2learn" if row.needs == "learn2learn" else "bench"
             missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
-        elif row.cuda and not device.startswith("cuda"):
-            missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
-        elif row.layers == "fused" and not ours:
+        elif row.cuda and not case.device.startswith("cuda"):
+            missing = f"CUDA, got --device {case.device}; leave it out, or run it on a machine with an NVIDIA GPU"
+        elif row.layers == "fused" and case.backbone not in OURS:
             missing = "fused layers, which only conv4 and resnet12 have; leave it out"
-        else:
+        if missing is None:
             chosen[name] = row
-            continue
-        if names:
+        elif names:
             raise L2GError(f"the variant {name!r} needs {missing}")
-        if not row.cuda and (ours or row.layers != "fused"):
+        elif row.needs:
             say(f"left out: {name}: it needs {missing}")
     return chosen
 

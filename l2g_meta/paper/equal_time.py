@@ -46,7 +46,7 @@ def equal_time(cell: Cell) -> dict[str, Any]:
     device = build_device(cell.plan.device)
     data = placed(build_data(configs[0], "train"), device)  # once for both
     updates = {str(i): _updates(config, data, device) for i, config in enumerate(configs)}
-    seconds = interleaved(updates, device, repeats=SCALES[cell.plan.scale].timed)
+    seconds = interleaved(updates, repeats=SCALES[cell.plan.scale].timed)
     theirs, ours = map(statistics.median, seconds.values())
     return {
         "of": other.row,
