@@ -193,7 +193,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
         ran.append((update.config.method, update.config.tasks_of_an_update, k))
         return calls(update, k, asked)
 
-    def three_to_two(functions, device, *, repeats):
+    def three_to_two(functions, *, repeats):
         assert [function().finite for function in functions.values()] == [True, True]
         theirs, ours = functions
         return {theirs: [0.9, 0.6, 50.0], ours: [0.6, 70.0, 0.2]}
