@@ -42,6 +42,7 @@ class Case:
     pairs: int = setting(1, "pairs of tasks per update")
     inner_steps: int = setting(1, "inner steps on T_i")
     inner_lr: float = setting(0.01, "α, step size of the inner step", least=0)
+    precision: str = setting("fp32", "as of l2g train; bf16 is of our rows alone", choices=("fp32", "tf32", "bf16"))
     device: str = setting("auto", "auto, cpu, cuda, …")
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from l2g_meta.bench.case import Case, build, task_stream
 from l2g_meta.bench.timing import describe_machine, interleaved, seconds
-from l2g_meta.bench.variants import VARIANTS, Pairs, available, float32_products, prepare
+from l2g_meta.bench.variants import VARIANTS, Pairs, available, prepare
 from l2g_meta.errors import L2GError
 from l2g_meta.training.allocator import keep_freed_memory
+from l2g_meta.training.build import set_precision
 
 
-@float32_products("fp32")  # PyTorch lets convolutions use TF32 unless told otherwise
 def bench(
     case: Case,
     *,
@@ -40,11 +41,12 @@ def bench(
 
     Returns:
         ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update) and ``rows``: for each variant
-        ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
-        ``ratio_to_fastest`` to the fastest in that precision), ``peak_bytes`` beyond model and data, and
+        ``seconds``, ``ratio`` (of a step to the episodic step on the same layers; ``ratio_to_fastest`` to the
+        fastest of those), ``peak_bytes`` beyond model and data, and
         ``gradient_error``, relative to float64.
     """
     kept = keep_freed_memory()
+    set_precision(case.precision)
     chosen, stream = available(case, variants, say=say), task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
     say(f"{describe(case)}; {describe_machine(case.device)}")
@@ -53,9 +55,9 @@ def bench(
     drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)])) for _ in range(9)]
 
     steps: dict[str, Callable[[], Any]] = {}
-    for name, variant in chosen.items():
+    for name in chosen:
         try:
-            step = prepare(name, case, build(case, layers=variant.layers), stream, pairs)
+            step = partial(prepare(name, case), pairs)
             step()  # some networks have operators without a second derivative
             steps[name] = step
         except (L2GError, NotImplementedError, RuntimeError) as error:
@@ -67,16 +69,15 @@ def bench(
 
     errors = gradient_errors(case, [name for name in times if chosen[name].exact])
     median = {name: statistics.median(values) for name, values in times.items()}
+    fastest = min((median[name] for name in times if name.startswith("episodic")), default=None)
     rows = []
     for name in times:
         base = chosen[name].base
-        alike = FLOAT32 if base in FLOAT32 else (base,)  # in the same precision
-        plain = [median[other] for other in alike if other in median]
         rows.append({
             "name": name,
             "seconds": median[name],
             "ratio": median[name] / median[base] if base in median else None,
-            "ratio_to_fastest": median[name] / min(plain) if plain else None,
+            "ratio_to_fastest": median[name] / fastest if fastest else None,
             "peak_bytes": peak_memory(case, name, kept) if memory else None,
             "gradient_error": errors.get(name),
             "all_seconds": times[name],
@@ -92,7 +93,6 @@ def bench(
     return result
 
 
-FLOAT32 = [name for name in VARIANTS if name.startswith("episodic") and not VARIANTS[name].cuda]
 AXES: dict[str, Sequence[int]] = {
     "ways": (5, 10, 20),
     "shots": (1, 5, 10),
@@ -130,16 +130,15 @@ def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
     """Relative error of each variant's meta-gradient against float64, of one pair with at most 5 queries."""
     small = replace(case, pairs=1, queries=min(case.queries, 5))
     pairs = [task_stream(small)[0]]
-    exact = _gradient(small, "l2g, own network, stock operators", pairs, torch.float64)
+    exact = _gradient(replace(small, precision="fp32"), "l2g, own network, stock operators", pairs, torch.float64)
     found = {name: _gradient(small, name, pairs, torch.float32) for name in names}
     return {name: ((g - exact).norm() / exact.norm()).item() for name, g in found.items()}
 
 
 def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor:
-    variant = VARIANTS[name]
-    model = build(case, layers=variant.layers).to(dtype)
+    model = build(case, layers=VARIANTS[name].layers).to(dtype)
     cast = [tuple(t._replace(support_x=t.support_x.to(dtype), query_x=t.query_x.to(dtype)) for t in p) for p in pairs]
-    variant.make(model, case.inner_lr, case.inner_steps)(cast)  # type: ignore[arg-type]
+    prepare(name, case, model)(cast)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
@@ -176,15 +175,14 @@ def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
 def _ready(case: Case, name: str) -> Callable[[], Any]:
     """A row's step, its model and data in place."""
     stream = task_stream(case)
-    model = build(case, layers=VARIANTS[name].layers)
-    return prepare(name, case, model, stream, [stream[k] for k in range(case.pairs)])
+    return partial(prepare(name, case), [stream[k] for k in range(case.pairs)])
 
 
 def describe(case: Case) -> str:
     """The case in words."""
     return (
         f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
-        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}"
+        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}, {case.precision}"
     )
 
 

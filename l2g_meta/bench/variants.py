@@ -1,4 +1,4 @@
-"""The rows of the bench: ways to compute a (meta-)gradient, each from a model and a step size to ``step(pairs)``.
+"""The rows of the bench: ways to compute a (meta-)gradient, each from a model and a case to ``step(pairs)``.
 
 A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
 all compute the same gradient. The peers run on PyTorch's own layers, on images as their users have them.
@@ -7,9 +7,7 @@ all compute the same gradient. The peers run on PyTorch's own layers, on images 
 from __future__ import annotations
 
 import importlib.util
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,20 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.bench.case import OURS, Case, Layers
-from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.bench.case import OURS, Case, Layers, build
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
-from l2g_meta.training.build import set_precision
 from l2g_meta.training.objectives import Objective, episodic, l2g, meta_gradient
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
-Make = Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
-LR = 1e-3  # β, Adam's step size in a whole update
+Make = Callable[[Any, Case], Step]
 
 
 class Variant(NamedTuple):
@@ -41,16 +36,15 @@ class Variant(NamedTuple):
     channels_last: bool = False  # the memory format of the weights
     exact: bool = True  # the exact meta-gradient of Algorithm 1
     needs: str | None = None  # package
-    cuda: bool = False  # runs on CUDA devices only
-    base: str = "episodic, own network"  # two plain episodes on the same layers, in the same precision
-    whole: bool = False  # a whole update: tasks are drawn, the meta-gradient taken, Adam steps
+    base: str = "episodic, own network"  # two plain episodes on the same layers
 
 
 def ours(objective: Objective, **options: Any) -> Make:
     """``L2GWrapper`` under an objective: on pairs, or on each task of theirs by itself."""
 
-    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-        wrapper = L2GWrapper(model, inner_lr, inner_steps=inner_steps, **options)
+    def make(model: nn.Module, case: Case) -> Step:
+        autocast = torch.bfloat16 if case.precision == "bf16" else None
+        wrapper = L2GWrapper(model, case.inner_lr, inner_steps=case.inner_steps, autocast=autocast, **options)
 
         def step(pairs: Pairs) -> None:
             alone = [(task,) for pair in pairs for task in pair]
@@ -59,22 +53,6 @@ def ours(objective: Objective, **options: Any) -> Make:
         return step
 
     return make
-
-
-def in_tf32(make: Make) -> Make:
-    """The same with float32 products in TF32."""
-    return lambda model, inner_lr, inner_steps: float32_products("tf32")(make(model, inner_lr, inner_steps))
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Lets float32 products on CUDA use TF32 inside (``"tf32"``), or not; afterwards as before."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    set_precision(precision)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
@@ -87,43 +65,43 @@ def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
     return step
 
 
-def learn2learn(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def learn2learn(model: nn.Module, case: Case) -> Step:
     """learn2learn's own ``MAML``, as its examples use it."""
-    maml = require_learn2learn().algorithms.MAML(model, lr=inner_lr)
+    maml = require_learn2learn().algorithms.MAML(model, lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         learner = maml.clone()
-        for _ in range(inner_steps):
+        for _ in range(case.inner_steps):
             learner.adapt(_loss(learner, task_i))
         (_loss(learner, task_j) / n).backward()
 
     return each_pair(backward)
 
 
-def higher(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def higher(model: nn.Module, case: Case) -> Step:
     """``higher.innerloop_ctx`` (Grefenstette et al. 2019)."""
     import higher as library
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=inner_lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
-            for _ in range(inner_steps):
+            for _ in range(case.inner_steps):
                 inner.step(_loss(learner, task_i))
             (_loss(learner, task_j) / n).backward()
 
     return each_pair(backward)
 
 
-def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def torchopt(model: nn.Module, case: Case) -> Step:
     """``torchopt.MetaSGD`` (Ren et al. 2022)."""
     import torchopt as library
 
-    inner = library.MetaSGD(model, lr=inner_lr)
+    inner = library.MetaSGD(model, lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         before = library.extract_state_dict(model, by="reference")
-        for _ in range(inner_steps):
+        for _ in range(case.inner_steps):
             inner.step(_loss(model, task_i))
         loss = _loss(model, task_j) / n
         library.recover_state_dict(model, before)
@@ -132,7 +110,7 @@ def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
     return each_pair(backward)
 
 
-def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def torch_func(model: nn.Module, case: Case) -> Step:
     """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
     names, parameters = zip(*model.named_parameters(), strict=True)
 
@@ -140,9 +118,9 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
         return _functional_loss(model, names, values, task)
 
     def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
-        for _ in range(inner_steps):
+        for _ in range(case.inner_steps):
             gradients = torch.func.grad(inner_loss)(values, task_i)
-            values = tuple(p - inner_lr * g for p, g in zip(values, gradients, strict=True))
+            values = tuple(p - case.inner_lr * g for p, g in zip(values, gradients, strict=True))
         return inner_loss(values, task_j)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
@@ -167,16 +145,10 @@ VARIANTS: dict[str, Variant] = {
     "l2g, own network": _own(ours(l2g)),
     "l2g, own network, channels-last": _channels_last(ours(l2g)),
     "l2g, own network, stock operators": _own(ours(l2g, fast=False)),
-    "episodic, TF32": _fused(in_tf32(ours(episodic)), exact=False, cuda=True, base="episodic, TF32"),
-    "l2g, TF32": _fused(in_tf32(ours(l2g)), cuda=True, base="episodic, TF32"),
-    "episodic, bf16": _fused(ours(episodic, autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
-    "l2g, bf16": _fused(ours(l2g, autocast=torch.bfloat16), cuda=True, base="episodic, bf16"),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
     "torch.func": Variant(torch_func),
-    "l2g, data included": _fused(ours(l2g), whole=True),
-    "l2g, own network, stock operators, data included": _own(ours(l2g, fast=False), whole=True),
 }
 
 
@@ -196,8 +168,6 @@ def available(
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
             extra = "learn2learn" if row.needs == "learn2learn" else "bench"
             missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
-        elif row.cuda and not case.device.startswith("cuda"):
-            missing = f"CUDA, got --device {case.device}; leave it out, or run it on a machine with an NVIDIA GPU"
         elif row.layers == "fused" and case.backbone not in OURS:
             missing = "fused layers, which only conv4 and resnet12 have; leave it out"
         if missing is None:
@@ -209,27 +179,11 @@ def available(
     return chosen
 
 
-def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
-    """What is timed of a row: a step on the given pairs, or a whole update, whose tasks come from the stream.
-
-    Raises:
-        L2GError: if the row is not of such cases.
-    """
+def prepare(name: str, case: Case, model: MetricModel | None = None) -> Step:
+    """A row's step on the case's model, or on another one that has the row's layers."""
     variant = VARIANTS[name]
-    if variant.channels_last:
-        model.to(memory_format=torch.channels_last)
-    step = variant.make(model, case.inner_lr, case.inner_steps)
-    if not variant.whole:
-        return partial(step, pairs)
-    optimizer, count = torch.optim.Adam(model.parameters(), LR), itertools.count()
-
-    def update() -> None:
-        k = next(count)
-        optimizer.zero_grad()
-        step(stream.batch(range(k * case.pairs, (k + 1) * case.pairs)))
-        optimizer.step()
-
-    return update
+    model = build(case, layers=variant.layers) if model is None else model
+    return variant.make(model.to(memory_format=torch.channels_last) if variant.channels_last else model, case)
 
 
 def _loss(model: Any, task: Task) -> Tensor:
