@@ -8,18 +8,18 @@ from pathlib import Path
 
 from l2g_meta.cli.flags import positive
 from l2g_meta.cli.output import add_output, emit
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.plan import SCALES
+from l2g_meta.paper.published import COLUMNS
 from l2g_meta.paper.published import EXPERIMENTS as PAPER
-from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 
 INTERRUPTED = "the same command continues to the same bits"
 DESCRIPTION = (
     "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; several "
-    "machines may share one --out."
+    "processes and machines may share one --out."
 )
 EXAMPLES = """\
-l2g reproduce table1 --data-root DIR --parallel 2
+l2g reproduce table1 --data-root DIR
 l2g reproduce table1 --data-root DIR --rows proto-tasks l2g-proto --columns 5w1s
 l2g reproduce figure2 --scale smoke                  # that everything runs; its numbers mean nothing"""
 
@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     add("--runs", type=positive, metavar="N", help="trained seeds of each cell")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
-    add("--parallel", type=positive, metavar="N", default=1, help="cells side by side (default: 1)")
-    add_output(parser, json="the files of the results, and which cells are done")
+    add_output(parser, json="the files of the results, and what failed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,13 +58,12 @@ def run(args: argparse.Namespace) -> int:
     failed: list[str] = []
     tables = picture = None
     try:
-        failed = run_cells(what, parallel=args.parallel, quiet=args.quiet)
+        failed = run_cells(what, quiet=args.quiet)
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
     if all(cell.done for cell in what.cells) and (picture := draw(what)) is not None:
         print(f"picture: {picture}")
-    cells = [{"name": cell.name, "folder": cell.folder, "done": cell.done} for cell in what.cells]
-    emit(args, {"tables": tables, "picture": picture, "cells": cells, "failed": failed})
+    emit(args, {"tables": tables, "picture": picture, "failed": failed})
     return 1 if failed else 0

@@ -25,11 +25,13 @@ from l2g_meta.evaluation.alignment import alignment
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import sealed
+from l2g_meta.files.tensors import make_folder
 from l2g_meta.files.writing import check_writable, write_text
 from l2g_meta.models.batchnorm_policy import POLICIES
-from l2g_meta.paper.catalogue import COLUMNS, ROWS
 from l2g_meta.paper.equal_time import equal_time
 from l2g_meta.paper.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
+from l2g_meta.paper.published import COLUMNS
+from l2g_meta.paper.study import ROWS
 from l2g_meta.training.build import build_data, build_device, load_run
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
@@ -48,27 +50,16 @@ def run_cells(plan: Plan, *, quiet: bool = False) -> list[str]:
         quiet: neither progress bars nor a line for each cell on the error output.
 
     Raises:
-        L2GError: if the plan's folder cannot be written.
+        L2GError: before anything is trained, if there is no such device, folder or data.
+        OSError: if the folder cannot be written.
     """
-    check(plan)
-    return work(plan.cells, quiet=quiet)
-
-
-def check(plan: Plan) -> None:
-    """That there is the plan's device, its folder can be written and its data read, before hours of work.
-
-    Raises:
-        L2GError: if not.
-    """
-    build_device(plan.device)
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        check_writable(plan.out / RESULT)  # now, not after the first cell's hours
-    except OSError as error:
-        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
+    build_device(plan.device)  # what is missing is found now, not after hours of work
+    make_folder(plan.out, "a folder to write for --out", "choose another")
+    check_writable(plan.out / RESULT)
     for config in {cell.data: cell.config() for cell in plan.cells}.values():
         for split in SPLITS:
-            build_data(config, split)  # missing data is found now
+            build_data(config, split)
+    return work(plan.cells, quiet=quiet)
 
 
 def work(cells: Sequence[Cell], *, quiet: bool) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.data.host import placed
 from l2g_meta.evaluation.world import World
-from l2g_meta.paper.catalogue import ROWS
 from l2g_meta.paper.plan import SCALES, Cell
+from l2g_meta.paper.study import ROWS
 from l2g_meta.training.build import (
     build_data,
     build_device,

@@ -11,8 +11,8 @@ from typing import Any
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.sealed import opened
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.paper.published import Column, Row
+from l2g_meta.paper.published import COLUMNS, Column, Row
+from l2g_meta.paper.study import EXPERIMENTS, ROWS
 from l2g_meta.training.config import Config
 
 # Our choice, the paper gives no total; for MAML and the LSTM as their authors trained them.

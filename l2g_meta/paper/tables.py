@@ -18,10 +18,11 @@ from jinja2 import Environment, PackageLoader
 from l2g_meta.files.writing import write_text
 from l2g_meta.models.batchnorm_policy import POLICIES, Policy
 from l2g_meta.models.functional import confidence_interval
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS, rows_beside
 from l2g_meta.paper.cells import write_json
 from l2g_meta.paper.plan import SCALES, Cell, Plan
-from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.published import COLUMNS
+from l2g_meta.paper.published import ROWS as PAPER
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 from l2g_meta.training.log import read_log
 
 
@@ -31,15 +32,14 @@ def write_tables(plan: Plan) -> Path:
     Also of rows and columns that an earlier command for this folder brought to an end.
     """
     spec = EXPERIMENTS[plan.experiment]
-    everything = replace(
-        plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *rows_beside(plan.experiment)))), columns=spec.columns
-    )
+    known = (*spec.rows, *plan.rows, *(PAPER if plan.experiment.startswith("table") else ()))
+    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns)
     found = [cell for cell in everything.cells if cell.done]
-    rows, columns = ({getattr(cell, name) for cell in found} for name in ("row", "column"))
+    rows, columns = {*plan.rows, *(cell.row for cell in found)}, {*plan.columns, *(cell.column for cell in found)}
     plan = replace(
         plan,
-        rows=tuple(row for row in everything.rows if row in plan.rows or row in rows),
-        columns=tuple(column for column in spec.columns if column in plan.columns or column in columns),
+        rows=tuple(row for row in everything.rows if row in rows),
+        columns=tuple(column for column in spec.columns if column in columns),
     )
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
