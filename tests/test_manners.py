@@ -75,7 +75,7 @@ def test_train_has_a_flag_for_each_setting(capsys):
 
 def test_metavars_are_a_few_words():
     found = set()
-    for parser in build_parser().children.choices.values():
+    for parser in build_parser()._subparsers._group_actions[0].choices.values():
         found |= {a.metavar or a.dest.upper() for a in parser._actions if a.nargs != 0 and a.choices is None}
     assert found <= {
         "RUN", "DIR", "FILE", "DIR|FILE", "OUT", "NAME", "N", "N,N", "X", "ROW", "COLUMN", "RATE", "NAME=VALUE",
@@ -88,7 +88,10 @@ def test_metavars_are_a_few_words():
     [
         ("", "l2g: need a command of train, pretrain, .*; see l2g --help"),
         ("trian --shots 5", "need one of train, .*; got 'trian'; did you mean train\\?"),
-        ("train --shotz 5", "l2g train: need a flag that it has, got --shotz; did you mean --shots\\?; see l2g train"),
+        (
+            "train --shotz 5",
+            "l2g train: need only what it takes, got --shotz 5 besides; did you mean --shots\\?; see l2g",
+        ),
         ("train -shots 5", "got -shots 5 besides; did you mean --shots\\?"),
         ("train photos", "l2g train: need only what it takes, got photos besides; see l2g train --help"),
         ("train --method l2gg", "argument --method: need one of .*; got 'l2gg'; did you mean l2g\\?"),
@@ -96,7 +99,7 @@ def test_metavars_are_a_few_words():
         ("train --seed 1.5", "argument --seed: need a whole number, got '1.5'"),
         ("evaluate run --ways five", "argument --ways: need a whole number of at least 2, got 'five'"),
         ("evaluate", "l2g evaluate: need RUN"),
-        ("predict --modle run --support a --query b", "got --modle; did you mean --model\\?"),
+        ("predict --modle run --support a --query b", "l2g predict: need --model; see l2g predict --help"),
         ("predict --model run", "l2g predict: need --support, --query"),
         ("reproduce table9", "need one of table1, .*; got 'table9'; did you mean table3\\?"),
     ],
@@ -232,33 +235,32 @@ def test_doctor_finds_what_does_not_work(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(doctor, "needed", lambda: [("no-such-package", "")])
         code, out, _ = said(capsys, "doctor")
-        assert code == 1 and "no-such-package  missing: pip install --force-reinstall no-such-package" in out
+        assert (
+            code == 1 and "does not work: ModuleNotFoundError: " in out and "--force-reinstall no-such-package" in out
+        )
 
 
 @pytest.mark.parametrize(
     "text, found",
     [
-        (
-            "raise RuntimeError('built for\\n another torch')",
-            "does not work: RuntimeError: built for another torch; mend",
-        ),
+        ("raise RuntimeError('built for\\n another torch')", "does not work: RuntimeError: built for another torch"),
         ("import sys; sys.exit(3)", "does not work: SystemExit: 3; mend it"),
         ("def", "does not work: SyntaxError"),
-        ("print('hello'); __version__ = '7'", "7"),
+        ("", l2g_meta.__version__),
     ],
 )
-def test_broken_packages_are_told(text, found, tmp_path, monkeypatch, capsys):
+def test_broken_packages_are_told(text, found, tmp_path, monkeypatch):
     (tmp_path / "l2g_broken_part.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "l2g_broken_part", raising=False)
-    assert doctor.look("l2g-broken-part", "mend it").startswith(found) and capsys.readouterr() == ("", "")
+    assert doctor.look("l2g-meta", "mend it", module="l2g_broken_part").startswith(found)
 
 
 def test_the_doctor_looks_at_what_the_project_needs(monkeypatch):
     found = doctor.needed()
     assert {("torch", ""), ("scikit-learn", "classify"), ("higher", "bench")} <= set(found)
     assert set(doctor.EXTRAS) <= {extra for _, extra in found}
-    assert all(doctor.look(name, "").startswith(tuple("0123456789")) for name in doctor.MODULES)
+    assert all(doctor.look(name, "", module=module)[0].isdigit() for name, module in doctor.MODULES.items())
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: doctor.metadata.distribution("no-such-package"))
     assert doctor.needed() == []  # a checkout that is not installed
 

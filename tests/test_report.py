@@ -20,8 +20,8 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import evaluate, paired_difference
 from l2g_meta.files.sealed import opened
 from l2g_meta.files.tensors import load_tensors, save_tensors
-from l2g_meta.report.confusion import confusion, hardest
 from l2g_meta.report.experiments import Experiment, Report, differences, evaluate_runs
+from l2g_meta.report.image_section import confusion, hardest
 from l2g_meta.report.measure import EpisodePredictions, ReportOptions, measure
 from l2g_meta.report.page import LIMIT, render
 from l2g_meta.report.projection import projected, sample_rows

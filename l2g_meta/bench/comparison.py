@@ -45,14 +45,16 @@ def bench(
         fastest of those), ``peak_bytes`` beyond model and data, and
         ``gradient_error``, relative to float64.
     """
-    kept = keep_freed_memory()
+    keep_freed_memory()
     set_precision(case.precision)
     chosen, stream = available(case, variants, say=say), task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
-    say(f"{describe(case)}; {describe_machine(case.device)}")
-
-    draws = iter(range(case.pairs, 10 * case.pairs))
-    drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)])) for _ in range(9)]
+    say(
+        f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
+        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}, {case.precision}; "
+        f"{describe_machine(case.device)}"
+    )
+    drawn = [seconds(partial(stream.batch, range(k, k + case.pairs))) for k in range(1, 10)]
 
     steps: dict[str, Callable[[], Any]] = {}
     for name in chosen:
@@ -78,13 +80,13 @@ def bench(
             "seconds": median[name],
             "ratio": median[name] / median[base] if base in median else None,
             "ratio_to_fastest": median[name] / fastest if fastest else None,
-            "peak_bytes": peak_memory(case, name, kept) if memory else None,
+            "peak_bytes": peak_memory(case, name) if memory else None,
             "gradient_error": errors.get(name),
             "all_seconds": times[name],
         })  # fmt: skip
     result = {
         "case": asdict(case),
-        "machine": {"description": describe_machine(case.device), "keeps_freed_memory": kept},
+        "machine": describe_machine(case.device),
         "repeats": repeats,
         "data": {"seconds": statistics.median(drawn)},
         "rows": rows,
@@ -112,16 +114,13 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """The bench along each axis by itself, the other values as in ``case``.
 
-    Without ``variants``: episodic, L2G, and learn2learn where it is installed.
+    Without ``variants``: episodic and L2G.
     """
     found = []
-    if variants is None:
-        here = available(case, say=lambda line: None)
-        variants = [name for name in ("episodic", "l2g", "learn2learn") if name in here]
     for axis, values in axes.items():
         for value in values:
             changed = replace(case, **{axis: value})  # type: ignore[arg-type]
-            result = bench(changed, variants=variants, repeats=repeats, memory=False, say=say)
+            result = bench(changed, variants=variants or ("episodic", "l2g"), repeats=repeats, memory=False, say=say)
             found.append({"axis": axis, "value": value, **result})
     return found
 
@@ -142,7 +141,7 @@ def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def peak_memory(case: Case, name: str, keep: bool) -> int | None:
+def peak_memory(case: Case, name: str) -> int | None:
     """Bytes beyond model and data at the peak of a step; ``None`` where they cannot be measured."""
     if case.device.startswith("cuda"):
         step, before = _ready(case, name), torch.cuda.memory_allocated()
@@ -155,13 +154,12 @@ def peak_memory(case: Case, name: str, keep: bool) -> int | None:
         return None
     context = multiprocessing.get_context("spawn")  # a process that has held nothing yet
     with context.Pool(1) as pool:
-        return pool.apply(_resident_peak, (case, name, keep, torch.get_num_threads()))
+        return pool.apply(_resident_peak, (case, name, torch.get_num_threads()))
 
 
-def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
+def _resident_peak(case: Case, name: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    if keep:
-        keep_freed_memory()
+    keep_freed_memory()
     _ready(replace(case, ways=2, shots=1, queries=1, pairs=1), name)()  # loads kernels, starts threads
     step = _ready(case, name)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -176,14 +174,6 @@ def _ready(case: Case, name: str) -> Callable[[], Any]:
     """A row's step, its model and data in place."""
     stream = task_stream(case)
     return partial(prepare(name, case), [stream[k] for k in range(case.pairs)])
-
-
-def describe(case: Case) -> str:
-    """The case in words."""
-    return (
-        f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
-        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}, {case.precision}"
-    )
 
 
 COLUMNS = {  # of the table: what of a row, in which unit, and how it is written

@@ -65,20 +65,20 @@ def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
     return step
 
 
-def learn2learn(model: nn.Module, case: Case) -> Step:
+def learn2learn(model: MetricModel, case: Case) -> Step:
     """learn2learn's own ``MAML``, as its examples use it."""
     maml = require_learn2learn().algorithms.MAML(model, lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         learner = maml.clone()
         for _ in range(case.inner_steps):
-            learner.adapt(_loss(learner, task_i))
-        (_loss(learner, task_j) / n).backward()
+            learner.adapt(model.loss_fn(learner(task_i), task_i.query_y))
+        (model.loss_fn(learner(task_j), task_j.query_y) / n).backward()
 
     return each_pair(backward)
 
 
-def higher(model: nn.Module, case: Case) -> Step:
+def higher(model: MetricModel, case: Case) -> Step:
     """``higher.innerloop_ctx`` (Grefenstette et al. 2019)."""
     import higher as library
 
@@ -87,13 +87,13 @@ def higher(model: nn.Module, case: Case) -> Step:
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
             for _ in range(case.inner_steps):
-                inner.step(_loss(learner, task_i))
-            (_loss(learner, task_j) / n).backward()
+                inner.step(model.loss_fn(learner(task_i), task_i.query_y))
+            (model.loss_fn(learner(task_j), task_j.query_y) / n).backward()
 
     return each_pair(backward)
 
 
-def torchopt(model: nn.Module, case: Case) -> Step:
+def torchopt(model: MetricModel, case: Case) -> Step:
     """``torchopt.MetaSGD`` (Ren et al. 2022)."""
     import torchopt as library
 
@@ -102,20 +102,21 @@ def torchopt(model: nn.Module, case: Case) -> Step:
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         before = library.extract_state_dict(model, by="reference")
         for _ in range(case.inner_steps):
-            inner.step(_loss(model, task_i))
-        loss = _loss(model, task_j) / n
+            inner.step(model.loss_fn(model(task_i), task_i.query_y))
+        loss = model.loss_fn(model(task_j), task_j.query_y) / n
         library.recover_state_dict(model, before)
         loss.backward()
 
     return each_pair(backward)
 
 
-def torch_func(model: nn.Module, case: Case) -> Step:
+def torch_func(model: MetricModel, case: Case) -> Step:
     """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def inner_loss(values: tuple[Tensor, ...], task: Task) -> Tensor:
-        return _functional_loss(model, names, values, task)
+        scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
+        return model.loss_fn(scores, task.query_y)
 
     def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
         for _ in range(case.inner_steps):
@@ -134,17 +135,16 @@ def torch_func(model: nn.Module, case: Case) -> Step:
 
 _fused = partial(Variant, layers="fused", base="episodic")
 _channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
-_own = partial(Variant, base="episodic, own network")
 VARIANTS: dict[str, Variant] = {
     "episodic": _fused(ours(episodic), exact=False),
-    "episodic, own network": _own(ours(episodic), exact=False),
+    "episodic, own network": Variant(ours(episodic), exact=False),
     "episodic, own network, channels-last": _channels_last(ours(episodic), exact=False),
     "l2g": _fused(ours(l2g)),
     "l2g, mix 0.5": _fused(ours(l2g, mix=0.5), exact=False),
     "l2g, first order": _fused(ours(l2g, first_order=True), exact=False),
-    "l2g, own network": _own(ours(l2g)),
+    "l2g, own network": Variant(ours(l2g)),
     "l2g, own network, channels-last": _channels_last(ours(l2g)),
-    "l2g, own network, stock operators": _own(ours(l2g, fast=False)),
+    "l2g, own network, stock operators": Variant(ours(l2g, fast=False)),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
@@ -166,8 +166,7 @@ def available(
             raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
         row, missing = VARIANTS[name], None
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-            extra = "learn2learn" if row.needs == "learn2learn" else "bench"
-            missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
+            missing = f"the package {row.needs}; pip install l2g-meta[bench,learn2learn]"
         elif row.layers == "fused" and case.backbone not in OURS:
             missing = "fused layers, which only conv4 and resnet12 have; leave it out"
         if missing is None:
@@ -184,17 +183,3 @@ def prepare(name: str, case: Case, model: MetricModel | None = None) -> Step:
     variant = VARIANTS[name]
     model = build(case, layers=variant.layers) if model is None else model
     return variant.make(model.to(memory_format=torch.channels_last) if variant.channels_last else model, case)
-
-
-def _loss(model: Any, task: Task) -> Tensor:
-    return _bare(model).loss_fn(model(task), task.query_y)
-
-
-def _bare(model: Any) -> Any:
-    """The MetricModel in a peer's wrapping."""
-    return model if hasattr(model, "loss_fn") else model.module
-
-
-def _functional_loss(model: Any, names: Sequence[str], values: Sequence[Tensor], task: Task) -> Tensor:
-    scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
-    return _bare(model).loss_fn(scores, task.query_y)

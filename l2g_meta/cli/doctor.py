@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import platform
 import re
-import warnings
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from importlib import metadata, util
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
+from l2g_meta import __version__
 from l2g_meta.cli.output import add_output, complain, emit
 from l2g_meta.errors import INSTALL_LEARN2LEARN
 
@@ -21,7 +20,7 @@ l2g doctor --json                                    # for a bug report or a scr
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
 EXTRAS = ("learn2learn", "classify", "export", "timm", "tensorboard", "bench")  # whose packages are looked at
-MODULES = {"Pillow": "PIL.Image", "scikit-learn": "sklearn", "safetensors": "safetensors.torch"}  # what is imported
+MODULES = {"Pillow": "PIL.Image", "safetensors": "safetensors.torch"}  # that are imported, of other names
 MISSING, BROKEN = "missing", "does not work"
 DESCRIPTION = (
     "Prints versions, devices and which optional parts are there, with the command that adds each missing one, and "
@@ -49,17 +48,18 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """All that `l2g doctor` says, as a dictionary that ``json`` takes; whatever is broken is told, not raised."""
-    required, optional = {"l2g-meta": look("l2g-meta", "pip install l2g-meta")}, {}
+    required, optional = {"l2g-meta": __version__}, {}
     for name, extra in needed():
         if not extra:
-            required[name] = look(name, f"pip install --force-reinstall {name}")
+            module = MODULES.get(name, name.lower())
+            required[name] = look(name, f"pip install --force-reinstall {name}", module=module)
         elif extra in EXTRAS:
             how = INSTALL_LEARN2LEARN if name == extra == "learn2learn" else f'pip install "l2g-meta[{extra}]"'
             optional[name] = look(name, how)
     machine, test = {"Python": platform.python_version(), "system": platform.platform()}, "ok"
     if works := not any(text.startswith((MISSING, BROKEN)) for text in required.values()):
-        machine |= devices()
         try:
+            machine |= devices()
             self_test()
         except Exception as problem:  # whatever a broken installation raises
             test, works = f"{BROKEN}: {_line(problem)}", False
@@ -75,16 +75,14 @@ def needed() -> list[tuple[str, str]]:
     return []
 
 
-def look(name: str, remedy: str) -> str:
-    """A package's version, or that it is missing, or the error that importing it ends in."""
-    module = MODULES.get(name, name.lower().replace("-", "_"))
+def look(name: str, remedy: str, *, module: str | None = None) -> str:
+    """A package's version, or that it is missing, or the error that importing its module ends in."""
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some packages announce their successors there
-            if util.find_spec(module.partition(".")[0]) is None:
-                return f"{MISSING}: {remedy}"
-            imported = importlib.import_module(module)
-            return getattr(imported, "__version__", None) or metadata.version(name)
+        if module is not None:
+            importlib.import_module(module)
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"{MISSING}: {remedy}"
     except (Exception, SystemExit) as problem:  # whatever a broken package raises
         return f"{BROKEN}: {_line(problem)}; {remedy}"
 

@@ -1,9 +1,8 @@
-"""``l2g reproduce``: the paper's tables and figures, ours beside theirs."""
+"""``l2g reproduce``: the paper's tables, ours beside theirs."""
 
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 
 from l2g_meta.cli.flags import positive
@@ -15,23 +14,20 @@ from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 
 INTERRUPTED = "the same command continues to the same bits"
 DESCRIPTION = (
-    "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; several "
+    "Trains and tests what a table of the paper, or a study of ours, shows. Run again, it continues; several "
     "processes and machines may share one --out."
 )
 EXAMPLES = """\
 l2g reproduce table1 --data-root DIR
 l2g reproduce table1 --data-root DIR --rows proto-tasks l2g-proto --columns 5w1s
-l2g reproduce figure2 --scale smoke                  # that everything runs; its numbers mean nothing"""
+l2g reproduce table3 --scale smoke                   # that everything runs; its numbers mean nothing"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    scales = "\n".join(textwrap.fill(f"{name}: {scale.title}", 80) for name, scale in SCALES.items())
-    parser.epilog = f"scales:\n{scales}\n\n{parser.epilog}"
     add = parser.add_argument
-    add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
-                           f"or figure of the paper: {', '.join(PAPER)}; or a study of ours: "
-                           f"{', '.join(STUDIES)}")  # fmt: skip
+    add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table of the paper: "
+                           f"{', '.join(PAPER)}; or a study of ours: {', '.join(STUDIES)}")  # fmt: skip
     add("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
                            "(default: small)")  # fmt: skip
     add("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
@@ -47,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, tests, and prints the tables."""
     from l2g_meta.paper.cells import run_cells
-    from l2g_meta.paper.figures import draw
     from l2g_meta.paper.plan import plan
     from l2g_meta.paper.tables import write_tables
 
@@ -56,14 +51,12 @@ def run(args: argparse.Namespace) -> int:
         seeds=args.runs, device=args.device,
     )  # fmt: skip
     failed: list[str] = []
-    tables = picture = None
+    tables = None
     try:
         failed = run_cells(what, quiet=args.quiet)
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
-    if all(cell.done for cell in what.cells) and (picture := draw(what)) is not None:
-        print(f"picture: {picture}")
-    emit(args, {"tables": tables, "picture": picture, "failed": failed})
+    emit(args, {"tables": tables, "failed": failed})
     return 1 if failed else 0

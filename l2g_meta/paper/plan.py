@@ -67,14 +67,13 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        "the paper's budget: 84 px, 15 queries; the length of training, which the paper leaves open, is our choice: "
-        "100,000 episodes, relation networks 500,000, MAML 240,000 and the LSTM 60,000 as their authors",
+        "the paper's budget: 84 px, 15 queries; episodes, which it leaves open: 100,000, relation networks 500,000; as "
+        "their authors, MAML 240,000 and the LSTM 60,000",
         seeds=5, updates=None, validations=50, image_size=84, queries=15, validation_episodes=600, timed=15,
     ),
     "small": Scale(
-        "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, so that rows "
-        "of one task per update have fewer episodes than L2G, not as many, and those of equal time as many updates as "
-        "that pays for; 10 training queries instead of 15",
+        "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, 10 training "
+        "queries instead of 15; rows of one task per update have fewer episodes than L2G",
         seeds=2, updates=300, validations=6, dear=150, columns=1,
     ),
     "screen": Scale(
@@ -156,12 +155,7 @@ def plan(
     spec, budget = EXPERIMENTS[experiment], SCALES[scale]
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
-    if spec.one_seed and (seeds or 1) > 1:
-        raise L2GError(
-            f"need one seed for {experiment}, which draws one model of each row, got --runs {seeds}; leave it out"
-        )
-    seeds = 1 if spec.one_seed else seeds or budget.seeds
-    found = Plan(experiment, scale, out, root, columns, rows, seeds, device)
+    found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device)
     on_disk = [name for name in found.data if name != EMBEDDED]
     if root is None and on_disk:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
@@ -189,7 +183,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Its run directory; tables and figures of one scale share it."""
+        """Its run directory; tables of one scale share it."""
         return self.plan.out / "cells" / self.plan.scale / self.data / self.column / f"{self.row}-seed{self.seed}"
 
     @property
@@ -249,7 +243,7 @@ class Cell:
             "seed": self.seed,
             "device": self.plan.device,
         }
-        return Config(**values | row.inner | row.options).resolved()
+        return Config(**values | row.options).resolved()
 
     def _updates(self) -> int:
         """As many as its scale has; with another row's time those decided when it began, until then the other's."""

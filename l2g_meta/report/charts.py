@@ -19,7 +19,6 @@ COLOURS = 10  # classes k0 … k9
 WIDTH, HEIGHT = 380, 270  # units of a chart, about the pixels of a phone
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
 CURVE_POINTS = 240  # drawn of a learning curve
-MARKERS = 40  # of validations
 
 
 def colour(i: int) -> str:
@@ -136,13 +135,8 @@ def smoothed(k: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     window = max(1, len(values) // 50)
     if len(values):
         k, values = k[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid")
-    which = _spread(len(k), CURVE_POINTS)
+    which = np.linspace(0, len(k) - 1, min(len(k), CURVE_POINTS)).astype(int)
     return k[which], values[which]
-
-
-def _spread(n: int, most: int) -> np.ndarray:
-    """At most so many of n places, from the first to the last."""
-    return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
 def loss_chart(report: Report) -> Chart | None:
@@ -176,7 +170,7 @@ def validation_chart(report: Report) -> Chart | None:
         dots=[
             (style, k, mean, 2.5, f"{run.label}, update {k:.0f}: {mean:.1f} ± {half:.1f} %")
             for style, run, columns in found
-            for k, _, mean, half in columns.T[_spread(len(columns.T), MARKERS)].tolist()
+            for k, _, mean, half in columns.T.tolist()
         ],
     )
 

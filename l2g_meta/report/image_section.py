@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import L2GError
-from l2g_meta.report.confusion import Confusion, confusion, hardest
 from l2g_meta.report.experiments import Experiment, Report
 from l2g_meta.report.measure import EpisodePredictions, predictions_among
 from l2g_meta.report.projection import projected, sample_rows
@@ -20,6 +18,60 @@ from l2g_meta.report.thumbnails import Sheet
 DETAILED = 6  # experiments whose images are shown
 TILES = 100  # queries shown of an episode
 SUPPORTS = 6  # shown of a class
+
+
+class Confusion(NamedTuple):
+    """Counts over episodes.
+
+    Args:
+        taken: queries of class a that were taken for class b, (n_classes, n_classes).
+        offered: queries of class a in episodes that had class b, (n_classes, n_classes).
+    """
+
+    taken: np.ndarray
+    offered: np.ndarray
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Share of the queries of a, in episodes that had b, which were taken for b; NaN where they never met."""
+        with np.errstate(invalid="ignore"):
+            return self.taken / self.offered
+
+
+def confusion(predictions: Sequence[EpisodePredictions], n_classes: int) -> Confusion:
+    """Counts over episodes.
+
+    An episode can confuse only the classes that it has. So a count alone says how often two classes met as much as how
+    alike they are; ``rates`` divides by it.
+
+    Example:
+        >>> from l2g_meta.data.sources import TaskRows
+        >>> y = np.array([0, 0, 1])
+        >>> rows = TaskRows(np.array([4, 8]), np.array([0, 1]), np.array([5, 6, 9]), y, np.array([2, 0]))
+        >>> found = confusion([EpisodePredictions(rows, np.array([0, 1, 1]), np.ones(3))], 3)
+        >>> found.taken.tolist(), found.offered.tolist()
+        ([[1, 0, 0], [0, 0, 0], [1, 0, 1]], [[1, 0, 1], [0, 0, 0], [2, 0, 2]])
+    """
+    taken, offered = (np.zeros((n_classes, n_classes), dtype=np.int64) for _ in range(2))
+    for episode in predictions:
+        classes, y = episode.rows.classes, episode.rows.query_y
+        np.add.at(taken, (classes[y], classes[episode.predicted]), 1)
+        queries = np.bincount(y, minlength=len(classes))
+        offered[np.ix_(classes, classes)] += queries[:, None]
+    return Confusion(taken, offered)
+
+
+def hardest(confusions: Sequence[Confusion], n: int) -> list[int]:
+    """The n classes that are recognised least often, the mean over models; the hardest first.
+
+    Example:
+        >>> a = Confusion(np.diag([5, 1, 3]), np.full((3, 3), 10))
+        >>> hardest([a, a], 2)
+        [1, 2]
+    """
+    recall = np.mean([np.diag(c.rates) for c in confusions], axis=0)
+    order = np.argsort(recall, kind="stable")  # NaN, never drawn, comes last
+    return order[np.isfinite(recall[order])][:n].tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,49 +95,29 @@ class ImageSection:
     confusions: list[Confusion]
 
     @property
-    def data(self) -> ClassDataset:
-        """The data set."""
-        return self.sheet.data
-
-    @property
     def names(self) -> list[str]:
         """Of the hard classes."""
-        return [self.data.class_names[c] for c in self.hard]
+        return [self.sheet.data.class_names[c] for c in self.hard]
 
-    def matrices(self) -> Iterator[tuple[Experiment, list[list[dict[str, Any]]]]]:
-        """The confusions of each experiment, a row for each hard class; a shade is from 0 to 1."""
-        places = range(len(self.hard))
+    def matrices(self) -> Iterator[tuple[Experiment, Confusion, dict[bool, float]]]:
+        """The confusions of each experiment, and the largest rate, on the diagonal or not."""
         own = np.eye(len(self.hard), dtype=bool)
         for experiment, counts in zip(self.experiments, self.confusions, strict=True):
-            most = [float(np.nanmax(counts.rates[part], initial=1e-9)) for part in (~own, own)]  # the darkest of each
-            yield experiment, [[self._cell(counts, a, b, most[a == b]) for b in places] for a in places]
-
-    def _cell(self, counts: Confusion, a: int, b: int, most: float) -> dict[str, Any]:
-        names, offered, taken = self.names, int(counts.offered[a, b]), int(counts.taken[a, b])
-        if not offered:
-            return {"own": False, "shade": 0.0, "text": "–", "title": f"{names[a]} and {names[b]} never met"}
-        what, where = ("recognised", "it") if a == b else (f"taken for {names[b]}", "both")
-        title = f"{names[a]} {what}: {taken} of {offered} queries in episodes with {where}"
-        return {"own": a == b, "shade": taken / offered / most, "text": f"{100 * taken / offered:.0f}", "title": title}
+            rates = {True: counts.rates[own], False: counts.rates[~own]}
+            yield experiment, counts, {on: float(np.nanmax(some, initial=1e-9)) for on, some in rates.items()}
 
     def projections(self) -> Iterator[tuple[Experiment, ReportedRun, list[tuple[float, ...]] | None, str]]:
         """For each experiment its first tested run and a t-SNE picture, the same images in all, or what is wrong."""
-        place = {c: n for n, c in enumerate(self.hard)}
-        classes = [place[int(c)] for c in np.asarray(self.data.labels)[self.rows]]
+        classes = [self.hard.index(int(c)) for c in np.asarray(self.sheet.data.labels)[self.rows]]
         for experiment in self.experiments:
             run, measured = experiment.first_tested
             try:
-                points = projected(measured.model, self.data, self.rows)
+                points = projected(measured.model, self.sheet.data, self.rows)
             except (L2GError, ImportError) as error:
                 yield experiment, run, None, str(error)
                 continue
             places = [self.sheet.place(row) for row in self.rows]
             yield experiment, run, [(*p, c, *at) for p, c, at in zip(points.tolist(), classes, places, strict=True)], ""
-
-    @property
-    def all_rows(self) -> int:
-        """How many images the hard classes have."""
-        return sum(len(self.data.index[c]) for c in self.hard)
 
     def episodes(self, each: int) -> Iterator[tuple[Experiment, dict[str, Any]]]:
         """The worst and the best episodes of each experiment's first tested run."""
@@ -102,7 +134,7 @@ class ImageSection:
     def _episode(self, episode: EpisodePredictions) -> dict[str, Any]:
         """Its classes, each with its images, and what the queries were taken for."""
         rows, predicted, correct = episode.rows, episode.predicted, episode.correct
-        names = [self.data.class_names[c] for c in rows.classes]
+        names = [self.sheet.data.class_names[c] for c in rows.classes]
         most, left_out, classes = max(3, TILES // len(names)), 0, []
         for n, name in enumerate(names):
             supports = rows.support[rows.support_y == n]

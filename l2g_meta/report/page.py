@@ -27,11 +27,6 @@ from l2g_meta.training.checks import flag
 from l2g_meta.training.config import MACHINE, Config
 
 LIMIT = 5_000_000  # bytes of a page
-SPLITS = {
-    "test": "unseen classes",
-    "validation": "validation classes, which chose the checkpoint",
-    "train": "training classes, which the model has seen",
-}
 
 
 def write_report(report: Report, path: Path) -> int:
@@ -59,7 +54,8 @@ def render(report: Report) -> str:
         accuracy_chart=accuracy_chart,
         paired=list(differences(report)),
         settings=settings(report),
-        curves=curves(report),
+        loss=loss_chart(report),
+        validation=validation_chart(report),
         images=images,
         left_out=sum(bool(experiment.measured) for experiment in report.experiments) - DETAILED,
         points=POINTS,
@@ -70,8 +66,6 @@ def render(report: Report) -> str:
     for side, quality in SIZES:
         text = page.render(
             report=report,
-            title=_title(report),
-            split=SPLITS[report.options.split],
             contents=re.findall(r'<section id="(\w+)"[^>]*><h2[^>]*>([^<]*)', sections),
             sections=Markup(sections),  # noqa: S704  # the first template has escaped it
             sheets=[(shown.number, shown.sheet.encoded(side, quality)) for shown in images],
@@ -90,11 +84,6 @@ def script_digest(template: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _title(report: Report) -> str:
-    names = [run.name for run in report.runs]
-    return "Report: " + (", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} other runs")
-
-
 def settings(report: Report) -> dict[str, Any] | None:
     """Settings that differ between the experiments, or from the defaults if there is one; and those that do not."""
     experiments = [e for e in report.experiments if e.config is not None]
@@ -110,20 +99,12 @@ def settings(report: Report) -> dict[str, Any] | None:
     for name in [*(name for name in configs[0] if name != "seed"), "seed"]:
         texts = [_text(values[name]) for values in configs]
         same = len(set(texts)) == 1
-        rows[same].append([Markup("<code>{}</code>").format(flag(name)), *(texts[:1] if same else texts)])
+        rows[same].append([Markup("<code>{}</code>").format(flag(name)), *texts[: 1 if same else None]])
     return {"experiments": experiments, "different": rows[False], "same": rows[True]}
 
 
 def _text(value: Any) -> str:
     return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def curves(report: Report) -> dict[str, Any] | None:
-    """The charts of training and validation, and what validation was over; ``None`` without any."""
-    configs = [run.config for run in report.runs if run.config is not None]
-    over = sorted({f"{c.eval_episodes} episodes, BatchNorm {c.bn}" for c in configs})
-    found = {"loss": loss_chart(report), "validation": validation_chart(report)}
-    return found | {"validated": "; ".join(over)} if any(found.values()) else None
 
 
 def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]:
