@@ -88,8 +88,8 @@ def test_seeds_are_one_experiment_and_others_are_compared_on_the_same_episodes(r
     assert [[run.label for run in e.runs] for e in report.experiments] == [["A1", "A2"], ["B"]]
     (difference,) = differences(report)
     a, b = report.experiments
-    assert (difference.mean, difference.episodes) == paired_difference(b.evaluation, a.evaluation)
-    assert difference.seeds is None and a.evaluation.ci95_runs is not None
+    assert (difference["mean"], difference["episodes"]) == paired_difference(b.evaluation, a.evaluation)
+    assert difference["seeds"] is None and a.evaluation.ci95_runs is not None
 
 
 def test_runs_of_other_shapes_are_not_compared(report):
@@ -235,8 +235,8 @@ def test_what_cannot_be(what, copied, tmp_path, capsys):
         "nothing": "no folder of that name; name a folder made by `l2g train`",
         "empty": "a folder without config.json and log.csv; name",
         "twice": "need different runs, got .* more than once; leave one out",
-        "folder": "need a file to write, -o .* is a folder; name a file in it",
-        "file in the way": "need a folder for the page, cannot make",
+        "folder": "need a file to write for --out, got the folder .*; name a file in it",
+        "file in the way": "need a file to write for --out, got .*; choose another",
     }
     assert re.search(wanted[what], capsys.readouterr().err)
     assert (tmp_path / "page.html").read_text() == "old"
