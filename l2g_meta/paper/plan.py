@@ -19,7 +19,6 @@ from l2g_meta.training.config import Config
 EPISODES = {"prototypical": 100_000, "relation": 500_000, "maml": 240_000, "meta-lstm": 60_000}
 NEVER = 10**9
 HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "maml": NEVER, "meta-lstm": NEVER}  # episodes; as published
-EMBEDDED = "glyphs"  # needs no folder
 RESULT = "test.json"  # in a cell's folder when it is done
 EQUAL_TIME = "equal-time.json"  # what ``equal_time`` found when it began
 
@@ -156,7 +155,7 @@ def plan(
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
     found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device)
-    on_disk = [name for name in found.data if name != EMBEDDED]
+    on_disk = [name for name in found.data if name != "glyphs"]
     if root is None and on_disk:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
     return found

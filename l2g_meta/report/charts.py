@@ -217,12 +217,12 @@ def reliability_chart(found: Reliability, style: str, name: str) -> Chart:
     bins, total, most = len(found.count), sum(found.count), max(found.count)
     bars = []
     for b, (n, accuracy, mean) in enumerate(zip(found.count, found.accuracy, found.confidence, strict=True)):
-        x = (100 * b / bins + 0.6, 100 * (b + 1) / bins - 0.6)
-        title = f"{n:,} of {total:,} predictions: {100 * mean:.1f} % probable, {100 * accuracy:.1f} % right"
-        low, high = sorted((100 * accuracy, 100 * mean))
-        count = (-26.0, -26 + 20 * n / most)
-        bars += [(style, x, (0.0, 100 * accuracy), title), ("gap", x, (low, high), title), ("count", x, count, title)]
-        bars = bars if n else bars[:-3]
+        if n:
+            x = (100 * b / bins + 0.6, 100 * (b + 1) / bins - 0.6)
+            title = f"{n:,} of {total:,} predictions: {100 * mean:.1f} % probable, {100 * accuracy:.1f} % right"
+            low, high = sorted((100 * accuracy, 100 * mean))
+            bars.append((style, x, (0.0, 100 * accuracy), title))
+            bars += [("gap", x, (low, high), title), ("count", x, (-26.0, -26 + 20 * n / most), title)]
     return Chart(
         (0, 100), (-26, 100), description=f"Reliability of {name}: accuracy against probability in {bins} bins",
         xlabel="probability of the prediction (%)", ylabel="right (%)", height=330, yfirst=0, bars=bars,

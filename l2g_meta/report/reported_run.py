@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from l2g_meta.report.measure import Measured
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
 
-T = TypeVar("T")
 NUMBERS = ("iteration", "loss", "val_accuracy", "val_ci95")
 
 
@@ -74,7 +73,7 @@ def read_run(path: Path) -> ReportedRun:
         raise L2GError(f"need a run directory, {path}: {found}; name a folder made by `l2g train`")
     problems: list[str] = []
 
-    def attempt(without: str, read: Callable[[], T], otherwise: T) -> T:
+    def attempt(without: str, read: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return read()
         except L2GError as error:
