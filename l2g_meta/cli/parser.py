@@ -36,7 +36,7 @@ def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     about = "Few-shot learning that generalises to unseen tasks."
     parser = Parser(prog="l2g", description=about, epilog=f"{examples(EXAMPLES)}\n\n{textwrap.fill(ENDING, WIDTH)}")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
     for name, line in COMMANDS.items():
         if name in names:
             module = command(name)
