@@ -102,7 +102,7 @@ if __name__ == "__main__":
 
 
 def test_processes_that_a_command_starts(folders, tmp_path):
-    """As `l2g reproduce --parallel 2` starts them."""
+    """As `l2g bench` starts them to measure memory."""
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     found, marker = folders

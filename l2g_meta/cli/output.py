@@ -40,7 +40,7 @@ def output_of(args: argparse.Namespace) -> Iterator[None]:
     """
     args.stdout = sys.stdout  # for ``emit``
     if args.json is not None and args.json != STDOUT:
-        _check_writable(args.json)
+        check_place(args.json, "--json")
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         target = nowhere if args.quiet else sys.stderr if args.json == STDOUT else sys.stdout
         with redirect_stdout(target):
@@ -97,12 +97,17 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _check_writable(path: Path) -> None:
+def check_place(path: Path, flag: str) -> None:
+    """That the file that a flag names can be written, before any work.
+
+    Raises:
+        L2GError: if not.
+    """
     if path.is_dir():
-        raise L2GError(f"need a file to write for --json, got the folder {path}; put --json last, or before a FILE")
+        raise L2GError(f"need a file to write for {flag}, got the folder {path}; name a file in it, or put {flag} last")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path)
     except OSError as error:
         reason = error.strerror or error
-        raise L2GError(f"need a file to write for --json, got {path}: {reason}; choose another") from error
+        raise L2GError(f"need a file to write for {flag}, got {path}: {reason}; choose another") from error
