@@ -32,7 +32,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def build(folder: Path) -> None:
     assert not any(folder.iterdir())
-    (folder / "images.npy").write_bytes(b"whole")
+    for name in cache.FILES:
+        (folder / name).write_bytes(b"whole")
 
 
 KILLED = """
@@ -180,9 +181,14 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "shuffled labels": shuffle_labels,
     "renamed classes": lambda f: (f / "classes.json").write_text('["b", "a"]'),
     "a file less": lambda f: (f / "labels.npy").unlink(),
-    "a file more": lambda f: (f / "more.npy").write_bytes(b""),
+    "a file that is a folder": lambda f: ((f / "labels.npy").unlink(), (f / "labels.npy").mkdir()),
     "no checksums": lambda f: (f / "checksums.json").unlink(),
     "torn checksums": lambda f: os.truncate(f / "checksums.json", 40),
+    "checksums of no file": lambda f: (f / "checksums.json").write_text("{}"),
+    "checksums of fewer files": lambda f: (f / "checksums.json").write_text(
+        json.dumps({n: v for n, v in json.loads((f / "checksums.json").read_text()).items() if n != "labels.npy"})
+    ),
+    "checksums without end": lambda f: (f / "checksums.json").write_text("[" * 10**6),
     "other checksums": lambda f: (f / "checksums.json").write_text('{"images.npy": [1], "labels.npy": {}}'),
 }
 
@@ -190,11 +196,11 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_what_is_torn_or_changed_is_made_again(root: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder, _ = converted(root)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"}
+    whole = {name: (folder / name).read_bytes() for name in cache.FILES}
     CORRUPTIONS[name](folder)
     again, calls = converted(root)
     assert again == folder and calls == [1]
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"} == whole
+    assert {name: (folder / name).read_bytes() for name in cache.FILES} == whole
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"l2g: {folder} is made again: ")
     assert converted(root)[1] == []
@@ -205,7 +211,9 @@ def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch:
     with monkeypatch.context() as context:
         context.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
         assert converted(root)[1] == []
-        context.setattr(json, "load", lambda file: pytest.fail("reads the checksums again"))
+        (folder / ".l2g-0").write_bytes(b"left by a killed process")
+        assert converted(root)[1] == []
+        context.setattr(cache, "read_text", lambda path: pytest.fail("reads the checksums again"))
         assert converted(root)[1] == []
     moved = (folder / "images.npy").rename(folder / "moved")  # a copy from elsewhere: the same content, another inode
     shutil.copy(moved, folder / "images.npy")
@@ -216,6 +224,31 @@ def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch:
         context.setattr(cache, "file_digest", lambda path: read.append(path.name) or whole(path))
         assert converted(root)[1] == [] and read == ["images.npy"]
         assert converted(root)[1] == [] and read == ["images.npy"]  # its new stamp is kept
+
+
+def test_a_later_process_reads_the_stamps_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(root)
+    copy = folder.with_name("copy")  # whose inodes and times are others
+    shutil.copytree(folder, copy)
+    shutil.rmtree(folder)
+    copy.rename(folder)
+    assert converted(root)[1] == []
+    monkeypatch.setattr(cache, "_sound", {})
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+    assert converted(root)[1] == []
+
+
+def test_a_cache_that_cannot_be_written_is_read_once_a_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(root)
+    os.utime(folder / "images.npy", ns=(0, 0))
+
+    def full(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(cache, "replaced", full)
+    assert converted(root)[1] == []
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+    assert converted(root)[1] == []
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

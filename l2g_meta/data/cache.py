@@ -24,9 +24,10 @@ import numpy as np
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
-from l2g_meta.files.reading import open_regular
+from l2g_meta.files.reading import open_regular, read_text
 from l2g_meta.files.writing import replaced, sync
 
+FILES = ("images.npy", "labels.npy", "classes.json")  # of a finished folder; no other is read
 CHECKSUMS = "checksums.json"
 _sound: dict[Path, dict[str, list[int]]] = {}  # stamps of folders that this process found as they were
 
@@ -103,49 +104,36 @@ def _remove_left(root: Path, held: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Syncs the files of a folder and writes their checksums beside them."""
-    for base, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(base, name))
-        sync(Path(base))
-    _write_checksums(folder, {name: [file_digest(folder / name), *stamp] for name, stamp in _stamps(folder).items()})
+    for path in (*(folder / name for name in FILES), folder):
+        sync(path)
+    _write_checksums(folder, {name: [file_digest(folder / name), *_stamp(f"{folder}/{name}")] for name in FILES})
 
 
 def changed(folder: Path) -> str:
     """What of a sealed folder is not as it was, in words, or ""; files are read only if they were touched since."""
     try:
-        found = _stamps(folder)
-        if found == _sound.get(folder):
+        base = str(folder)
+        stamps = {name: _stamp(f"{base}/{name}") for name in (CHECKSUMS, *FILES)}
+        if stamps == _sound.get(folder):
             return ""
-        with open_regular(folder / CHECKSUMS) as file:
-            sealed = json.load(file)
-        stamps = {name: stamp for name, stamp in found.items() if name != CHECKSUMS}
-        digests = {name: digest for name, (digest, *_) in sealed.items()}
-        if stamps.keys() != sealed.keys():
-            return f"it has other files ({sorted(stamps.keys() ^ sealed.keys())[0]}) than it was made with"
-        touched = [name for name, stamp in stamps.items() if stamp != sealed[name][1:]]
+        sealed = json.loads(read_text(folder / CHECKSUMS))
+        touched = [name for name in FILES if sealed[name][1:] != stamps[name]]
         for name in touched:
-            if file_digest(folder / name) != digests[name]:
+            if file_digest(folder / name) != sealed[name][0]:
                 return f"{name} does not fit its checksum"
-    except (OSError, AttributeError, TypeError, ValueError) as error:
-        return f"its checksums cannot be read ({type(error).__name__})"
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        return f"it cannot be checked ({type(error).__name__})"
     if touched:
-        with suppress(OSError, CheckpointError):  # a cache that may only be read
-            _write_checksums(folder, {name: [digests[name], *stamp] for name, stamp in stamps.items()})
-    _sound[folder] = found  # from before the digests: what changed meanwhile is looked at again
+        with suppress(OSError):  # a cache that may only be read
+            _write_checksums(folder, {name: [sealed[name][0], *stamps[name]] for name in FILES})
+    _sound[folder] = stamps  # from before the digests: what changed meanwhile is looked at again
     return ""
 
 
-def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
-    """What changes with each file below a folder: size, times of content and of attributes, inode."""
-    found: dict[str, list[int]] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                found |= _stamps(entry.path, f"{prefix}{entry.name}/")
-            else:
-                s = entry.stat()
-                found[prefix + entry.name] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
-    return found
+def _stamp(path: str) -> list[int]:
+    """What changes with a file: size, times of content and of attributes, inode."""
+    s = os.stat(path)
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
 
 def _write_checksums(folder: Path, checksums: Mapping[str, Any]) -> None:
