@@ -11,11 +11,10 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +59,17 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     folder = root / f"{name}-{digest}"
     if folder.is_dir() and not changed(folder):
         return folder
-    partial, lock = root / f".{folder.name}.{secrets.token_hex(8)}.partial", root / f".{folder.name}.lock"
+    partial = root / f".{folder.name}.partial"
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(turn(lock, f"converts {name}"))
+            stack.enter_context(turn(partial.with_suffix(".lock"), f"converts {name}"))
             if folder.is_dir():
                 if not (what := changed(folder)):  # somebody else was faster
                     return folder
                 print(f"l2g: {folder} is made again: {what}", file=sys.stderr)
-            _remove_left(root, lock)
+            shutil.rmtree(partial, ignore_errors=True)
+            _remove_left(root)
             partial.mkdir()
         except (CheckpointError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -93,11 +93,10 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     return folder
 
 
-def _remove_left(root: Path, held: Path) -> None:
-    """What killed processes left of conversions; they may be of many gigabytes and of data that is gone."""
-    for partial in root.glob(".*.*.partial"):
-        lock = root / f"{partial.name.rsplit('.', 2)[0]}.lock"
-        with nullcontext(True) if lock == held else claim(lock, remove=True) as ours:
+def _remove_left(root: Path) -> None:
+    """What killed processes left of other conversions; they may be of many gigabytes and of data that is gone."""
+    for partial in root.glob(".*.partial"):
+        with claim(partial.with_suffix(".lock"), remove=True) as ours:
             if ours:
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -164,14 +163,11 @@ def create_images(folder: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     """
     if (need := math.prod(shape)) > (free := shutil.disk_usage(folder).free):
         raise DataError(f"need {need:,} bytes for converted data, {folder.parent} has {free:,} left; set L2G_CACHE")
-    return np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-
-
-def reserve(folder: Path) -> None:
-    """Takes the disk space of the images now: a map on a disk that fills up later would end the process."""
-    if hasattr(os, "posix_fallocate"):
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # takes the room now: a map on a disk that fills up later would end the process
         with open(folder / "images.npy", "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return images
 
 
 def write_classes(folder: Path, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:
