@@ -250,6 +250,13 @@ def test_a_cache_that_cannot_be_written_is_read_once_a_process(root: Path, monke
     assert converted(root)[1] == []
 
 
+def test_an_empty_variable_does_not_name_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("L2G_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert cache.cache_root() == Path("/home/me/.cache/l2g-meta")
+
+
 def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     sync, rename = cache.sync, Path.rename
@@ -258,6 +265,13 @@ def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pyte
     folder, _ = converted(root)
     at = synced.index("renamed")
     assert {"images.npy", "labels.npy", "classes.json"} < set(synced[:at]) and synced[at + 1 :] == [root.name]
+
+
+def test_a_folder_s_name_does_not_steer_the_terminal(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flip(cached("a\x1b[2J", {}, build) / "images.npy", 0)
+    cached("a\x1b[2J", {}, build)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "\x1b" not in line and r"a\x1b[2J" in line
 
 
 @pytest.mark.parametrize("target", ["", "somewhere"])

@@ -23,6 +23,7 @@ import numpy as np
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
+from l2g_meta.files.names import shown
 from l2g_meta.files.reading import open_regular, read_text
 from l2g_meta.files.writing import replaced, sync
 
@@ -32,10 +33,12 @@ _sound: dict[Path, dict[str, list[int]]] = {}  # stamps of folders that this pro
 
 
 def cache_root() -> Path:
-    """Folder of converted data: ``$L2G_CACHE``, else ``$XDG_CACHE_HOME/l2g-meta``, else ``~/.cache/l2g-meta``."""
-    if "L2G_CACHE" in os.environ:
-        return Path(os.environ["L2G_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "l2g-meta"
+    """Folder of converted data: ``$L2G_CACHE``, else ``$XDG_CACHE_HOME/l2g-meta``, else ``~/.cache/l2g-meta``.
+
+    A variable without a text counts as none: it would name the current folder.
+    """
+    own, base = os.environ.get("L2G_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).expanduser() if own else Path(base or "~/.cache").expanduser() / "l2g-meta"
 
 
 def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
@@ -67,7 +70,7 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             if folder.is_dir():
                 if not (what := changed(folder)):  # somebody else was faster
                     return folder
-                print(f"l2g: {folder} is made again: {what}", file=sys.stderr)
+                print(f"l2g: {shown(str(folder))} is made again: {what}", file=sys.stderr)
             shutil.rmtree(partial, ignore_errors=True)
             _remove_left(root)
             partial.mkdir()

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from l2g_meta.errors import CheckpointError
+from l2g_meta.files.names import shown
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def turn(path: Path, what: str) -> Iterator[None]:
                 yield
                 return
         if not tries:
-            print(f"l2g: waits for another process that {what} (it has {path})", file=sys.stderr)
+            print(shown(f"l2g: waits for another process that {what} (it has {path})"), file=sys.stderr)
         time.sleep(0.5)
 
 
