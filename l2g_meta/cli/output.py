@@ -84,7 +84,7 @@ def plain_warnings() -> None:
 
     def line(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> str:
         own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
-        return f"l2g: warning: {message}\n" if own else usual(message, category, filename, *more)
+        return f"l2g: warning: {shown(str(message))}\n" if own else usual(message, category, filename, *more)
 
     warnings.formatwarning = line  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are then refused, or read all the same
