@@ -59,16 +59,6 @@ def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Se
     return _quiet()(clone_module), _quiet()(update_module)
 
 
-def learn2learn_maml() -> Callable[..., Any] | None:
-    """learn2learn's ``MAML(model, lr, first_order=...)``, or ``None`` where it is not installed.
-
-    ``L2GWrapper`` stands in for it: ``clone()`` gives a learner with ``module``, ``adapt(loss)`` takes a step.
-    """
-    if backend()[0].__module__ == __name__:
-        return None
-    return functools.partial(require_learn2learn().algorithms.MAML, allow_nograd=True)
-
-
 def own_buffers(source: nn.Module, clone: nn.Module) -> None:
     """Gives a clone private copies of its buffers; what its passes wrote so far goes to the module it was cloned from.
 
