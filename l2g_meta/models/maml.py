@@ -24,6 +24,8 @@ from l2g_meta.task import Task, TaskLike
 class SoftmaxMAML(nn.Module):
     """A classifier of ``n_way`` classes that is adapted on the supports by gradient steps, ``model(task) -> scores``.
 
+    The steps are those of ``L2GWrapper``'s learner, to the last bit learn2learn's ``MAML``.
+
     Args:
         classifier: images (n, C, H, W) to logits (n, n_way).
         n_way: classes of every task.
