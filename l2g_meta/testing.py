@@ -89,7 +89,7 @@ def the_loss_has_a_gradient(head: nn.Module, shape: tuple[int, ...]) -> None:
     """The gradient of the task loss is not zero for all parameters: there is something to train."""
     (model, (task, _)), _ = _problems(head, shape)
     norm = _gradient(model, L2GWrapper(model, ALPHA).loss(task)).norm()
-    assert norm > 1e-12, "need a gradient, got zero for all parameters; look for constant scores or projections of zeros"
+    assert norm > 1e-12, "need a gradient, got zero for all parameters; look for constant scores or zero projections"
 
 
 def relabelling_permutes_columns(head: nn.Module, shape: tuple[int, ...]) -> None:
