@@ -16,7 +16,7 @@ from l2g_meta.evaluation.episodes import evaluate, paired_difference
 from l2g_meta.training.allocator import keep_freed_memory
 from l2g_meta.training.build import build_data, load_run
 from l2g_meta.training.config import Config
-from l2g_meta.training.curves import learning_curve, tsne
+from l2g_meta.training.curves import learning_curve
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import train
 
@@ -30,7 +30,7 @@ METHODS = {
 L2G = "L2G, mix 0.5"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--out", type=Path, help="folder of the runs and pictures (default: runs/quickstart)")
+parser.add_argument("--out", type=Path, help="folder of the runs and the picture (default: runs/quickstart)")
 parser.add_argument("--smoke", action="store_true", help="two updates, ten episodes")
 args = parser.parse_args()
 out = args.out or Path("runs/quickstart-smoke" if args.smoke else "runs/quickstart")
@@ -67,8 +67,5 @@ for title in (other for other in METHODS if other != L2G):
     gains = [paired_difference(scores[L2G, ways], scores[title, ways]) for ways in (5, 20)]
     print(line(f"mix − {title}", *(f"{mean:+.2f} ± {half:.2f}" for mean, half in gains), ""))
 
-# Pictures.
-curve = learning_curve(list(runs.values()), out / "convergence.png", labels=list(runs))
-shown = {title: models[title] for title in ("Episodic, 4 tasks", L2G)}
-picture = tsne(shown, test, out / "tsne.png", ways=8, shots=5, queries=20, device=next(models[L2G].parameters()).device)
-print(f"\npictures: {curve}, {picture}")
+picture = learning_curve(list(runs.values()), out / "convergence.png", labels=list(runs))
+print(f"\npicture: {picture}")

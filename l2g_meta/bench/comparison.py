@@ -95,36 +95,6 @@ def bench(
     return result
 
 
-AXES: dict[str, Sequence[int]] = {
-    "ways": (5, 10, 20),
-    "shots": (1, 5, 10),
-    "pairs": (1, 2, 5),
-    "image_size": (28, 42, 84),
-    "inner_steps": (1, 2, 5),
-}
-
-
-def scaling(
-    case: Case,
-    *,
-    variants: Sequence[str] | None = None,
-    repeats: int = 3,
-    say: Callable[[str], None] = print,
-    axes: dict[str, Sequence[int]] = AXES,
-) -> list[dict[str, Any]]:
-    """The bench along each axis by itself, the other values as in ``case``.
-
-    Without ``variants``: episodic and L2G.
-    """
-    found = []
-    for axis, values in axes.items():
-        for value in values:
-            changed = replace(case, **{axis: value})  # type: ignore[arg-type]
-            result = bench(changed, variants=variants or ("episodic", "l2g"), repeats=repeats, memory=False, say=say)
-            found.append({"axis": axis, "value": value, **result})
-    return found
-
-
 def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
     """Relative error of each variant's meta-gradient against float64, of one pair with at most 5 queries."""
     small = replace(case, pairs=1, queries=min(case.queries, 5))

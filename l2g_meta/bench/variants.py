@@ -1,7 +1,7 @@
 """The rows of the bench: ways to compute a (meta-)gradient, each from a model and a case to ``step(pairs)``.
 
 A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
-all compute the same gradient. The peers run on PyTorch's own layers, on images as their users have them.
+all compute the same gradient. learn2learn runs on PyTorch's own layers, as its users do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.bench.case import OURS, Case, Layers, build
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.inner.clone import require_learn2learn
-from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
 from l2g_meta.training.objectives import Objective, episodic, l2g, meta_gradient
@@ -78,61 +77,6 @@ def learn2learn(model: MetricModel, case: Case) -> Step:
     return each_pair(backward)
 
 
-def higher(model: MetricModel, case: Case) -> Step:
-    """``higher.innerloop_ctx`` (Grefenstette et al. 2019)."""
-    import higher as library
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=case.inner_lr)
-
-    def backward(task_i: Task, task_j: Task, n: int) -> None:
-        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
-            for _ in range(case.inner_steps):
-                inner.step(model.loss_fn(learner(task_i), task_i.query_y))
-            (model.loss_fn(learner(task_j), task_j.query_y) / n).backward()
-
-    return each_pair(backward)
-
-
-def torchopt(model: MetricModel, case: Case) -> Step:
-    """``torchopt.MetaSGD`` (Ren et al. 2022)."""
-    import torchopt as library
-
-    inner = library.MetaSGD(model, lr=case.inner_lr)
-
-    def backward(task_i: Task, task_j: Task, n: int) -> None:
-        before = library.extract_state_dict(model, by="reference")
-        for _ in range(case.inner_steps):
-            inner.step(model.loss_fn(model(task_i), task_i.query_y))
-        loss = model.loss_fn(model(task_j), task_j.query_y) / n
-        library.recover_state_dict(model, before)
-        loss.backward()
-
-    return each_pair(backward)
-
-
-def torch_func(model: MetricModel, case: Case) -> Step:
-    """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-
-    def inner_loss(values: tuple[Tensor, ...], task: Task) -> Tensor:
-        scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
-        return model.loss_fn(scores, task.query_y)
-
-    def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
-        for _ in range(case.inner_steps):
-            gradients = torch.func.grad(inner_loss)(values, task_i)
-            values = tuple(p - case.inner_lr * g for p, g in zip(values, gradients, strict=True))
-        return inner_loss(values, task_j)
-
-    def backward(task_i: Task, task_j: Task, n: int) -> None:
-        with batchnorm_policy(model, "batch"):  # buffers cannot be written under torch.func
-            gradients = torch.func.grad(outer_loss)(parameters, task_i, task_j)
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g.detach() / n if p.grad is None else p.grad + g.detach() / n
-
-    return each_pair(backward)
-
-
 _fused = partial(Variant, layers="fused", base="episodic")
 _channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
 VARIANTS: dict[str, Variant] = {
@@ -146,9 +90,6 @@ VARIANTS: dict[str, Variant] = {
     "l2g, own network, channels-last": _channels_last(ours(l2g)),
     "l2g, own network, stock operators": Variant(ours(l2g, fast=False)),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
-    "higher": Variant(higher, needs="higher"),
-    "TorchOpt": Variant(torchopt, needs="torchopt"),
-    "torch.func": Variant(torch_func),
 }
 
 
@@ -166,7 +107,7 @@ def available(
             raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
         row, missing = VARIANTS[name], None
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-            missing = f"the package {row.needs}; pip install l2g-meta[bench,learn2learn]"
+            missing = f"the package {row.needs}; pip install l2g-meta[learn2learn]"
         elif row.layers == "fused" and case.backbone not in OURS:
             missing = "fused layers, which only conv4 and resnet12 have; leave it out"
         if missing is None:

@@ -14,8 +14,7 @@ INTERRUPTED = "nothing was written; run it again"
 DESCRIPTION = "Times one update of L2G, of episodic training and of other libraries in turn, on random images."
 EXAMPLES = """\
 l2g bench                                            # Conv4 at 84 px, 5-way 1-shot
-l2g bench --pairs 5 --variants episodic l2g learn2learn --json bench.json
-l2g bench --scaling --image-size 28"""
+l2g bench --pairs 5 --variants episodic l2g learn2learn --json bench.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
     add("--repeats", type=positive, metavar="N", default=5, help="timed steps of each (default: 5)")
     add("--no-memory", action="store_true", help="leave peak memory out")
-    add("--scaling", action="store_true", help="instead of the table: along ways, shots, pairs, image size and inner "
-        "steps")  # fmt: skip
     add_output(parser, json="the results")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures."""
-    from l2g_meta.bench.comparison import bench, scaling
+    from l2g_meta.bench.comparison import bench
     from l2g_meta.training.build import build_device
 
     case = Case(**given(args, Case))
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats, "variants": args.variants}
-    emit(args, scaling(case, **options) if args.scaling else bench(case, memory=not args.no_memory, **options))
+    emit(args, bench(case, memory=not args.no_memory, **options))
     return 0

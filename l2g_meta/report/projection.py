@@ -12,7 +12,6 @@ from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import FitError
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
-from l2g_meta.training.curves import flattened, require_tsne
 
 POINTS = 300  # drawn at most
 SEED = 0  # of the choice of images, and of t-SNE
@@ -41,13 +40,14 @@ def projected(model: nn.Module, data: ClassDataset, rows: np.ndarray) -> np.ndar
     """
     if not isinstance(model, MetricModel):
         raise FitError(f"{type(model).__name__} adapts to each task and has no embedding that holds for all")
-    require_tsne()  # before images are embedded
+    from sklearn.manifold import TSNE  # before images are embedded
+
     device = next(model.parameters()).device
     with torch.no_grad(), batchnorm_policy(model, "running"):
         parts = [model.encoder(data.gather(part).to(device)).flatten(1).cpu() for part in np.array_split(rows, 4)]
     z = torch.cat(parts).numpy()
     if len(z) < 4:
         raise FitError(f"t-SNE needs at least 4 images, got {len(z)}")
-    points = flattened(z, SEED)
+    points = TSNE(random_state=SEED, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
     low, high = points.min(0), points.max(0)
     return (points - low) / np.maximum(high - low, 1e-9)

@@ -1,23 +1,14 @@
-"""Pictures of runs: learning curves, and embeddings of unseen classes."""
+"""Learning curves of runs, as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.data.pairs import Episodes
-from l2g_meta.errors import FitError
 from l2g_meta.files.writing import new_file
-from l2g_meta.models.batchnorm_policy import batchnorm_policy
-from l2g_meta.models.metric import MetricModel
-from l2g_meta.task import Task
 from l2g_meta.training.log import read_log
 
 
@@ -52,137 +43,6 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
     if right.lines:
         right.legend()
     return save(figure, path)
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """One picture of embeddings, as points of a plane.
-
-    Args:
-        title: of the picture.
-        supports: coordinates of the supports, (n_support, 2).
-        support_labels: their classes, from 0.
-        queries: coordinates of the queries, (n_query, 2).
-        query_labels: their classes.
-    """
-
-    title: str
-    supports: list[list[float]]
-    support_labels: list[int]
-    queries: list[list[float]]
-    query_labels: list[int]
-
-
-def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, heading: str = "", **options: Any) -> Path:
-    """t-SNE of one episode's embeddings under each model, side by side (cf. fig. 3): supports stars, queries dots.
-
-    Args:
-        models: as of ``tsne_points``.
-        dataset: a data set, or a list of several, a row of pictures each; the split is in each title.
-        path: of the picture.
-        heading: above the pictures.
-        options: of ``tsne_points``: ways, shots, queries, seed and device.
-
-    Raises:
-        ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
-        FitError: for a model without an ``encoder``.
-    """
-    return draw_scatters(tsne_points(models, dataset, **options), path, heading=heading)
-
-
-def tsne_points(
-    models: Mapping[str, nn.Module],
-    dataset: Any,
-    *,
-    ways: int = 5,
-    shots: int = 5,
-    queries: int = 25,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> list[list[Scatter]]:
-    """What ``tsne`` draws: for each data set, the picture of each model.
-
-    Args:
-        models: title to ``MetricModel`` or its wrapper; all are shown the same episode.
-        dataset: as for ``TaskPairs``, or a list of several.
-        ways: classes shown.
-        shots: supports per class.
-        queries: queries per class.
-        seed: of the episode and of t-SNE.
-        device: where the models are.
-
-    Raises:
-        ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
-        FitError: for a model without an ``encoder``.
-    """
-    require_tsne()
-    rows = []
-    for data in dataset if isinstance(dataset, list | tuple) else [dataset]:
-        task = Episodes(data, ways=ways, shots=shots, queries=queries, seed=seed, device=device)[0]
-        shown = f"{ways} classes of {getattr(data, 'name', '')} {getattr(data, 'split', '')}".strip()
-        rows.append([_embedded(f"{title}: {shown}", model, task, seed) for title, model in models.items()])
-    return rows
-
-
-def require_tsne() -> Any:
-    """scikit-learn's ``TSNE``.
-
-    Raises:
-        ImportError: with what to install.
-    """
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
-    return TSNE
-
-
-def flattened(z: np.ndarray, seed: int) -> np.ndarray:  # (n, d) -> (n, 2)
-    """Embeddings as points of a plane, by t-SNE.
-
-    Raises:
-        ImportError: without scikit-learn.
-    """
-    return require_tsne()(random_state=seed, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
-
-
-def _embedded(title: str, model: nn.Module, task: Task, seed: int) -> Scatter:
-    model = model.module if isinstance(model, L2GWrapper) else model
-    if not isinstance(model, MetricModel):
-        raise FitError(f"need a MetricModel, whose encoder gives embeddings, got {type(model).__name__} for {title!r}")
-    with torch.no_grad(), batchnorm_policy(model, "running"):
-        z = model.encoder(torch.cat([task.support_x, task.query_x])).flatten(1).cpu().numpy()
-    n = len(task.support_y)
-    flat = flattened(z, seed)
-    return Scatter(title, flat[:n].tolist(), task.support_y.tolist(), flat[n:].tolist(), task.query_y.tolist())
-
-
-def draw_scatters(rows: Sequence[Sequence[Scatter]], path: Path | str, *, heading: str = "") -> Path:
-    """Rows of pictures of embeddings: supports are stars, queries dots, classes colours.
-
-    Args:
-        rows: as of ``tsne_points``.
-        path: of the picture.
-        heading: above the pictures.
-    """
-    figure, axes = subplots(len(rows), len(rows[0]))
-    for axis, scatter in zip(np.ravel(axes), (scatter for row in rows for scatter in row), strict=True):
-        dots, stars = np.transpose(scatter.queries), np.transpose(scatter.supports)
-        axis.scatter(*dots, c=scatter.query_labels, cmap="tab10", vmax=9, s=12)
-        axis.scatter(*stars, c=scatter.support_labels, cmap="tab10", vmax=9, s=140, marker="*", edgecolors="black")
-        axis.set_title(scatter.title, fontsize=9)
-        axis.set(xticks=[], yticks=[])
-    stars, dots = (_marker(marker, size) for marker, size in (("*", 12), ("o", 4)))
-    figure.legend([stars, dots], ["supports", "queries"], loc="outside lower center", ncols=2, frameon=False)
-    if heading:
-        figure.suptitle(heading, fontsize=8, wrap=True)
-    return save(figure, path)
-
-
-def _marker(marker: str, size: int) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color="gray", linestyle="", marker=marker, markersize=size)
 
 
 def subplots(rows: int, columns: int) -> Any:
