@@ -12,7 +12,7 @@ from torch import nn
 from l2g_meta import ResNet12
 from l2g_meta.bench import comparison as run
 from l2g_meta.bench.case import Case, build, task_stream
-from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory, scaling
+from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory
 from l2g_meta.bench.variants import VARIANTS, available, prepare
 from l2g_meta.cli.main import main
 from l2g_meta.models.blocks import BatchNormReLU2d
@@ -27,7 +27,6 @@ def test_every_exact_variant_computes_the_same_gradient():
         "l2g",
         "l2g, own network",
         "l2g, own network, stock operators",
-        "torch.func",
     }
     assert all(0 < error < 1e-4 for error in errors.values()), errors
 
@@ -149,7 +148,6 @@ def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
         ("l2g, own network, stock operators", nn.BatchNorm2d, True, set()),
         ("episodic, own network", nn.BatchNorm2d, True, set()),
         ("episodic, own network, channels-last", nn.BatchNorm2d, False, set()),
-        ("torch.func", nn.BatchNorm2d, True, set()),
         ("l2g", BatchNormReLU2d, False, {"_ConvBackward", "_NormBackward"}),
         ("l2g, first order", BatchNormReLU2d, False, {"_NormBackward"}),  # of the fused layers themselves
     ]:
@@ -174,18 +172,6 @@ def test_precision_is_the_cases():
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     bench(SMALL, variants=["l2g"], repeats=1, memory=False, say=str)
     assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
-
-
-def test_scaling_changes_one_thing_at_a_time():
-    lines = []
-    found = scaling(SMALL, variants=["l2g"], repeats=1, say=lines.append, axes={"ways": (2, 3), "inner_steps": (1, 2)})
-    assert [(f["axis"], f["value"]) for f in found] == [
-        ("ways", 2),
-        ("ways", 3),
-        ("inner_steps", 1),
-        ("inner_steps", 2),
-    ]
-    assert found[1]["case"]["ways"] == 3 and found[1]["case"]["inner_steps"] == 1
 
 
 def test_memory_of_a_step_counts_the_graph_of_both_tasks():
