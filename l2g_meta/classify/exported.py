@@ -6,7 +6,7 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ def export(
     checkpoint: str = "best",
     device: str | None = None,
     trust: bool = False,
+    half: bool = False,
 ) -> dict[str, Any]:
     """Writes a run as a folder that ``FewShotClassifier`` reads on another machine; returns what is in ``model.json``.
 
@@ -60,13 +61,15 @@ def export(
         checkpoint: ``"best"`` on validation, or ``"last"``.
         device: as of ``load_run``.
         trust: as of ``load_run``.
+        half: store weights as float16, and leave the encoder's own files out; what is measured is what they give,
+            read back as float32.
 
     Raises:
         L2GError: if the run or its data cannot be used, ``out`` is there, or an encoder does not give the same
             embeddings.
     """
     run, out = Path(run), Path(out)
-    if onnx:
+    if onnx and not half:
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
@@ -77,6 +80,8 @@ def export(
     data = {
         split: build_data(replace(config, root=root or config.root), split) for split in ("train", "validation", "test")
     }
+    tensors = halved(model.state_dict()) if half else model.state_dict()
+    model.load_state_dict(tensors)
     calibration = _calibrate(model, config, data, episodes=episodes, device=build_device(config.device))
     values = {
         "format": FORMAT,
@@ -85,16 +90,23 @@ def export(
         "calibration": asdict(calibration),
         "classes": list(data["train"].class_names),
         "training": _training(run, config, info, checkpoint),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": "float16" if half else "float32",
         "encoder": None,
     }
     with _appears(out) as folder:
-        if isinstance(model, MetricModel):
+        if isinstance(model, MetricModel) and not half:
             values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
         header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
-        save_tensors(folder / WEIGHTS, model.state_dict(), header)
+        save_tensors(folder / WEIGHTS, tensors, header)
         write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
         write_text(folder / CARD, model_card(values))
     return values
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as float16; norms and biases, which take little room and may be small numbers, as they are."""
+    return {name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in tensors.items()}
 
 
 def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *, onnx: bool = True) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
         refuse_modules(config, folder)
     tensors, info = load_tensors(folder / WEIGHTS)
     model = build_stored(config, preparation.image_shape, n_classes_of(info), tensors, folder / WEIGHTS)
-    put(tensors, model, folder / WEIGHTS)
+    put({n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}, model, folder / WEIGHTS)
     set_precision(config.precision)
     return Source(model.eval().to(device), preparation, calibration, values)
 

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, metavar="RUN", help="run directory")
     add("out", type=Path, metavar="OUT", help="folder to make")
     add("--no-onnx", action="store_true", help="leave ONNX out, which takes l2g-meta[export]")
+    add("--half", action="store_true", help="weights as float16, half the size; leaves torch.export and ONNX out")
     add("--episodes", type=positive, metavar="N", default=600, help="for each number of shots (default: 600)")
     add_run(parser)
     add_output(parser, json="what the folder's model.json holds")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     values = export(
         args.run, args.out, onnx=not args.no_onnx, episodes=args.episodes, root=args.root, checkpoint=args.checkpoint,
-        device=args.device, trust=args.trust,
+        device=args.device, trust=args.trust, half=args.half,
     )  # fmt: skip
     for e in values["calibration"]["shots"]:
         print(
