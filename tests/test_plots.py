@@ -46,5 +46,5 @@ def test_tsne_shows_each_model_side_by_side(tmp_path):
 
 def test_tsne_without_scikit_learn_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(ImportError, match=r"pip install l2g-meta\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         tsne({}, None, tmp_path / "x.png")

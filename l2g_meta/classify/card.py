@@ -13,12 +13,12 @@ from l2g_meta.training.checks import SUPERVISED, flag
 from l2g_meta.training.config import MACHINE, Config
 
 
-def model_card(values: Mapping[str, Any]) -> str:
-    """The text of ``README.md``, from what is in ``model.json``."""
+def model_card(values: Mapping[str, Any], *, imagenet: bool = False) -> str:
+    """The text of ``README.md``, from what is in ``model.json``; ``imagenet``: the weights have seen its photos."""
     loader = PackageLoader("l2g_meta.classify", "")
     templates = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # no HTML
     templates.filters |= {"plain": _plain, "listed": listed, "command": _command}
-    return templates.get_template("card.md").render(values=values)
+    return templates.get_template("card.md").render(values=values, imagenet=imagenet)
 
 
 def _plain(text: str) -> str:

@@ -22,11 +22,10 @@ l2g doctor --quiet && l2g train                      # only if all that is requi
 REQUIRED = {  # packages by the module that is imported
     "l2g-meta": "l2g_meta", "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "Pillow": "PIL.Image",
     "matplotlib": "matplotlib", "safetensors": "safetensors.torch", "tqdm": "tqdm", "filelock": "filelock",
-    "pooch": "pooch", "Jinja2": "jinja2",
+    "pooch": "pooch", "Jinja2": "jinja2", "scikit-learn": "sklearn",
 }  # fmt: skip
 OPTIONAL = {  # module, what it is for, and the extra that brings it or the command that adds it
     "learn2learn": ("learn2learn", "its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
-    "scikit-learn": ("sklearn", "FewShotClassifier, l2g predict, l2g export, t-SNE", "classify"),
     **{name: (name, "l2g export", "export") for name in ("onnx", "onnxruntime", "onnxscript")},
     "timm": ("timm", "encoders by --backbone timm:NAME", "timm"),
     "tensorboard": ("tensorboard", "l2g train --tensorboard", "tensorboard"),

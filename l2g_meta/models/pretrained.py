@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.reading import open_regular
 from l2g_meta.files.tensors import read_safetensors
+from l2g_meta.models.libraries import resampled
 
 PREFIXES = ("", "module.", "encoder.", "module.encoder.", "module.classifier.encoder.", "backbone.", "model.", "net.")
 NESTED = ("state_dict", "model", "params", "encoder")  # under which files of torch.save have a state dict
@@ -54,6 +56,8 @@ def put_encoder(tensors: Mapping[str, Tensor], encoder: nn.Module, source: str) 
         )
     left_out = tuple(getattr(encoder, "left_out", ()))
     kept = {n: t for n, t in found.items() if not any(n == layer or n.startswith(f"{layer}.") for layer in left_out)}
+    with suppress(Exception):  # tensors of any kind: they do not fit then, which is said next
+        kept = dict(resampled(kept, encoder))
     load_into(encoder, kept, source)
 
 

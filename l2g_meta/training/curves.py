@@ -99,7 +99,7 @@ def tsne(
         heading: above the pictures.
 
     Raises:
-        ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
+        ImportError: without scikit-learn.
         FitError: for a model without an ``encoder``.
     """
     shape = {"ways": ways, "shots": shots, "queries": queries}
@@ -128,7 +128,7 @@ def tsne_points(
         device: where the models are.
 
     Raises:
-        ImportError: without scikit-learn (``pip install l2g-meta[plots]``).
+        ImportError: without scikit-learn.
         FitError: for a model without an ``encoder``.
     """
     require_tsne()
@@ -149,7 +149,7 @@ def require_tsne() -> Any:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ImportError("t-SNE pictures need scikit-learn; pip install l2g-meta[plots]") from error
+        raise ImportError("t-SNE pictures need scikit-learn; pip install scikit-learn") from error
     return TSNE
 
 
