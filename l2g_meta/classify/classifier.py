@@ -10,14 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils import validation as v
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    assert_all_finite,
-    check_consistent_length,
-    check_is_fitted,
-    column_or_1d,
-    validate_data,
-)
 from torch import Tensor
 
 from l2g_meta.classify import calibration as c
@@ -129,23 +123,13 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: Path | str, **options: Any) -> FewShotClassifier:
-        """A classifier around a folder made by ``l2g export`` or ``l2g train``, read now: errors come here.
-
-        Args:
-            folder: the folder.
-            options: those of the class.
-        """
+        """A classifier, of the class's ``options``, around a folder or a name that is read now: errors come here."""
         classifier = cls(str(folder), **options)
         classifier._open()
         return classifier
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
-        """Learns classes from examples, forgetting earlier ones.
-
-        Args:
-            X: images, n of them.
-            y: their labels, (n,), numbers or texts.
-        """
+        """Learns classes from examples, n images and their labels (n,), numbers or texts; forgets earlier ones."""
         self.__dict__.pop("supports_", None)
         return self.partial_fit(X, y)
 
@@ -190,7 +174,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         Raises:
             L2GError: for a model that has none which hold for all tasks.
         """
-        check_is_fitted(self)
+        v.check_is_fitted(self)
         if not scoring.scores_from_embeddings(self.source_.model):
             raise L2GError("need a MetricModel, whose encoder gives embeddings, got a model that adapts; use predict")
         X = self._checked(X, reset=False)
@@ -208,7 +192,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
             X: images, n of them.
             nearest: also look for the nearest example.
         """
-        check_is_fitted(self)
+        v.check_is_fitted(self)
         X = self._checked(X, reset=False)
         parts = [self._say(z, nearest) for z in self._embedded(X)]
         return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -288,10 +272,10 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         if y is None:
             raise L2GError("need a label of each image: it requires y to be passed, but the target y is None")
         X = self._checked(X, reset=reset)
-        y = column_or_1d(y.cpu() if isinstance(y, Tensor) else y, warn=True)
-        assert_all_finite(y, input_name="y")
+        y = v.column_or_1d(y.cpu() if isinstance(y, Tensor) else y, warn=True)
+        v.assert_all_finite(y, input_name="y")
         check_classification_targets(y)
-        check_consistent_length(X, y)
+        v.check_consistent_length(X, y)
         return X, y
 
     def _checked(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
@@ -302,7 +286,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
                 del self.n_features_in_
             return X
         X = X.cpu().numpy() if isinstance(X, Tensor) else X
-        return validate_data(self, X, reset=reset, allow_nd=True)
+        return v.validate_data(self, X, reset=reset, allow_nd=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -9,27 +9,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from l2g_meta.classify import source as sources
 from l2g_meta.classify.calibration import calibrate
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.prepared_data import open_data
-from l2g_meta.classify.source import (
-    FORMAT,
-    IMAGENET_SETS,
-    MODEL,
-    WEIGHTS,
-    Source,
-    architecture,
-    open_run,
-    open_source,
-    run_of,
-)
 from l2g_meta.data.images import SPLITS
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.evaluation.episodes import evaluate
@@ -41,7 +32,7 @@ from l2g_meta.models.linear_head import LinearHead
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.training.build import build_data, build_device
 from l2g_meta.training.checks import LEARNERS
-from l2g_meta.training.config import MACHINE, Config
+from l2g_meta.training.config import MACHINE
 from l2g_meta.training.log import read_log
 
 TOLERANCE = 1e-4  # largest difference of an exported encoder's embeddings, relative to their largest magnitude
@@ -91,10 +82,10 @@ def export(
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
-    if run := run_of(model):
-        source = open_run(run, device, checkpoint=checkpoint, trust=trust)
+    if run := sources.run_of(model):
+        source = sources.open_run(run, device, checkpoint=checkpoint, trust=trust)
     else:
-        source = open_source(model, device or "auto", trust=trust, weights=weights, image_size=image_size)
+        source = sources.open_source(model, device or "auto", trust=trust, weights=weights, image_size=image_size)
     if source.config is None or source.preparation is None:
         raise L2GError("need a run, an exported folder or the name of an encoder to export, got a module; wrap it")
     net, preparation = source.model, source.preparation
@@ -104,8 +95,8 @@ def export(
     if run:
         values |= _measured(source, run, checkpoint, episodes, root)
     values |= {
-        "format": FORMAT,
-        "architecture": architecture(source.config),
+        "format": sources.FORMAT,
+        "architecture": sources.architecture(source.config),
         "preparation": asdict(preparation),
         "parameters": sum(p.numel() for p in net.parameters()),
         "weights": "float16" if half else "float32",
@@ -117,9 +108,12 @@ def export(
         head = getattr(net, "head", None)
         n_classes = head.linear.out_features if isinstance(head, LinearHead) else None
         header: dict[str, Any] = {"image_shape": preparation.image_shape, "given": [], "n_classes": n_classes}
-        save_tensors(folder / WEIGHTS, tensors, header)
-        write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
-        write_text(folder / CARD, model_card(values, imagenet=source.of_imagenet))
+        save_tensors(folder / sources.WEIGHTS, tensors, header)
+        write_text(folder / sources.MODEL, json.dumps(sealed(values), indent=1) + "\n")
+        write_text(
+            folder / CARD,
+            model_card(values, imagenet=source.pretrained or source.config.data in sources.IMAGENET_SETS),
+        )
     return values
 
 
@@ -189,9 +183,9 @@ def _difference(name: str, found: list[Tensor], expected: list[Tensor]) -> float
     return difference
 
 
-def _measured(source: Source, run: Path, checkpoint: str, episodes: int, root: str | None) -> dict[str, Any]:
+def _measured(source: sources.Source, run: Path, checkpoint: str, episodes: int, root: str | None) -> dict[str, Any]:
     """What a run's model is worth, and what a reader should know of its training, but for what one machine is."""
-    config: Config = source.config  # type: ignore[assignment]
+    config = source.config
     info, rows = read_info(run / f"{checkpoint}.safetensors"), read_log(run) if (run / "log.csv").is_file() else []
     train, validation, test = (build_data(replace(config, root=root or config.root), split) for split in SPLITS)
     most = min(len(validation.index), len(test.index))
@@ -202,7 +196,7 @@ def _measured(source: Source, run: Path, checkpoint: str, episodes: int, root: s
     options |= {"queries": max(1, min(15, smallest - max(shots))), "ways": min(5, most, *[config.ways] * learner)}
     measured = calibrate(source.model, validation, test, **options)
     values: dict[str, Any] = {"calibration": asdict(measured), "classes": list(train.class_names), "elsewhere": None}
-    if config.data in IMAGENET_SETS and source.preparation is not None:  # how far from photos it is of use
+    if config.data in sources.IMAGENET_SETS and source.preparation is not None:  # how far from photos it is of use
         drawn = open_data("glyphs", "test", source.preparation)
         found = [evaluate(source.model, drawn, **(options | {"shots": k})) for k in shots]
         values["elsewhere"] = {"glyphs": [
@@ -221,14 +215,11 @@ def _measured(source: Source, run: Path, checkpoint: str, episodes: int, root: s
 
 
 def _check_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if util.find_spec(name) is None]:
         raise L2GError(
-            f'need onnx, onnxscript and onnxruntime to write ONNX, got: {error}; pip install "l2g-meta[export]" adds '
-            "them, --no-onnx leaves it out"
-        ) from error
+            f'need {", ".join(missing)} to write ONNX, got none; pip install "l2g-meta[export]" adds them, --no-onnx '
+            "leaves it out"
+        )
 
 
 @contextmanager

@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 from l2g_meta.classify.photos import Preparation, resized
 from l2g_meta.data import load
-from l2g_meta.data.dataset import ClassDataset
+from l2g_meta.data.dataset import ClassDataset, MapDataset
 from l2g_meta.data.images import SPLITS
 
 ALL = "all"  # classes of all splits together
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedData:
-    """Classes of several data sets one after the other, prepared when they are gathered.
+class PreparedImages(Dataset):
+    """A data set's images as inputs of a model, one by one.
 
     Args:
-        parts: data sets of uint8 images.
+        data: of uint8 images.
         preparation: of the model.
-        split: what it is called in results.
     """
 
-    parts: Sequence[ClassDataset]
-    preparation: Preparation
-    split: str = ""
-    index: tuple[np.ndarray, ...] = field(init=False, repr=False)
-    class_names: tuple[str, ...] = field(init=False, repr=False)
-    starts: np.ndarray = field(init=False, repr=False)  # first row of each part
+    def __init__(self, data: ClassDataset, preparation: Preparation):
+        self.data, self.preparation = data, preparation
 
-    def __post_init__(self) -> None:
-        starts = np.cumsum([0, *map(len, self.parts)])
-        rows = [rows + start for part, start in zip(self.parts, starts, strict=False) for rows in part.index]
-        object.__setattr__(self, "index", tuple(rows))
-        object.__setattr__(self, "class_names", tuple(name for part in self.parts for name in part.class_names))
-        object.__setattr__(self, "starts", starts)
+    def __len__(self) -> int:
+        return len(self.data)
 
-    def gather(self, rows: Tensor | np.ndarray) -> Tensor:  # (n, C, H, W)
-        """Inputs of the given rows."""
-        images = []
-        for row in torch.as_tensor(rows).tolist():
-            part = int(np.searchsorted(self.starts, row, side="right")) - 1
-            image = torch.as_tensor(self.parts[part].images[row - self.starts[part]])
-            images.append(torch.as_tensor(resized(image[None], self.preparation)))
-        return self.preparation.normalised(torch.cat(images))
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        image = torch.as_tensor(self.data.images[row])
+        return self.preparation.normalised(resized(image[None], self.preparation))[0], int(self.data.labels[row])
 
 
 def open_data(
@@ -61,7 +44,7 @@ def open_data(
     root: Path | str | None = None,
     split_seed: int = 0,
     split_file: Path | None = None,
-) -> PreparedData:
+) -> MapDataset:
     """A data set's split, or all of it, as a model takes it.
 
     Args:
@@ -80,4 +63,5 @@ def open_data(
     options: dict[str, Any] = {"split_seed": split_seed, "split_file": split_file} if folder else {}
     splits = SPLITS if split == ALL and not folder else (split,)
     parts = [load(name, each, root=root, image_size=size, **options) for each in splits]
-    return PreparedData(parts, preparation, split)
+    names = [part.class_names[y] for part in parts for y in part.labels]
+    return MapDataset(ConcatDataset([PreparedImages(part, preparation) for part in parts]), names)

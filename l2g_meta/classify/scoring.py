@@ -46,8 +46,20 @@ class Supports:
     n_way: int
 
     def scores(self, query: Tensor) -> Tensor:  # (n_query, ...) -> (n_query, n_way)
-        """Scores of queries, given as the supports are."""
-        return score(self.model, self.z, self.y, query, self.n_way)
+        """Scores of queries, given as the supports are, under running statistics and without gradients.
+
+        With unequal numbers of supports a class is not favoured for having more of them: see ``_balanced``.
+
+        Raises:
+            FitError: if the model does not take so many classes.
+        """
+        model, z, y = self.model, self.z, self.y
+        with torch.no_grad(), batchnorm_policy(model, "running"):
+            if not scores_from_embeddings(model):
+                zeros = torch.zeros(len(query), dtype=torch.long, device=y.device)
+                return model(Task(z, y, query, zeros, self.n_way))
+            rows = max(1, PAIRS // max(1, self.n_way * z[0].numel()))
+            return torch.cat([_balanced(model, z, y, part, self.n_way) for part in query.split(rows)])
 
     def nearest(self, query: Tensor) -> Tensor | None:  # (n_query, ...) -> (n_query,)
         """The support that scores highest for each query when each is a class of its own; ``None``: not known.
@@ -56,8 +68,8 @@ class Supports:
         """
         if not scores_from_embeddings(self.model):
             return None
-        n = len(self.z)
-        return score(self.model, self.z, torch.arange(n, device=self.y.device), query, n).argmax(-1)
+        each = torch.arange(len(self.z), device=self.y.device)
+        return replace(self, y=each, n_way=len(each)).scores(query).argmax(-1)
 
     def left_out(self) -> Tensor:  # (n,)
         """The highest score of each support when it is a query and the others are the supports.
@@ -135,28 +147,6 @@ def check_inductive(model: nn.Module) -> None:
                 f"need BatchNorm layers with running statistics, {name or 'the model'} has none: the prediction for an "
                 "image would depend on the others of its batch; build them with track_running_stats=True, train again"
             )
-
-
-def score(
-    model: nn.Module,
-    support: Tensor,  # (n_support, ...)
-    y: Tensor,  # (n_support,)
-    query: Tensor,  # (n_query, ...)
-    n_way: int,
-) -> Tensor:  # (n_query, n_way)
-    """Scores under running statistics, without gradients; supports and queries as ``embed`` gives them.
-
-    With unequal numbers of supports a class is not favoured for having more of them: see ``_balanced``.
-
-    Raises:
-        FitError: if the model does not take so many classes.
-    """
-    with torch.no_grad(), batchnorm_policy(model, "running"):
-        if not scores_from_embeddings(model):
-            zeros = torch.zeros(len(query), dtype=torch.long, device=y.device)
-            return model(Task(support, y, query, zeros, n_way))
-        rows = max(1, PAIRS // max(1, n_way * support[0].numel()))
-        return torch.cat([_balanced(model, support, y, part, n_way) for part in query.split(rows)])
 
 
 def _balanced(model: MetricModel, support: Tensor, y: Tensor, query: Tensor, n_way: int) -> Tensor:

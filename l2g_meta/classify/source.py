@@ -27,15 +27,7 @@ from l2g_meta.models.heads import PrototypicalHead
 from l2g_meta.models.libraries import LIBRARIES, library_weights, preprocessing, size_option
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.models.pretrained import put_encoder, read_state_dict
-from l2g_meta.training.build import (
-    build_device,
-    build_encoder,
-    build_stored,
-    load_run,
-    n_classes_of,
-    refuse_modules,
-    set_precision,
-)
+from l2g_meta.training import build
 from l2g_meta.training.checks import parsed_options
 from l2g_meta.training.config import MACHINE, Config
 
@@ -55,7 +47,7 @@ class Source:
         preparation: how images become its inputs; ``None``: not known.
         calibration: from held-out episodes; ``None``: not known.
         values: an exported folder's ``model.json``.
-        config: what it is built from; ``None``: not known.
+        config: the ``Config`` that it is built from; ``None``: not known.
         token: stands for the encoder and its weights.
     """
 
@@ -63,14 +55,14 @@ class Source:
     preparation: Preparation | None = None
     calibration: Calibration | None = None
     values: dict[str, Any] = field(default_factory=dict)
-    config: Config | None = None
+    config: Any = None
     token: bytes = field(default_factory=lambda: secrets.token_bytes(32))
 
     @property
-    def of_imagenet(self) -> bool:
-        """Whether its weights are of ImageNet's photos, as far as is known."""
-        config = self.config
-        return config is not None and (config.data in IMAGENET_SETS or config.backbone.partition(":")[0] in LIBRARIES)
+    def pretrained(self) -> bool:
+        """Whether it is an encoder of timm or torchvision whose weights are not from a run."""
+        named = self.config is not None and self.config.backbone.partition(":")[0] in LIBRARIES
+        return named and bool(self.config.weights or (self.values and not self.values.get("training")))
 
     def seen(self, data: str, classes: Collection[str]) -> str:
         """What of some classes the weights may have been trained on, in words, or "".
@@ -80,14 +72,9 @@ class Source:
             classes: names of the classes that it is tested on.
         """
         known = self.values.get("classes")
-        if not isinstance(known, list):
-            seen = (
-                data in IMAGENET_SETS
-                and self.config is not None
-                and self.config.backbone.partition(":")[0] in LIBRARIES
-            )
-            return f"pretrained weights have seen ImageNet's classes, and so those of {data}" if seen else ""
-        both = {*classes} & {*map(str, known)}
+        both = {*classes} & {*map(str, known)} if isinstance(known, list) else ()
+        if self.pretrained and data in IMAGENET_SETS:
+            return f"pretrained weights have seen ImageNet's classes, and so those of {data}"
         return f"the model was trained on {len(both)} of these {len(classes)} classes" if both else ""
 
 
@@ -115,7 +102,7 @@ def open_source(
         L2GError: if it is none of these, or the folder is missing, damaged, of another kind, or names a module and is
             not trusted.
     """
-    place = build_device(device)
+    place = build.build_device(device)
     if isinstance(model, Source):
         model.model.to(place)
         return model
@@ -153,7 +140,7 @@ def open_run(run: Path, device: str | None, *, checkpoint: str = "best", trust: 
     Raises:
         L2GError: as ``load_run``, or if its data or model were given from Python.
     """
-    wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
+    wrapper, config = build.load_run(run, checkpoint=checkpoint, device=device, trust=trust)
     info = read_info(run / f"{checkpoint}.safetensors")
     refuse_given(info, run, "fit a FewShotClassifier around its model, l2g_meta.load_run(run)[0], with inputs as then")
     return _built(wrapper.module, config, Preparation.of_training(config, info["image_shape"]))
@@ -175,15 +162,15 @@ def _built(model: nn.Module, config: Config, preparation: Preparation, **known: 
 
 def _open_encoder(name: str, device: torch.device, weights: Path | str | None, image_size: int | None) -> Source:
     """An encoder by its name, with pretrained weights, prepared for as its authors do."""
-    config = Config(backbone=name, head="prototypical", distance="cosine").resolved()
+    config = Config(backbone=name, head="prototypical", distance="cosine", weights=str(weights or "default")).resolved()
     tensors = None if weights is None else read_state_dict(Path(weights))
-    encoder = build_encoder(name, 3, {})
+    encoder = build.build_encoder(name, 3, {})
     if name.partition(":")[0] in LIBRARIES:
         tensors = library_weights(name, 3, {}) if tensors is None else tensors
         preparation = Preparation(**preprocessing(name, encoder, image_size))
         if image_size is not None and (options := size_option(name, encoder, image_size)):
             config = replace(config, backbone_options=options)
-            encoder = build_encoder(name, 3, parsed_options(options))
+            encoder = build.build_encoder(name, 3, parsed_options(options))
     else:
         size = image_size or 224
         usual = Preparation(size, 3, IMAGENET_MEAN, IMAGENET_STD, resize=round(size / 0.875))
@@ -206,11 +193,11 @@ def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     except Exception as error:  # names and values of any kind
         raise CheckpointError(f"need an architecture in {folder / MODEL}, got: {error!r}; export again") from error
     if not trust:
-        refuse_modules(config, folder)
+        build.refuse_modules(config, folder)
     tensors, info = load_tensors(folder / WEIGHTS)
-    model = build_stored(config, preparation.image_shape, n_classes_of(info), tensors, folder / WEIGHTS)
+    model = build.build_stored(config, preparation.image_shape, build.n_classes_of(info), tensors, folder / WEIGHTS)
     put({n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}, model, folder / WEIGHTS)
-    set_precision(config.precision)
+    build.set_precision(config.precision)
     return _built(model.eval().to(device), config, preparation, calibration=calibration, values=values)
 
 

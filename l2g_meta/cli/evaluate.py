@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, and compares."""
     from l2g_meta.evaluation.episodes import paired_difference
 
-    main_process = World.here().main
     if args.run and (args.model or args.weights or args.image_size):
         raise L2GError("need RUN or --model, got both; leave one out")
     if not args.run and (args.data is None or args.against):
@@ -69,25 +68,22 @@ def run(args: argparse.Namespace) -> int:
     trained, others = _sources(args, args.run), _sources(args, args.against or [])
     if others:
         _check_same_episodes(args, trained[0].config, others[0].config)
-    heads = _evaluate(args, args.run or [args.model or "the embedded model"], trained)
-    result = heads[args.head or "trained"]
-    names = list(map(str, args.run)) or [args.model]
-    values = {"checkpoints": names, "configs": [_published(source.config) for source in trained], **asdict(result)}
+    names, first = args.run or [args.model or "the embedded model"], args.head or HEADS[0]
+    heads = _evaluate(args, names, trained)
+    result = heads[first]
+    values = {"checkpoints": list(map(str, names)), "configs": list(map(_published, trained)), **asdict(result)}
     values["accuracies"] = [round(a, 4) for a in result.accuracies]
-    values["heads"] = {
-        name: {key: getattr(found, key) for key in ("accuracy_mean", "ci95_episodes", "ci95_runs")}
-        for name, found in heads.items()
-    }
+    shown = ("accuracy_mean", "ci95_episodes", "ci95_runs")
+    values["heads"] = {name: {key: getattr(found, key) for key in shown} for name, found in heads.items()}
     if others:
-        other = _evaluate(args, args.against, others)[args.head or "trained"]
+        other = _evaluate(args, args.against, others)[first]
         mean, half = paired_difference(result, other)
-        if main_process:
+        if World.here().main:
             print(f"difference, paired over the same episodes: {mean:+.2f} ± {half:.2f} points (95% over episodes)")
         values |= {"difference_mean": mean, "difference_ci95_episodes": half, "against": list(map(str, args.against))}
-        values |= {"against_configs": [_published(source.config) for source in others]}
-        values |= {"against_accuracy_mean": other.accuracy_mean, "against_ci95_runs": other.ci95_runs}
-        values |= {"against_run_means": other.run_means}
-    if main_process:
+        values |= {"against_configs": list(map(_published, others)), "against_accuracy_mean": other.accuracy_mean}
+        values |= {"against_ci95_runs": other.ci95_runs, "against_run_means": other.run_means}
+    if World.here().main:
         emit(args, values)
     return 0
 
@@ -100,12 +96,11 @@ def _sources(args: argparse.Namespace, runs: Sequence[Path]) -> list[Source]:
         options = {"trust": args.trust, "weights": args.weights, "image_size": args.image_size}
         return [open_source(args.model, args.device or "auto", **options)] if runs is args.run else []
     loaded = [open_run(run, args.device, checkpoint=args.checkpoint, trust=args.trust) for run in runs]
-    configs: list[Any] = [source.config for source in loaded]
+    configs = [source.config for source in loaded]
     seeds = [config.seed for config in configs]
     if len(set(seeds)) < len(seeds):
         raise L2GError(f"need runs with different seeds for an interval over seeds, got seeds {seeds}; leave one out")
-    for config in configs[1:]:
-        first = configs[0]
+    for first, config in zip(configs, configs[1:], strict=False):
         if difference := first.differences(replace(config, seed=first.seed, weights=first.weights)):
             raise L2GError(f"need runs that differ in their seed alone, got {difference}; evaluate them one by one")
     return loaded
@@ -113,44 +108,38 @@ def _sources(args: argparse.Namespace, runs: Sequence[Path]) -> list[Source]:
 
 def _evaluate(args: argparse.Namespace, names: Sequence[Any], sources: Sequence[Source]) -> dict[str, Evaluation]:
     """The evaluation of one model, or of several trained seeds, by each head, printed."""
+    from l2g_meta.evaluation import frozen
     from l2g_meta.evaluation.episodes import over_models
-    from l2g_meta.evaluation.frozen import HEADS as FROZEN
-    from l2g_meta.evaluation.frozen import evaluate_heads
     from l2g_meta.training.build import build_device
 
     results: list[dict[str, Evaluation]] = []
-    asked = {name: getattr(args, name) for name in ("episodes", "runs", "bn", "episode_seed")}
-    heads = HEADS if args.head is None else (args.head,)
+    heads, first = HEADS if args.head is None else (args.head,), args.head or HEADS[0]
     for name, source in zip(names, sources, strict=True):
-        config: Any = source.config
-        world, device = join(build_device(config.device if args.run else args.device or "auto"))
+        world, device = join(build_device(source.config.device if args.run else args.device or "auto"))
         data, base = _data(args, source, args.split), None
         if "simpleshot" in heads and args.split_file is None and args.split not in ("train", "all"):
             with suppress(DataError):  # without it SimpleShot takes the mean of an episode's supports
                 base = _data(args, source, "train")
-        asked |= _sizes(args, config)
-        found = evaluate_heads(
-            source.model.to(device), data, heads=heads, base=base, device=device, world=world, **asked
-        )
-        if args.head and args.head not in found:
-            raise L2GError(
-                f"need features that hold for all tasks for --head {args.head}, {name} has none; leave it out"
-            )
+        asked = {name: getattr(args, name) for name in ("episodes", "runs", "bn", "episode_seed", "split")}
+        asked |= _sizes(args, source.config) | {"device": device, "world": world}
+        found = frozen.evaluate_heads(source.model.to(device), data, heads=heads, base=base, **asked)
+        if first not in found:
+            raise L2GError(f"need features that hold for all tasks for --head {first}, {name} has none; leave it out")
         results.append(found)
-        if not world.main:
-            continue
-        if note := source.seen(args.data or config.data, data.class_names) if not args.run else "":
-            complain(f"note: {note}")
-        first = args.head or "trained"
-        print(f"{name}: {describe(config) if args.run else first}: {found[first]}")
-        frozen = [f"{FROZEN[k]} {e.accuracy_mean:.2f} ± {e.ci95_episodes:.2f}" for k, e in found.items() if k in FROZEN]
-        if frozen and args.head is None:
-            print(f"  frozen features, no training: {', '.join(frozen)} %")
+        if world.main:
+            if note := source.seen(args.data or source.config.data, data.class_names):
+                complain(f"note: {note}")
+            print(f"{name}: {describe(source.config) if args.run else first}: {found[first]}")
+            known = frozen.HEADS if args.head is None else {}
+            if said := [
+                f"{known[k]} {e.accuracy_mean:.2f} ± {e.ci95_episodes:.2f}" for k, e in found.items() if k in known
+            ]:
+                print(f"  frozen features, no training: {', '.join(said)} %")
     if len(results) == 1:
         return results[0]
     together = {head: over_models([found[head] for found in results]) for head in results[0]}
-    if world.main:
-        print(together[args.head or "trained"])
+    if World.here().main:
+        print(together[first])
     return together
 
 
@@ -159,26 +148,23 @@ def _data(args: argparse.Namespace, source: Source, split: str) -> Any:
     from l2g_meta.classify.prepared_data import open_data
     from l2g_meta.training.build import build_data
 
-    config: Any = source.config
-    own = args.data is None
-    if own and split in SPLITS and args.split_file is None:
-        return build_data(replace(config, root=args.root or config.root), split)
-    if source.preparation is None:
-        raise L2GError(f"need a model of which it is known how images are prepared, got {args.model}; export it")
-    root, name = args.root or (config.root if own else None), args.data or config.data
+    config, name = source.config, args.data or source.config.data
     if args.split_file is not None and name != "folder":
         raise L2GError(f"--split-file belongs to --data folder, got {name}; leave it out")
-    return open_data(name, split, source.preparation, root=root, split_file=args.split_file)
+    root = args.root or (config.root if args.data is None else None)
+    if args.data is None and args.split_file is None and split in SPLITS:
+        return build_data(replace(config, root=root), split)
+    preparation: Any = source.preparation  # which a folder and a name have
+    return open_data(name, split, preparation, root=root, split_seed=config.split_seed, split_file=args.split_file)
 
 
 def _sizes(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Ways, shots and queries of the episodes, as asked for, as in training, or the usual ones."""
-    own = {"ways": config.outer_ways, "shots": config.outer_shots, "queries": config.queries}
-    own = own if args.run else {"ways": 5, "shots": 1, "queries": 15}
-    return {name: getattr(args, name) or size for name, size in own.items()}
+    own = (config.outer_ways, config.outer_shots, config.queries) if args.run else (5, 1, 15)
+    return {name: getattr(args, name) or size for name, size in zip(("ways", "shots", "queries"), own, strict=True)}
 
 
-def _check_same_episodes(args: argparse.Namespace, *both: Any) -> None:
+def _check_same_episodes(args: argparse.Namespace, *both: Config) -> None:
     names = () if args.data else ("data", "image_size", "split_seed")
     first, second = ({name: getattr(config, name) for name in names} | _sizes(args, config) for config in both)
     for name, value in first.items():
@@ -190,6 +176,6 @@ def _check_same_episodes(args: argparse.Namespace, *both: Any) -> None:
             )
 
 
-def _published(config: Any) -> dict[str, Any]:
+def _published(source: Source) -> dict[str, Any]:
     """The config without what belongs to one machine."""
-    return {name: value for name, value in asdict(config).items() if name not in ("root", "device")}
+    return {name: value for name, value in asdict(source.config).items() if name not in ("root", "device")}

@@ -124,7 +124,7 @@ def evaluate_heads(
     """``evaluate`` with several heads on the same features and episodes, so that differences can be paired.
 
     A model without features that hold for all tasks (one that adapts, or under ``bn="batch"``) has its own result
-    alone.
+    alone, if that is asked for.
 
     Args:
         model: ``model(task) -> scores``.
@@ -145,7 +145,7 @@ def evaluate_heads(
         ['trained', 'nearest', 'simpleshot', 'logistic']
     """
     if bn != "running" or not scores_from_embeddings(model):
-        return {TRAINED: evaluate(model, dataset, bn=bn, device=device, **options)}
+        return {TRAINED: evaluate(model, dataset, bn=bn, device=device, **options)} if TRAINED in heads else {}
     features, found = Features(model.encoder, dataset, device), {}
     for name in heads:
         head: nn.Module = PrototypicalHead(distance="squared") if name == "nearest" else model.head
