@@ -333,7 +333,7 @@ def test_a_sweep_in_a_pipeline_embeds_each_photo_once(blob_run, monkeypatch):
 
 def counted(forward, seen):
     def forward_and_count(self, x):
-        seen.append(len(x))
+        seen.append(len(x) if x.any() else 0)  # zeros are the dry run of a model that is built
         return forward(self, x)
 
     return forward_and_count

@@ -100,8 +100,8 @@ def test_another_data_set_and_other_splits(blob_run, capsys):
 
 def test_an_encoder_without_a_run(blob_run, capsys):
     root = blob_run.parent / "data"
-    found = said(capsys, "--data", "folder", "--root", root, "--split", "all", "--ways", "5")
-    assert found["checkpoints"] == [None] and found["accuracy_mean"] > 90
+    found = said(capsys, "--data", "folder", "--root", root, "--ways", "5")
+    assert found["checkpoints"] == ["the embedded model"] and found["accuracy_mean"] > 90
     assert found["heads"]["logistic"]["accuracy_mean"] > 90
     assert "need RUN, or --data" in said(capsys, "--ways", "5")
     assert "got both" in said(capsys, blob_run, "--model", "timm:resnet18")
