@@ -120,20 +120,18 @@ def _summary(
     classifier: FewShotClassifier, rows: Sequence[Row], skipped: Sequence[tuple[str, str]], supports: Sequence[str]
 ) -> dict[str, Any]:
     classes = list(map(str, classifier.classes_))
-    right = right_of(rows, classes, supports)
+    right, labelled = right_of(rows, classes, supports) or (None, None)
+    fitted = ("temperature", "calibrated", "calibrated_shots", "threshold_from")
     return {
         "classes": classes,
         "examples": classifier.n_examples_,
-        "temperature": classifier.temperature_,
-        "calibrated": classifier.calibrated_,
-        "calibrated_shots": classifier.calibrated_shots_,
+        **{name: getattr(classifier, f"{name}_") for name in fitted},
         "reject_rate": classifier.reject_rate,
-        "threshold_from": classifier.threshold_from_,
         "classified": len(rows),
         "unknown": sum(row.label == classifier.unknown_label for row in rows),
-        "right": None if right is None else right[0],
-        "labelled": None if right is None else right[1],
-        "right_ci95": None if right is None else proportion_interval(*right),
+        "right": right,
+        "labelled": labelled,
+        "right_ci95": None if right is None or labelled is None else proportion_interval(right, labelled),
         "unreadable": [{"file": file, "reason": reason} for file, reason in skipped],
     }
 
