@@ -273,6 +273,8 @@ def test_a_run_given_its_data_from_python_says_so(blob_run, tmp_path):
     data = load("folder", "train", root=blob_run.parent / "data", image_size=16)
     config = Config(ways=3, queries=2, pairs=1, iterations=1, eval_every=1, eval_episodes=2, device="cpu")
     train(config, tmp_path / "run", data=data, validation=data, progress=False)
+    with pytest.raises(L2GError, match="belong to the name of an encoder"):
+        export(tmp_path / "run", tmp_path / "model", weights="a.pt", onnx=False)
     with pytest.raises(L2GError, match="was given its data from Python"):
         export(tmp_path / "run", tmp_path / "model", onnx=False)
     with pytest.raises(L2GError, match="was given its data from Python"):

@@ -82,7 +82,9 @@ def export(
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
-    if run := sources.run_of(model):
+    if (run := sources.run_of(model)) and (weights or image_size):
+        raise L2GError(f"weights and image_size belong to the name of an encoder, got the run {run}; leave them out")
+    if run:
         source = sources.open_run(run, device, checkpoint=checkpoint, trust=trust)
     else:
         source = sources.open_source(model, device or "auto", trust=trust, weights=weights, image_size=image_size)
