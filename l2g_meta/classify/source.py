@@ -74,7 +74,8 @@ class Source:
         known = self.values.get("classes")
         both = {*classes} & {*map(str, known)} if isinstance(known, list) else ()
         if self.pretrained and data in IMAGENET_SETS:
-            return f"pretrained weights have seen ImageNet's classes, and so those of {data}"
+            verb = "have" if self.config.weights == "default" else "may have"
+            return f"the weights {verb} seen ImageNet's classes, and so those of {data}"
         return f"the model was trained on {len(both)} of these {len(classes)} classes" if both else ""
 
 

@@ -53,13 +53,7 @@ def load(
         raise DataError(f"need a folder of images, got the file {root}; unpack it (tar -xf FILE -C DIR), and name DIR")
     if not root.is_dir():
         raise images.missing("a folder of images", root, LAYOUTS)
-    if split_file is not None:
-        classes = listed_files(split_file, root)
-    else:
-        classes = _split_files(root, split, split_seed)
-    few = [name for name, files in classes.items() if len(files) < 2]
-    if few:
-        raise DataError(f"need 2 images per class (support and query), got 1 of {few} in {root}; add or remove them")
+    classes = _split_files(root, split, split_seed) if split_file is None else _enough(listed_files(split_file, root))
     return images.open_folders(root.name or "folder", split, size, classes, _read_upright, _centre_square)
 
 
@@ -67,7 +61,7 @@ def _split_files(root: Path, split: str, seed: int) -> dict[str, list[str]]:
     """The image files of each class of a split, or of all."""
     folders = {s: images.find_folder(root, split=s) for s in SPLITS}
     if not any(folder is not None and images.subfolders(folder) for folder in folders.values()):  # not a class "train"
-        classes = images.class_files(root)
+        classes = _enough(images.class_files(root))
         names = classes if split == "all" else split_classes(list(classes), seed)[split]
         return {name: classes[name] for name in names}
     asked = [folder for name, folder in folders.items() if split in (name, "all") and folder is not None]
@@ -77,7 +71,13 @@ def _split_files(root: Path, split: str, seed: int) -> dict[str, list[str]]:
     for folder in asked:
         for name, files in images.class_files(folder).items():
             found.setdefault(name, []).extend(files)  # of one class in several splits
-    return dict(sorted(found.items()))
+    return _enough(dict(sorted(found.items())))
+
+
+def _enough(classes: dict[str, list[str]]) -> dict[str, list[str]]:
+    if few := [name for name, files in classes.items() if len(files) < 2]:
+        raise DataError(f"need 2 images per class (support and query), got 1 of {few}; add or remove them")
+    return classes
 
 
 def listed_files(path: Path, root: Path) -> dict[str, list[str]]:
