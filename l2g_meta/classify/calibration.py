@@ -203,9 +203,7 @@ class Calibration:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise L2GError(f"need a calibration, got: {error!r}; export the run again") from error
         if not sound:
-            raise L2GError(
-                f"need a calibration with positive temperatures, got {str(values)[:200]}; export the run again"
-            )
+            raise L2GError(f"need a calibration with temperatures above 0, got {str(values)[:200]}; export again")
         return found
 
 

@@ -151,8 +151,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
             self.classes_, before, kept = y[:0], y[:0], []
         elif self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
             raise L2GError(
-                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert "
-                "them, or fit anew"
+                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert them"
             )
         else:
             before, kept = self.classes_[self._index], [self.supports_.z]
@@ -236,10 +235,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     def _keep(self, z: Tensor, index: np.ndarray) -> FewShotClassifier:
         """Takes all examples, old and new, as features (n, ...) and places in ``classes_`` (n,)."""
         if self.reject_rate is not None and self.unknown_label in self.classes_.tolist():
-            raise L2GError(
-                f"need an unknown_label that is no class, got {self.unknown_label!r}; rename the class (its "
-                "folder), or choose another label"
-            )
+            raise L2GError(f"need an unknown_label that is no class, got {self.unknown_label!r}; choose another")
         self._index = index
         self.seen_, y = np.unique(index, return_inverse=True)
         labels = torch.as_tensor(y, device=z.device)

@@ -179,9 +179,7 @@ def _difference(name: str, found: list[Tensor], expected: list[Tensor]) -> float
     pairs = list(zip(found, expected, strict=True))
     difference = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
     if not difference <= TOLERANCE:
-        raise L2GError(
-            f"need the same embeddings from {name}, got a relative difference of {difference:.1e}; report it"
-        )
+        raise L2GError(f"need the same embeddings from {name}, got a difference of {difference:.1e}; report it")
     return difference
 
 
@@ -218,10 +216,8 @@ def _measured(source: sources.Source, run: Path, checkpoint: str, episodes: int,
 
 def _check_onnx() -> None:
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if util.find_spec(name) is None]:
-        raise L2GError(
-            f'need {", ".join(missing)} to write ONNX, got none; pip install "l2g-meta[export]" adds them, --no-onnx '
-            "leaves it out"
-        )
+        what = 'got none; pip install "l2g-meta[export]" adds them, --no-onnx leaves it out'
+        raise L2GError(f"need {', '.join(missing)} to write ONNX, {what}")
 
 
 @contextmanager

@@ -97,9 +97,7 @@ def query_files(queries: Sequence[Path]) -> list[str]:
         else:
             raise DataError(f"need a file or folder of images, there is no {query}; check its path")
     if not files:
-        raise DataError(
-            f"need images *.{{jpg,jpeg,png}}, got none in {', '.join(map(str, queries))}; check where they are"
-        )
+        raise DataError(f"need images *.{{jpg,jpeg,png}}, got none in {', '.join(map(str, queries))}; check the path")
     return list(dict.fromkeys(files))
 
 
@@ -128,9 +126,7 @@ def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path)
             pixels.append(read)
         labels += [name] * (len(files) - len(labels))
         if labels[-1:] != [name]:
-            raise DataError(
-                f"need a readable image of class {name!r} in {folder}, got none; add one, or remove the class"
-            )
+            raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
     classifier.fit(np.concatenate(pixels), labels)
     return files
 

@@ -135,9 +135,7 @@ def check_several(images: Any) -> None:
         what = f"the path {os.fspath(images)!r}" if isinstance(images, str | os.PathLike) else "one image"
         raise DataError(f"need a list of images or paths, or an array (n, ...), got {what}; pass [it], a list of one")
     if images is None or isinstance(images, Iterator | Set):
-        raise DataError(
-            f"need images that can be counted and have an order, got a {type(images).__name__}; pass a list"
-        )
+        raise DataError(f"need images with a number and an order, got a {type(images).__name__}; pass a list")
     if isinstance(images, list | tuple) and not images:
         raise DataError("need at least one image, got an empty list; check where the images are looked for")
 
@@ -199,9 +197,7 @@ def _pixels(image: Any, preparation: Preparation | None) -> Tensor:
     if isinstance(image, np.ndarray | Tensor):
         return _as_tensor(image)
     if preparation is None:
-        raise DataError(
-            f"need arrays or tensors where only the module is known, got {type(image).__name__}; {PREPARED}"
-        )
+        raise DataError(f"need arrays or tensors for a module alone, got {type(image).__name__}; {PREPARED}")
     if isinstance(image, str | os.PathLike):
         return torch.from_numpy(preparation.read(os.fspath(image)))
     if not isinstance(image, Image.Image):

@@ -31,9 +31,7 @@ def photo_reader(source: Source, batch_size: int) -> PhotoReader:
         L2GError: for a module of which nothing is known.
     """
     if source.preparation is None:
-        raise L2GError(
-            "need a run, an exported folder or an encoder's name as model, which say how images are prepared"
-        )
+        raise L2GError("need a model by its folder or name, which says how images are prepared, got a module")
     return PhotoReader(source.preparation, batch_size, lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
 
 
@@ -67,9 +65,7 @@ def predict(
     """
     if csv_file is not None:
         if str(csv_file) == "-":
-            raise L2GError(
-                "need a file for --csv, got -; name one, or take --json, which writes to the standard output"
-            )
+            raise L2GError("need a file for --csv, got -; name one, or take --json, for the standard output")
         make_folder(csv_file.parent, "a file to write for --csv", "choose another")
     device = str(next(source.model.parameters()).device)
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
@@ -82,9 +78,7 @@ def predict(
             rows += batch
             bar.update(min(batch_size, len(files) - start * batch_size))
     if not rows:
-        raise L2GError(
-            f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
-        )
+        raise L2GError(f"need an image that can be read to classify, got {len(files)} that cannot; see above")
     if csv_file is not None:
         text = StringIO(newline="")
         lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)

@@ -110,9 +110,7 @@ def open_source(
     if isinstance(model, str) and ":" in model and not Path(model).exists():
         return _open_encoder(model, place, weights, image_size)
     if weights is not None or image_size is not None:
-        raise L2GError(
-            f"weights and image_size belong to timm:NAME, torchvision:NAME or package.module:Class, got {model}"
-        )
+        raise L2GError(f"weights and image_size belong to timm:NAME and other encoders by name, got {model}")
     if isinstance(model, nn.Module):
         module = model.module if isinstance(model, L2GWrapper) else model
         return Source(copy.deepcopy(module).eval().to(place))
@@ -123,8 +121,7 @@ def open_source(
         return _open_export(folder, place, trust)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"need a folder made by `l2g train` (with config.json) or by `l2g export` (with {MODEL}), got {folder}; "
-            "name one"
+            f"need a folder made by `l2g train` or `l2g export`, with {MODEL}, got {folder}; name one"
         )
     return open_run(folder, str(place), trust=trust)
 

@@ -118,12 +118,8 @@ def preprocessing(backbone: str, encoder: nn.Module, image_size: int | None = No
         from torchvision.models import get_model_weights
 
         config = vars(get_model_weights(name)["DEFAULT"].transforms())
-        mode, how, (size,), (resize,) = (
-            "center",
-            config["interpolation"].value,
-            config["crop_size"],
-            config["resize_size"],
-        )
+        mode, how = "center", config["interpolation"].value
+        (size,), (resize,) = config["crop_size"], config["resize_size"]
         resize = round(resize * (image_size or size) / size)
     values = {"size": image_size or size, "channels": 3, "mean": tuple(config["mean"]), "std": tuple(config["std"])}
     return values | {"resize": None if mode == "squash" else resize, "interpolation": how}

@@ -51,8 +51,7 @@ def put_encoder(tensors: Mapping[str, Tensor], encoder: nn.Module, source: str) 
         missing = sorted(wanted - tensors.keys())
         raise CheckpointError(
             f"need the weights of a {type(encoder).__name__}, {source} lacks {len(missing)} of {len(wanted)}: "
-            f"{', '.join(missing[:3])} …, and has {', '.join(sorted(tensors)[:3])} …; use the same --backbone and "
-            "--backbone-options"
+            f"{', '.join(missing[:3])} …, has {', '.join(sorted(tensors)[:3])} …; use the same --backbone and options"
         )
     left_out = tuple(getattr(encoder, "left_out", ()))
     kept = {n: t for n, t in found.items() if not any(n == layer or n.startswith(f"{layer}.") for layer in left_out)}
@@ -102,15 +101,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         name, got = other[0], tuple(tensors[other[0]].shape)
         raise CheckpointError(
             f"need the weights of this {type(module).__name__}, {source} has {name} of shape {got} where it takes "
-            f"{tuple(own[name].shape)}; use the same --backbone and --backbone-options, on images of as "
-            "many channels"
+            f"{tuple(own[name].shape)}; use the same --backbone and options, on images of as many channels"
         )
     counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}  # which older files lack
     try:
         module.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{source} belongs to another {type(module).__name__}: {reason}; use the same --backbone and "
-            "--backbone-options"
-        ) from error
+        name = type(module).__name__
+        raise CheckpointError(f"{source} belongs to another {name}: {reason}; use the same --backbone") from error
