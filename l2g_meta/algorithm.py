@@ -13,7 +13,7 @@ With one inner step the meta-gradient is exactly  g_j − α H_i g_j,  g_j = ∇
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from numbers import Real
 from typing import Any, NamedTuple, NoReturn
@@ -22,11 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.errors import FitError, check_argument, one_of
-from l2g_meta.inner.clone import backend, no_copy, own_buffers, rebind, same_tensors, warn_of_unregistered
+from l2g_meta.inner.clone import (
+    adapted_names,
+    backend,
+    no_copy,
+    own_buffers,
+    rebind,
+    same_tensors,
+    warn_of_unregistered,
+)
 from l2g_meta.inner.compiled import eagerly, plain_names, uncompiled
-from l2g_meta.inner.scores import LossFn, evaluated, loss_of
+from l2g_meta.inner.scores import LossFn, evaluated, loss_fn_of, loss_of
 from l2g_meta.inner.second_order import twice_differentiable
-from l2g_meta.inner.step import InnerStep, LearnInnerLR, StepSizes
+from l2g_meta.inner.step import InnerStep, LearnInnerLR, StepSizes, check_parts
 from l2g_meta.task import Task, TaskLike
 
 
@@ -111,6 +119,7 @@ class L2GWrapper(nn.Module):
         self.inner_steps, self.mix, self.autocast, self._loss_fn = inner_steps, mix, autocast, loss_fn
         self.first_order = one_of("first_order", first_order, (True, False))
         self.fast = one_of("fast", fast, (True, False))
+        self._kinds: set[Any] = set()  # of passes that were seen to use a learner's parameters alone
         loss_fn = self.loss_fn
         is_function = callable(loss_fn) and not isinstance(loss_fn, type)
         check_argument("loss_fn", loss_fn, "a function of (scores, query_y); a class is called first", is_function)
@@ -152,7 +161,7 @@ class L2GWrapper(nn.Module):
     @property
     def loss_fn(self) -> LossFn:
         """The argument, else the model's ``loss_fn``, else cross-entropy."""
-        return self._loss_fn or getattr(self.module, "loss_fn", None) or nn.functional.cross_entropy
+        return self._loss_fn or loss_fn_of(self.module)
 
 
 class Learner:
@@ -174,19 +183,22 @@ class Learner:
         clone_module, self._update_module = backend()
         self._l2g, self._source = l2g, uncompiled(l2g.module)
         self.module, self.updates, self._own_buffers = rebind(self._source, clone_module(self._source)), {}, False
+        self._starts = {p.grad_fn: name for name, p in self.module.named_parameters() if p.requires_grad}
         vars(self.module)["__deepcopy__"] = no_copy
 
     @eagerly
     def __call__(self, task: TaskLike) -> Tensor:  # (n_query, n_way)
         """Scores of a task's queries under the learner's parameters."""
+        task = Task.of(task)
         with self._pass():
-            return evaluated(self.module, task, self._l2g.autocast)
+            return self._own(evaluated(self.module, task, self._l2g.autocast), "scores", task.n_way)
 
     @eagerly
     def loss(self, task: TaskLike) -> Tensor:  # ()
         """Loss under the learner's parameters, that can be differentiated twice."""
+        task, loss_fn = Task.of(task), self._l2g._loss_fn or loss_fn_of(self.module)
         with self._pass():
-            return loss_of(self.module, task, self._l2g.loss_fn, self._l2g.autocast)
+            return self._own(loss_of(self.module, task, loss_fn, self._l2g.autocast), "loss", task.n_way)
 
     @eagerly
     def adapt(self, loss: Tensor) -> Learner:
@@ -198,13 +210,14 @@ class Learner:
             loss: a scalar computed with this learner.
 
         Raises:
-            FitError: if the loss does not depend on any parameter.
+            FitError: if the loss does not depend on any parameter, or on parts of the model itself instead.
         """
         if not self._own_buffers:  # before the backward pass, in which checkpointing runs this one again
             own_buffers(self._source, self.module)
             self._own_buffers = True
         step = self._l2g.step
         g = step.gradients(loss, self.module)
+        self._own(loss, frozenset(g), reached=g)  # a loss of your own may compare θ' with θ
         updates = step.updates(g, self.module)
         if not self.updates:  # the first step
             self.inner_loss = step.linearised(loss, g, self.module)
@@ -212,6 +225,15 @@ class Learner:
         self.module = rebind(self.module, same_tensors(self.module))  # checkpointing runs T_i's pass on the old one
         self._update_module(self.module, [updates.get(name) for name, _ in self.module.named_parameters()])
         return self
+
+    def _own(self, out: Tensor, *kind: Any, reached: Collection[str] = ()) -> Tensor:
+        """What was computed itself, after a look for adapted parts that the copy does not own, once for each kind."""
+        kind = (self.module.training, not self.updates, *kind)
+        if out.grad_fn is not None and kind not in self._l2g._kinds:
+            names = set(adapted_names(self.module, self._l2g.step.adapt)) - set(reached)
+            check_parts(out, self._starts, names)
+            self._l2g._kinds.add(kind)
+        return out
 
     def _pass(self) -> Any:
         exact = not self._l2g.first_order and torch.is_grad_enabled()

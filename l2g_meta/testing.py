@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
+from torch.nn.utils.stateless import _reparametrize_module as _parameters  # what functional_call enters
 
 from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.inner.scores import loss_fn_of
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel, build_head
 from l2g_meta.task import Task
@@ -79,8 +81,15 @@ def scores_have_one_column_per_class(head: nn.Module, shape: tuple[int, ...]) ->
     scores = head(_features(5, shape), support_y, _features(7, shape), 3)
     assert scores.shape == (7, 3), f"need scores (n_query, n_way) = (7, 3), got {tuple(scores.shape)}"
     assert scores.dtype == torch.float64, f"need float64 scores from float64 features, got {scores.dtype}"
-    loss = _loss_fn(head)(scores, query_y)
+    loss = loss_fn_of(head)(scores, query_y)
     assert loss.shape == () and torch.isfinite(loss), f"need a finite scalar loss, got {loss}"
+
+
+def the_loss_has_a_gradient(head: nn.Module, shape: tuple[int, ...]) -> None:
+    """The gradient of the task loss is not zero for all parameters: there is something to train."""
+    (model, (task, _)), _ = _problems(head, shape)
+    norm = _gradient(model, L2GWrapper(model, ALPHA).loss(task)).norm()
+    assert norm > 1e-12, "need a gradient, got zero for all parameters; look for constant scores or zero projections"
 
 
 def relabelling_permutes_columns(head: nn.Module, shape: tuple[int, ...]) -> None:
@@ -99,10 +108,8 @@ def a_support_is_known_again(head: nn.Module, shape: tuple[int, ...]) -> None:
         z = z / z.flatten(1).norm(dim=1).view(-1, *(1 for _ in shape))  # of one length, so that dot products obey, too
         with batchnorm_policy(head, "running"):
             scores = head(z, y, z, 3)
-        shown = f"{y.tolist()}, got {scores.detach().numpy().round(3).tolist()}"
-        assert torch.equal(scores.argmax(1), y), (
-            f"need the highest score for what the query is, {shown}; check the sign"
-        )
+        got, known = scores.detach().numpy().round(3).tolist(), torch.equal(scores.argmax(1), y)
+        assert known, f"need the highest score for what the query is, {y.tolist()}, got {got}; check the sign"
 
 
 def cross_entropy_gets_no_probabilities(head: nn.Module, shape: tuple[int, ...]) -> None:
@@ -112,7 +119,7 @@ def cross_entropy_gets_no_probabilities(head: nn.Module, shape: tuple[int, ...])
         scores = head(_features(3, shape), torch.arange(3), _features(4, shape), 3)
     mean = scores.sum(1).mean()
     probabilities = (scores >= 0).all() and torch.allclose(scores.sum(1), mean) and 0.5 < mean < 1.01
-    loss, shifted = (_loss_fn(head)(s, query_y) for s in (scores, scores + 1))
+    loss, shifted = (loss_fn_of(head)(s, query_y) for s in (scores, scores + 1))
     twice = probabilities and torch.allclose(loss, shifted)  # a softmax does not see the shift
     assert not twice, "need logits for cross-entropy, got probabilities; leave the softmax out"
 
@@ -147,10 +154,9 @@ def copies_agree(head: nn.Module, shape: tuple[int, ...]) -> None:
 
 def derivatives_exist_at_a_support(head: nn.Module, shape: tuple[int, ...]) -> None:
     """First and second derivatives are finite where queries equal supports or prototypes, and for dead features."""
-    for support in (_features(2, shape), torch.zeros(2, *shape, dtype=torch.float64)):
-        support.requires_grad_()
-        y = torch.arange(2)
-        loss = _loss_fn(head)(head(support, y, support.clone(), 2), y)
+    y = torch.arange(2)
+    for support in (_features(2, shape).requires_grad_(), torch.zeros(2, *shape).double().requires_grad_()):
+        loss = loss_fn_of(head)(head(support, y, support.clone(), 2), y)
         (first,) = torch.autograd.grad(loss, support, create_graph=True)
         (second,) = torch.autograd.grad((first.square() + first + 0 * support).sum(), support)
         assert torch.isfinite(first).all(), "the gradient is not finite where a query equals a support"
@@ -163,9 +169,8 @@ def task_loss_is_twice_differentiable(head: nn.Module, shape: tuple[int, ...]) -
     parameters = {name: p.detach().requires_grad_() for name, p in head.named_parameters() if p.requires_grad}
 
     def loss(support: Tensor, query: Tensor, *values: Tensor) -> Tensor:
-        args = (support, torch.tensor([0, 1, 0, 1]), query, 2)
-        scores = torch.func.functional_call(head, dict(zip(parameters, values, strict=True)), args)
-        return _loss_fn(head)(scores, torch.tensor([0, 1, 1]))
+        with _parameters(head, dict(zip(parameters, values, strict=True)), tie_weights=True):  # also of loss_fn
+            return loss_fn_of(head)(head(support, torch.tensor([0, 1, 0, 1]), query, 2), torch.tensor([0, 1, 1]))
 
     inputs = (support, query, *parameters.values())
     with batchnorm_policy(head, "batch"), torch.random.fork_rng(devices=[]):
@@ -216,6 +221,7 @@ def second_order_is_kept(head: nn.Module, shape: tuple[int, ...]) -> None:
 
 LAWS: tuple[Law, ...] = (
     scores_have_one_column_per_class,
+    the_loss_has_a_gradient,
     relabelling_permutes_columns,
     a_support_is_known_again,
     cross_entropy_gets_no_probabilities,
@@ -244,8 +250,8 @@ def functional_meta_loss(
     """
 
     def loss(parameters: dict[str, Tensor], task: Task) -> Tensor:
-        with batchnorm_policy(model, "batch"):
-            return _loss_fn(model)(torch.func.functional_call(model, parameters, (task,)), task.query_y)
+        with batchnorm_policy(model, "batch"), _parameters(model, parameters, tie_weights=True):  # also of loss_fn
+            return loss_fn_of(model)(model(task), task.query_y)
 
     def meta_loss(parameters: dict[str, Tensor]) -> Tensor:
         inner = torch.func.grad(loss)(parameters, task_i)
@@ -264,14 +270,11 @@ def _problems(head: nn.Module, shape: tuple[int, ...]) -> list[tuple[MetricModel
     """A smooth encoder without and with BatchNorm in front of the head, and a pair of tasks."""
     problems = []
     for norm in (False, True):
-        if len(shape) == 3:
-            layers = [nn.Conv2d(2, shape[0], 3, padding=1, bias=not norm), nn.BatchNorm2d(shape[0])]
-            image_shape: tuple[int, ...] = (2, *shape[1:])
-        else:
-            layers = [nn.Flatten(), nn.Linear(6, shape[0]), nn.BatchNorm1d(shape[0])]
-            image_shape = (6,)
-        layers = [*(layers if norm else layers[:-1]), nn.Softplus()]
-        model = MetricModel(nn.Sequential(*layers), copy.deepcopy(head)).double()
+        maps = len(shape) == 3
+        layer = nn.Conv2d(2, shape[0], 3, padding=1, bias=not norm) if maps else nn.Linear(6, shape[0])
+        norms = [(nn.BatchNorm2d if maps else nn.BatchNorm1d)(shape[0])] * norm
+        model = MetricModel(nn.Sequential(layer, *norms, nn.Softplus()), copy.deepcopy(head)).double()
+        image_shape = (2 if maps else 6, *shape[1:])
         for dropout in (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)):
             dropout.p = 0.0  # noise would make two evaluations of one loss differ
         problems.append((model, (random_task(image_shape), random_task(image_shape))))
@@ -290,10 +293,6 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 def _features(n: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(n, *shape, dtype=torch.float64)
-
-
-def _loss_fn(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    return getattr(head, "loss_fn", nn.functional.cross_entropy)
 
 
 def _close(actual: Tensor, expected: Tensor, what: str, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:

@@ -49,7 +49,7 @@ def test_averages_survive_resuming_and_change_nothing_else(tmp_path):
     kept, _ = load_run(tmp_path / "whole", checkpoint="after-6-average")
     assert all(torch.equal(a, b) for a, b in zip(average.parameters(), kept.parameters(), strict=True))
     assert not torch.equal(next(average.parameters()), last["module.encoder.blocks.0.conv.weight"])
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="No such file"):
         load_run(tmp_path / "plain", checkpoint="average")
 
 

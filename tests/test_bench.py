@@ -9,22 +9,19 @@ import torch
 from test_fast_operators import ours
 from torch import nn
 
-from l2g_meta import L2GWrapper, ResNet12
+from l2g_meta import ResNet12
 from l2g_meta.bench import comparison as run
 from l2g_meta.bench.case import Case, build, task_stream
 from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory, scaling
 from l2g_meta.bench.variants import VARIANTS, available, prepare
 from l2g_meta.cli.main import main
 from l2g_meta.models.blocks import BatchNormReLU2d
-from l2g_meta.training.objectives import l2g, meta_gradient
 
 SMALL = Case(image_size=20, ways=2, queries=2, device="cpu")
 
 
 def test_every_exact_variant_computes_the_same_gradient():
-    same = [
-        name for name, row in VARIANTS.items() if name in available() and row.exact and not (row.mixed or row.whole)
-    ]
+    same = [name for name, row in available(SMALL).items() if row.exact]
     errors = gradient_errors(SMALL, same)
     assert set(errors) >= {
         "l2g",
@@ -69,7 +66,6 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
     assert [row["name"] for row in result["rows"]] == ["episodic", "l2g"]
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and f"{row['seconds']:.4f}" in printed
-        assert row["images_per_second"] * row["seconds"] == pytest.approx(2 * 2 * 3)
 
 
 def test_errors_say_what_there_is(capsys):
@@ -87,10 +83,8 @@ def test_errors_say_what_there_is(capsys):
         ("--variants l2gg", "need variants of episodic; .*; got 'l2gg'; did you mean l2g\\?"),
         ("--inner-lr nan", "need --inner-lr of at least 0 and finite, got nan"),
         ("--inner-lr -1", "need --inner-lr of at least 0 and finite, got -1.0"),
-        ("--head foo", "need --head prototypical or relation, got foo"),
-        ("--backbone foo", "need --backbone conv4 or resnet12, or timm:NAME or torchvision:NAME .*, got foo with prot"),
-        ("--backbone torchvision:resnet18 --head relation", "torchvision:NAME with --head prototypical, got torchv"),
-        ("--backbone-options depth=3", "--backbone-options belong to timm:NAME and torchvision:NAME, got conv4"),
+        ("--backbone foo", "need --backbone to be one of conv4, .*; got 'foo'"),
+        ("--backbone-options depth=3", "got options depth, fused: .* unexpected keyword argument 'depth'"),
         ("--backbone torchvision:resnet18 --variants l2g", "'l2g' needs fused layers, which only conv4 and resnet12"),
         (
             "--image-size 28 --head relation --backbone resnet12",
@@ -113,51 +107,22 @@ def test_json_has_null_where_a_number_is_unknown(tmp_path, monkeypatch):
     assert row["gradient_error"] is None and row["seconds"] > 0
 
 
-class TestUpdates:
-    """Rows that draw their own tasks and end in Adam's step."""
+def test_rows_that_cannot_be_timed_are_left_out_unless_named(monkeypatch):
+    def fails(*_):
+        raise NotImplementedError("the derivative of an operator")
 
-    @staticmethod
-    def ready(name, case=SMALL):
-        stream, model = task_stream(case), build(case, layers=VARIANTS[name].layers)
-        return model, prepare(name, case, model, stream, [stream[0]])
-
-    def test_the_stream_is_the_training_loops(self):
-        """Oracle: three updates by hand."""
-        case = replace(SMALL, pairs=2)
-        model, update = self.ready("l2g, data included", case)
-        expected, stream = build(case, layers="fused"), task_stream(case)
-        wrapper, optimizer = L2GWrapper(expected, case.inner_lr), torch.optim.Adam(expected.parameters(), 1e-3)
-        for k in range(3):
-            update()
-            optimizer.zero_grad()
-            meta_gradient(l2g, wrapper, [stream[2 * k], stream[2 * k + 1]])
-            optimizer.step()
-        assert all(torch.equal(expected.state_dict()[name], value) for name, value in model.state_dict().items())
-
-    def test_rows_for_cuda_are_not_for_the_cpu(self, capsys):
-        rows = [name for name, row in VARIANTS.items() if row.cuda]
-        assert {"l2g, TF32", "l2g, bf16"} <= set(rows)
-        assert not set(rows) & set(available(device="cpu")) and set(rows) <= set(available(device="cuda:0"))
-        for name in rows:
-            assert main(["bench", "--device", "cpu", "--variants", name]) == 2
-            assert f"the variant {name!r} needs CUDA, got --device cpu" in capsys.readouterr().err
-
-    def test_rows_that_cannot_be_timed_are_left_out_unless_named(self, monkeypatch):
-        def fails(*_):
-            raise NotImplementedError("the derivative of an operator")
-
-        lines, rows = [], {"l2g": VARIANTS["l2g"], "fails": VARIANTS["l2g"]._replace(make=fails)}
-        monkeypatch.setitem(VARIANTS, "fails", rows["fails"])
-        monkeypatch.setattr(run, "available", lambda names, **options: rows)
-        result = bench(SMALL, repeats=1, memory=False, say=lines.append)
-        with pytest.raises(NotImplementedError, match="the derivative"):
-            bench(SMALL, variants=list(rows), repeats=1, memory=False, say=lines.append)
-        assert [row["name"] for row in result["rows"]] == ["l2g"]
-        assert "left out: fails: the derivative of an operator" in lines
+    lines, rows = [], {"l2g": VARIANTS["l2g"], "fails": VARIANTS["l2g"]._replace(make=fails)}
+    monkeypatch.setitem(VARIANTS, "fails", rows["fails"])
+    monkeypatch.setattr(run, "available", lambda *_, **__: rows)
+    result = bench(SMALL, repeats=1, memory=False, say=lines.append)
+    with pytest.raises(NotImplementedError, match="the derivative"):
+        bench(SMALL, variants=list(rows), repeats=1, memory=False, say=lines.append)
+    assert [row["name"] for row in result["rows"]] == ["l2g"]
+    assert "left out: fails: the derivative of an operator" in lines
 
 
-def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypatch):
-    monkeypatch.setattr(run, "available", lambda names, **options: {name: VARIANTS[name] for name in names})
+def test_rows_stand_against_episodes_of_their_own_layers(monkeypatch):
+    monkeypatch.setattr(run, "available", lambda _, names, **__: {name: VARIANTS[name] for name in names})
     bases = {
         "l2g": "episodic",
         "l2g, mix 0.5": "episodic",
@@ -165,15 +130,13 @@ def test_rows_stand_against_episodes_of_their_own_layers_and_precision(monkeypat
         "l2g, own network, stock operators": "episodic, own network",
         "l2g, own network, channels-last": "episodic, own network, channels-last",
     }
-    names = [*dict.fromkeys(bases.values()), *bases, "episodic, bf16", "l2g, bf16"]
+    names = [*dict.fromkeys(bases.values()), *bases]
     rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, memory=False, say=str)["rows"]}
     seconds = {name: row["seconds"] for name, row in rows.items()}
     fastest = min(seconds[base] for base in bases.values())
     for name, base in bases.items():
         assert rows[name]["ratio"] == seconds[name] / seconds[base]
         assert rows[name]["ratio_to_fastest"] == seconds[name] / fastest
-    own = seconds["l2g, bf16"] / seconds["episodic, bf16"]
-    assert rows["l2g, bf16"]["ratio"] == rows["l2g, bf16"]["ratio_to_fastest"] == own
     assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
 
 
@@ -193,24 +156,24 @@ def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
         model, maps = build(SMALL, layers=VARIANTS[name].layers), []
         norms = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
         model.encoder.blocks[1].conv.register_forward_hook(lambda *given, maps=maps: maps.append(given[-1]))
-        prepare(name, SMALL, model, stream, [stream[0]])()
+        prepare(name, SMALL, model)([stream[0]])
         assert norms == {norm} and maps and {y.is_contiguous() for y in maps} == {contiguous}, name
         assert ours(*maps) == operators, name
 
 
-def test_precision_is_a_rows_own():
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    stream, in_tf32, gradients = task_stream(SMALL), [], []
-    for name in ("l2g", "l2g, TF32", "l2g, bf16"):
-        model = build(SMALL, layers="fused")
-        model.encoder.register_forward_hook(lambda *_: in_tf32.append(torch.backends.cuda.matmul.allow_tf32))
-        prepare(name, SMALL, model, stream, [stream[0]])()
+def test_precision_is_the_cases():
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        case = replace(SMALL, precision=precision)
+        model = build(case, layers="fused")
+        prepare("l2g", case, model)([task_stream(case)[0]])
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert in_tf32 == [False, False, True, True, False, False]  # T_i and T_j of each
-    assert flags == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    plain, tf32, bf16 = gradients
-    assert torch.equal(plain, tf32)  # a CPU has no TF32
+    plain, bf16 = gradients
     assert 1e-4 * plain.norm() < (bf16 - plain).norm() < 0.5 * plain.norm()  # last maps of one pixel: noisy
+    bench(replace(SMALL, precision="tf32"), variants=["l2g"], repeats=1, memory=False, say=str)
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    bench(SMALL, variants=["l2g"], repeats=1, memory=False, say=str)
+    assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 
 
 def test_scaling_changes_one_thing_at_a_time():
@@ -227,14 +190,12 @@ def test_scaling_changes_one_thing_at_a_time():
 
 def test_memory_of_a_step_counts_the_graph_of_both_tasks():
     small, large = (replace(SMALL, image_size=size) for size in (28, 84))
-    peaks = {
-        name: peak_memory(large, name, keep=False) for name in ("episodic", "l2g", "l2g, own network, stock operators")
-    }
+    peaks = {name: peak_memory(large, name) for name in ("episodic", "l2g", "l2g, own network, stock operators")}
     if None in peaks.values():
         pytest.skip("memory cannot be measured on this system")
-    images = 84 * 84 * 64 * 4 * large.images / 2  # bytes of the first map of one task
+    images = 84 * 84 * 64 * 4 * 6  # bytes of the first map of one task
     assert images < peaks["episodic"] < peaks["l2g"] < peaks["l2g, own network, stock operators"]
-    assert peak_memory(small, "l2g", keep=False) < peaks["l2g"] / 2
+    assert peak_memory(small, "l2g") < peaks["l2g"] / 2
 
 
 def test_resnet12_is_the_published_one_and_fused_changes_nothing():
@@ -256,7 +217,6 @@ def test_resnet12_under_the_relation_head():
     model, task = build(case, layers="fused"), task_stream(case)[0][0]
     with torch.no_grad():
         assert model(task).shape == (4, 2)
-    assert case.small_image == 64 > SMALL.small_image
 
 
 def test_resnet12_leaves_its_last_maps_to_heads_that_compare_them():

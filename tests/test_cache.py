@@ -32,7 +32,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def build(folder: Path) -> None:
     assert not any(folder.iterdir())
-    (folder / "images.npy").write_bytes(b"whole")
+    for name in cache.FILES:
+        (folder / name).write_bytes(b"whole")
 
 
 KILLED = """
@@ -61,7 +62,7 @@ def test_a_killed_conversion_is_made_again(root: Path, number: int) -> None:
 
 def test_what_killed_conversions_of_other_data_left_goes_too(root: Path) -> None:
     kill("dead", signal.SIGKILL)
-    (held := root / ".alive-0.x.partial").mkdir()
+    (held := root / ".alive-0.partial").mkdir()
     with claim(root / ".alive-0.lock") as ours:
         assert ours
         cached("data", {}, build)
@@ -103,7 +104,6 @@ def test_no_room(root: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None
 
     def convert(folder: Path) -> None:
         images = cache.create_images(folder, (1, 2, 2, 3))
-        cache.reserve(folder)
         images[:] = 1
 
     with pytest.raises(DataError, match="need room for converted data, .* is full; make some, or set L2G_CACHE"):
@@ -122,20 +122,20 @@ def test_other_errors_keep_their_kind(root: Path) -> None:
 
 def test_parts_of_killed_downloads_go(tmp_path: Path) -> None:
     for name in (".a.pkl.partial", ".b.pkl.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_bytes(b"a part")
+        (tmp_path / name).write_bytes(b"a part")
     with pytest.raises(DataError, match="need an https:// address"):
         download.fetch("http://localhost/a.pkl", tmp_path / "a.pkl", max_bytes=9, check=lambda path: None)
     assert [path.name for path in tmp_path.iterdir()] == [".b.pkl.partial"]
 
 
-def test_a_download_writes_through_no_link(tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
+def test_a_download_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / ".a.pkl.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(DataError, match="File exists"):
-        download.fetch("https://localhost/a.pkl", tmp_path / "root" / "a.pkl", max_bytes=9, check=lambda path: None)
-    assert not list((tmp_path / "precious").iterdir())
+    monkeypatch.setattr(download, "_receive", lambda url, file, *_: str(file.write(b"downloaded")))
+    path = tmp_path / "root" / "a.pkl"
+    download.fetch("https://localhost/a.pkl", path, max_bytes=9, check=lambda path: None)
+    assert path.read_bytes() == b"downloaded" and (tmp_path / "precious").read_bytes() == b"precious"
 
 
 def converted(root: Path, pixel: int = 7) -> tuple[Path, list[int]]:
@@ -180,9 +180,14 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "shuffled labels": shuffle_labels,
     "renamed classes": lambda f: (f / "classes.json").write_text('["b", "a"]'),
     "a file less": lambda f: (f / "labels.npy").unlink(),
-    "a file more": lambda f: (f / "more.npy").write_bytes(b""),
+    "a file that is a folder": lambda f: ((f / "labels.npy").unlink(), (f / "labels.npy").mkdir()),
     "no checksums": lambda f: (f / "checksums.json").unlink(),
     "torn checksums": lambda f: os.truncate(f / "checksums.json", 40),
+    "checksums of no file": lambda f: (f / "checksums.json").write_text("{}"),
+    "checksums of fewer files": lambda f: (f / "checksums.json").write_text(
+        json.dumps({n: v for n, v in json.loads((f / "checksums.json").read_text()).items() if n != "labels.npy"})
+    ),
+    "checksums without end": lambda f: (f / "checksums.json").write_text("[" * 10**6),
     "other checksums": lambda f: (f / "checksums.json").write_text('{"images.npy": [1], "labels.npy": {}}'),
 }
 
@@ -190,11 +195,11 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_what_is_torn_or_changed_is_made_again(root: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder, _ = converted(root)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"}
+    whole = {name: (folder / name).read_bytes() for name in cache.FILES}
     CORRUPTIONS[name](folder)
     again, calls = converted(root)
     assert again == folder and calls == [1]
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"} == whole
+    assert {name: (folder / name).read_bytes() for name in cache.FILES} == whole
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"l2g: {folder} is made again: ")
     assert converted(root)[1] == []
@@ -205,7 +210,9 @@ def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch:
     with monkeypatch.context() as context:
         context.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
         assert converted(root)[1] == []
-        context.setattr(json, "load", lambda file: pytest.fail("reads the checksums again"))
+        (folder / ".l2g-0").write_bytes(b"left by a killed process")
+        assert converted(root)[1] == []
+        context.setattr(cache, "read_text", lambda path: pytest.fail("reads the checksums again"))
         assert converted(root)[1] == []
     moved = (folder / "images.npy").rename(folder / "moved")  # a copy from elsewhere: the same content, another inode
     shutil.copy(moved, folder / "images.npy")
@@ -218,6 +225,38 @@ def test_files_are_read_again_only_if_they_were_touched(root: Path, monkeypatch:
         assert converted(root)[1] == [] and read == ["images.npy"]  # its new stamp is kept
 
 
+def test_a_later_process_reads_the_stamps_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(root)
+    copy = folder.with_name("copy")  # whose inodes and times are others
+    shutil.copytree(folder, copy)
+    shutil.rmtree(folder)
+    copy.rename(folder)
+    assert converted(root)[1] == []
+    monkeypatch.setattr(cache, "_sound", {})
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+    assert converted(root)[1] == []
+
+
+def test_a_cache_that_cannot_be_written_is_read_once_a_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(root)
+    os.utime(folder / "images.npy", ns=(0, 0))
+
+    def full(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(cache, "replaced", full)
+    assert converted(root)[1] == []
+    monkeypatch.setattr(cache, "file_digest", lambda path: pytest.fail(f"reads {path}"))
+    assert converted(root)[1] == []
+
+
+def test_an_empty_variable_does_not_name_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("L2G_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert cache.cache_root() == Path("/home/me/.cache/l2g-meta")
+
+
 def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     sync, rename = cache.sync, Path.rename
@@ -226,6 +265,13 @@ def test_all_is_on_the_disk_before_it_has_its_name(root: Path, monkeypatch: pyte
     folder, _ = converted(root)
     at = synced.index("renamed")
     assert {"images.npy", "labels.npy", "classes.json"} < set(synced[:at]) and synced[at + 1 :] == [root.name]
+
+
+def test_a_folder_s_name_does_not_steer_the_terminal(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flip(cached("a\x1b[2J", {}, build) / "images.npy", 0)
+    cached("a\x1b[2J", {}, build)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "\x1b" not in line and r"a\x1b[2J" in line
 
 
 @pytest.mark.parametrize("target", ["", "somewhere"])

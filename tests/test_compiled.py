@@ -208,10 +208,13 @@ def test_names_outside_of_the_wrapper_are_left_alone(net):
     compiled.load_state_dict(compiled.state_dict())
 
 
-def test_a_forward_set_on_an_instance_is_refused(net):
+def test_a_compiled_forward_set_on_an_instance_is_the_copys(net, pair):
+    plain = L2GWrapper(copy.deepcopy(net), 0.05)
     net.encoder.forward = torch.compile(net.encoder.forward, backend=BACKEND)
-    with pytest.raises(FitError, match="set on the instance.*compile the module"):
-        L2GWrapper(net, 0.05)
+    l2g = L2GWrapper(net, 0.05)
+    for each in (plain, l2g):
+        each(*pair).backward()
+    torch.testing.assert_close(tensors(l2g), tensors(plain), rtol=1e-12, atol=1e-14)
 
 
 class Chooses(nn.Module):
@@ -249,8 +252,8 @@ def test_a_method_that_an_instance_holds_is_the_copys_own(either_backend):
     assert torch.equal(*found)
     encoder = Plain()
     encoder.forward = lambda x: encoder.flat(x)
-    with pytest.raises(FitError, match="need the forward of Plain to be its class's"):
-        L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.5)
+    with pytest.raises(FitError, match="got encoder.weight of the model itself"):
+        L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.5)(*pair)
 
 
 class Embeds(Net):

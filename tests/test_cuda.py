@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, operators
 from l2g_meta.data import host as placement
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.dataset import ClassDataset
@@ -152,6 +152,11 @@ class TestMetaGradient:
             model.to(memory_format=torch.channels_last)
         assert error(gradient(model, tasks, DEVICE, fast=way != "stock"), expected) < 1e-7
 
+    def test_by_default_on_pytorchs_operators(self, monkeypatch):
+        monkeypatch.setattr(operators, "DEVICES", ())
+        model, tasks = MetricModel(Conv4(3, 8), PrototypicalHead()), [random_task((3, 28, 28), n_way=3) for _ in "ij"]
+        assert error(gradient(model, tasks, DEVICE), gradient(model, tasks, "cpu")) < 1e-9
+
     @pytest.mark.parametrize("options", [{"inner_steps": 2}, {"mix": 0.5}, {"learn_inner_lr": "element"}], ids=str)
     def test_options(self, options):
         model, tasks = MetricModel(Conv4(3, 8), PrototypicalHead()), [random_task((3, 28, 28), n_way=3) for _ in "ij"]
@@ -197,7 +202,7 @@ class TestRuns:
             wrapper = L2GWrapper(MetricModel(Conv4(1, 8), PrototypicalHead()), 0.05).to(DEVICE)
             optimizer = torch.optim.Adam(wrapper.parameters())
             pairs = TaskPairs(DATA, ways=3, shots=1, queries=4, seed=3, augment=Augment(2), device=DEVICE)
-            assert isinstance(pairs.source.dataset, ClassDataset if free is None else placement.HostDataset)
+            assert (pairs.source.dataset.gathered_on is None) == (free is None)
             for k in range(8):
                 optimizer.zero_grad()
                 meta_gradient(l2g, wrapper, pairs.batch(range(2 * k, 2 * k + 2)))

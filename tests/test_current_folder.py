@@ -21,7 +21,7 @@ from l2g_meta.training.build import load_run
 
 PACKAGE = Path(l2g_meta.__file__).parents[1]
 NAMED = {"tqdm", "csv", "torch", "numpy", "safetensors", "PIL"}
-OTHERS = {"learn2learn", "matplotlib", "torchvision", "sklearn", "filelock", "onnx", "tensorboard", "timm", "submitit",
+OTHERS = {"learn2learn", "matplotlib", "torchvision", "sklearn", "filelock", "onnx", "timm", "submitit",
           "sitecustomize", "usercustomize", "cli", "commands", "files", "build", "training"}  # fmt: skip
 BY_PYTHON = {"runpy"} if sys.version_info < (3, 11) else set()  # Python 3.10 itself reads it from there for -m
 EVIL = "with open({marker!r}, 'a') as file:\n    file.write(__file__ + chr(10))\n"
@@ -102,7 +102,7 @@ if __name__ == "__main__":
 
 
 def test_processes_that_a_command_starts(folders, tmp_path):
-    """As `l2g reproduce --parallel 2` starts them."""
+    """As `l2g bench` starts them to measure memory."""
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no PYTHONSAFEPATH")
     found, marker = folders

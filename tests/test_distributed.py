@@ -19,7 +19,7 @@ from torch import nn
 from l2g_meta import L2GWrapper
 from l2g_meta.data import ClassDataset
 from l2g_meta.evaluation.episodes import evaluate
-from l2g_meta.evaluation.world import Joined, World, join
+from l2g_meta.evaluation.world import World, join, join_update
 from l2g_meta.files.tensors import load_tensors
 from l2g_meta.models.heads import PrototypicalHead
 from l2g_meta.training.build import build_pairs
@@ -386,5 +386,5 @@ def test_one_flat_buffer_per_update(monkeypatch):
     before = {name: b.clone() for name, b in module.named_buffers()}
     for p in module.conv.parameters():
         p.grad = torch.ones_like(p)
-    values = Joined(World(0, 2), module, before, 1, 1)(torch.arange(3.0))
+    values = join_update(World(0, 2), module, before, range(1), 2, torch.arange(3.0))
     assert len(calls) == 1 and len(calls[0]) == 1 and values == [0, 1, 2]

@@ -155,7 +155,7 @@ def shell_commands(page: Path) -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
     command = re.compile(r"(?:torchrun .*-m )?l2g(?:_meta)? (\w.*?)(?:  +#.*| > .*)?$")
-    return [found[1] for line in lines if (found := command.match(line))]
+    return [found[1].replace('"$@"', "").rstrip(" &") for line in lines if (found := command.match(line))]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES, *TUTORIALS], ids=lambda page: page.stem)

@@ -8,7 +8,7 @@ from torch import nn
 
 from l2g_meta import Conv4, L2GWrapper, MatchingHead, MetricModel, PrototypicalHead, RelationHead
 from l2g_meta.data import ClassDataset
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import FitError, L2GError
 from l2g_meta.evaluation import episodes as evaluation_module
 from l2g_meta.evaluation.episodes import evaluate, over_models, paired_difference
 from l2g_meta.models.functional import confidence_interval
@@ -152,3 +152,30 @@ def test_nan_scores_are_no_result(data):
         evaluate(model, data, ways=3, queries=3, episodes=2)
     with pytest.raises(L2GError, match="at least 1 episode"):
         evaluate(model, data, episodes=0)
+
+
+class Lookup(nn.Module):
+    """Takes a task for images without an error."""
+
+    def forward(self, x):
+        return x[0].flatten(1)
+
+
+@pytest.mark.parametrize("wrap", [lambda encoder: encoder, lambda encoder: L2GWrapper(encoder, 0.1)])
+@pytest.mark.parametrize("make", [lambda: Conv4(1, 4), lambda: torch.compile(Conv4(1, 4), backend="eager")])
+def test_a_bare_encoder_is_told_to_be_wrapped(make, wrap, data):
+    with pytest.raises(FitError, match=r"forward takes images; wrap it: MetricModel\(encoder, PrototypicalHead\(\)\)"):
+        evaluate(wrap(make().double()), data, ways=3, queries=3, episodes=2)
+
+
+def test_what_is_no_model_is_told_what_to_pass(data):
+    l2g = L2GWrapper(MetricModel(Conv4(1, 4), PrototypicalHead()).double(), 0.1)
+    with pytest.raises(FitError, match="an nn.Module, got <.*Learner.*>; of a learner, take learner.module"):
+        evaluate(l2g.clone(), data, ways=3, queries=3, episodes=2)
+    assert evaluate(l2g.clone().module, data, ways=3, queries=3, episodes=2) == evaluate(
+        l2g, data, ways=3, queries=3, episodes=2
+    )
+    with pytest.raises(FitError, match="a class is called first"):
+        evaluate(Conv4, data, ways=3, queries=3, episodes=2)
+    with pytest.raises(FitError, match=r"need scores of shape \(n_query, n_way\) = \(9, 3\) from Lookup.forward"):
+        evaluate(Lookup(), data, ways=3, queries=3, episodes=2)

@@ -20,7 +20,12 @@ res2net50_14w_8s resnest14d resnet18 resnetv2_18 rexnet_100 sam2_hiera_tiny samv
 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
 swinv2_tiny_window8_256 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small visformer_tiny
 vit_srelpos_small_patch16_224 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
+deepseek_vit_412m gemma4_vit_167m naflexvit_base_patch16_gap vgg11_bn
 """.split()
+TINY = dict.fromkeys(  # families whose models are all large
+    ("deepseek_vit_412m", "gemma4_vit_167m", "naflexvit_base_patch16_gap"),
+    {"embed_dim": 64, "depth": 2, "num_heads": 2},
+) | {"vgg11_bn": {"mlp_ratio": 1 / 64}}
 TORCHVISION = """
 alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
 mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t vgg11_bn vit_b_32
@@ -32,7 +37,7 @@ def of_timm(name):
     timm = pytest.importorskip("timm")
     for options in ({"img_size": SIZE}, {}):
         try:
-            net = timm.create_model(name, num_classes=0, **options)
+            net = timm.create_model(name, num_classes=0, **options, **TINY.get(name, {}))
         except (TypeError, AssertionError, ValueError, RuntimeError):
             continue
         fixed, own = net.pretrained_cfg.get("fixed_input_size"), net.pretrained_cfg["input_size"][-1]
@@ -51,6 +56,16 @@ def of_torchvision(name):
     size = {"inception_v3": 96, "swin_t": SIZE, "vit_b_32": 224, "maxvit_t": 224}.get(name, SIZE)
     own = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=8, **own), size
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_has_a_model_in_the_list():
+    models = pytest.importorskip("timm").models
+
+    def families(names):
+        return {models.model_entrypoint(name).__module__ for name in names}
+
+    assert families(models.list_models()) == families(TIMM)
 
 
 def drawn(size):

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task
+from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, Task, operators
 from l2g_meta.inner import twice_differentiable
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.blocks import BatchNormReLU2d, ConvBlock
 from l2g_meta.models.heads import HEADS
 from l2g_meta.models.metric import build_head, feature_shape
+from l2g_meta.operators import norm_passes
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
@@ -428,13 +429,9 @@ class TestConv:
 
 
 class TestSelection:
-    """ReLU and max-pooling: PyTorch's values and derivatives to third order, to the bit."""
+    """Max-pooling: PyTorch's values and derivatives to third order, to the bit."""
 
     CALLS = {
-        "relu": lambda x: F.relu(x),
-        "in place": lambda x: F.relu(x * 2, inplace=True),
-        "method": lambda x: (x * 2).relu_().relu(),
-        "leaky": lambda x: F.leaky_relu(x, 0.1) + F.leaky_relu(x * 2, 0.2, inplace=True),
         "pool": lambda x: F.max_pool2d(x, 2),
         "overlapping": lambda x: F.max_pool2d(x, 3, 2, 1),
         "dilated": lambda x: F.max_pool2d(x, 2, 1, 0, 2, ceil_mode=True),
@@ -512,6 +509,47 @@ def test_fast_and_plain_give_the_same_meta_gradient(head, method, options):
             ]
         for f, p in zip(*gradients, strict=True):
             torch.testing.assert_close(f, p, rtol=1e-8, atol=1e-10)
+
+
+def test_where_our_operators_have_not_run_pytorchs_do(monkeypatch):
+    """As on CUDA by default: the same state, scores and meta-gradient, from graphs that hold no operator of ours."""
+    torch.manual_seed(0)
+    ours = MetricModel(Conv4(1, 4), HEADS["prototypical"]()).double()
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(2, 9, 1, 18, 18, dtype=torch.float64), torch.arange(9) % 3
+    pair = [Task(x[k, :3], y[:3], x[k, 3:], y[3:], 3) for k in range(2)]
+    meta_gradient(OBJECTIVES["l2g"], L2GWrapper(ours, 0.05), [pair])
+    monkeypatch.setattr(operators, "DEVICES", ())
+    wrapper, names, seen = L2GWrapper(theirs, 0.05), set(), [theirs(pair[0]).grad_fn]
+    with twice_differentiable():
+        seen.append(theirs(pair[0]).grad_fn)
+    while seen:
+        node = seen.pop()
+        if node is not None:
+            names.add(type(node).__name__)
+            seen += [before for before, _ in node.next_functions]
+    assert "NativeBatchNormBackward0" in names and not {n for n in names if n.startswith("_")}, names
+    meta_gradient(OBJECTIVES["l2g"], wrapper, [pair])
+    for (name, f), p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(f.grad, p.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_sums_are_asked_for_as_cuda_can_give_them(monkeypatch):
+    """CUDA's kernels take the type of a norm's sums from its scale: without one they fail, where a CPU's do not."""
+
+    class Aten:
+        def __getattr__(self, name):
+            return getattr(torch.ops.aten, name)
+
+        def native_batch_norm_backward(self, g, x, w, *rest):
+            assert w is not None
+            return torch.ops.aten.native_batch_norm_backward(g, x, w, *rest)
+
+    monkeypatch.setattr(norm_passes, "aten", Aten())
+    x = torch.randn(4, 2, 6, 6, requires_grad=True)
+    for y in (batch_norm(x), batch_norm(x, relu=True, pool=True), group_norm(x, 2)):
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        torch.autograd.grad(g.square().sum(), x)
 
 
 def test_fast_and_plain_agree_under_autocast_as_far_as_bfloat16_goes():

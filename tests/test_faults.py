@@ -5,12 +5,14 @@ import errno
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -433,21 +435,29 @@ class TestSignals:
             assert f"saved; l2g train --resume {out} continues a run to the same bits" in error
             assert load_tensors(out / "last.safetensors")[1]["iteration"] >= there + updates
 
-    @pytest.mark.parametrize("rung", [2, 4])  # 4: before the validation
-    @pytest.mark.parametrize("fails", [False, True])
-    def test_slurm_gets_the_job_back_once(self, fails, rung, tmp_path, monkeypatch):
-        tool, calls = tmp_path / "scontrol", tmp_path / "calls"
-        tool.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit {int(fails)}\n')
-        tool.chmod(0o755)
-        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
-            patch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-            patch.setenv("SLURM_JOB_ID", "17")
-            ring_after(patch, rung, signal.SIGUSR1, times=3)
-            if fails:
-                with pytest.warns(UserWarning, match="cannot put job 17 back in the queue"):
-                    go(tmp_path / "run")
-            go(tmp_path / "run" if not fails else tmp_path / "second")
-        assert stopped.value.code == 138 and set(calls.read_text().splitlines()) == {"requeue 17"}
+    def test_the_script_for_slurm_saves_then_puts_its_job_back_once(self, tmp_path):
+        page = Path(__file__).parents[1].joinpath("docs", "long-runs.md").read_text()
+        script = tmp_path / "train.sbatch"
+        script.write_text(re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.S)[1])
+        calls = tmp_path / "calls"
+        stand_ins = {
+            "torchrun": f"trap 'echo saved >> {calls}; exit' USR1\necho began >> {calls}\nwhile sleep 0.1; do :; done",
+            "scontrol": f'echo "$@" >> {calls}',
+        }
+        for name, body in stand_ins.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        script.chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+        process = subprocess.Popen([str(script), "--out", "run"], env=environment)
+        try:
+            while process.poll() is None and not calls.exists():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGUSR1)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+        assert calls.read_text().split("\n") == ["began", "saved", "requeue 17", ""]
 
 
 def ring_after(patch, update, number, *, times=1, then=lambda: None):

@@ -83,15 +83,6 @@ class TestLinks:
         assert f"need to lock {run / '.lock'}, got: it is a link or no regular file" in error and error.count("\n") == 1
         assert elsewhere.read_text() == TEXT and not (tmp_path / "not there").exists()
 
-    def test_tensorboard_does_not_write_through_one(self, tmp_path, blob_run, capsys):
-        pytest.importorskip("tensorboard")
-        run, target = tmp_path / "run", tmp_path / "target"
-        shutil.copytree(blob_run, run)
-        target.mkdir()
-        (run / "tensorboard").symlink_to(target)
-        assert main(["train", "--resume", str(run), "--iterations", "4", "--force", "--tensorboard", "--quiet"]) == 2
-        assert "is a link; remove it" in capsys.readouterr().err and not list(target.iterdir())
-
     def test_a_log_that_became_one_is_not_gone_on_with(self, elsewhere, tmp_path):
         (tmp_path / "log.csv").symlink_to(elsewhere)
         with pytest.raises(OSError, match="symbolic links"):

@@ -1,5 +1,6 @@
 import json
 
+import glyph_selection as selection
 import numpy as np
 import pytest
 from PIL import ImageFont
@@ -47,13 +48,17 @@ def test_splits_share_no_script_and_no_character(data):
     assert "greek/U+03B1" not in data["test"].class_names and "georgian/U+10D3" in data["test"].class_names
 
 
+def test_letters_are_those_that_were_chosen():
+    assert tuple(letter for split in selection.SCRIPTS for letter in glyphs.letters(split)) == selection.classes()
+
+
 def test_no_two_classes_look_alike(codes):
     faces = glyphs.read_faces()
-    fonts = {name: glyphs.open_font(name, glyphs.EM) for name in glyphs.COMPARED}
+    fonts = {name: glyphs.open_font(name, selection.EM) for name in selection.COMPARED}
     drawn = [(code, glyphs.draw(fonts[name], code)) for code in sorted(codes) for name in fonts if code in faces[name]]
     owners = np.array([code for code, _ in drawn])
-    alike = glyphs.similarity([glyphs.body(image) for _, image in drawn])
-    assert alike[owners[:, None] != owners].max() <= glyphs.THRESHOLD
+    alike = selection.similarity([selection.body(image) for _, image in drawn])
+    assert alike[owners[:, None] != owners].max() <= selection.THRESHOLD
     assert np.allclose(np.diag(alike), 1)
 
 
@@ -84,7 +89,6 @@ def test_accented_letters_are_absent(codes):
 
 def test_same_bytes_when_built_again_elsewhere(data, tmp_path, monkeypatch):
     monkeypatch.setenv("L2G_CACHE", str(tmp_path))
-    glyphs.classes.cache_clear()
     again = glyphs.load("validation")
     assert again.class_names == data["validation"].class_names
     assert again.images.numpy().tobytes() == data["validation"].images.numpy().tobytes()
@@ -140,10 +144,10 @@ def test_mean_and_std_are_those_of_train(data):
 
 
 def test_body_leaves_dots_out_and_refuses_pieces():
-    font = glyphs.open_font("Sans", glyphs.EM)
+    font = glyphs.open_font("Sans", selection.EM)
     whole = glyphs.draw(font, ord("i"))
-    assert glyphs.body(whole).size[1] < whole.size[1]
-    assert glyphs.body(glyphs.draw(font, 0x22EE)) is None  # vertical ellipsis: three equal dots
+    assert selection.body(whole).size[1] < whole.size[1]
+    assert selection.body(glyphs.draw(font, 0x22EE)) is None  # vertical ellipsis: three equal dots
 
 
 def test_faces_without_the_glyph_are_not_used():

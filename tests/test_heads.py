@@ -292,6 +292,25 @@ class _Probabilities(_SoftmaxTwice):
         return F.nll_loss(scores.log(), query_y)
 
 
+class _ProjectedToZero(nn.Module):
+    """A projection that begins with zeros and stays there: no gradient reaches it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.project = nn.Linear(dim, 3, bias=False)
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, support, support_y, query, n_way):
+        support, query = self.project(support.flatten(1)), self.project(query.flatten(1))
+        return PrototypicalHead()(support, support_y, query, n_way)
+
+
+class _FixedToZero(_ProjectedToZero):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.requires_grad_(False)
+
+
 class _DotProduct(nn.Module):
     def forward(self, support, support_y, query, n_way):
         return query.flatten(1) @ f.prototypes(support.flatten(1), support_y, n_way).T
@@ -341,10 +360,12 @@ def test_a_scale_that_begins_at_zero_gives_no_probabilities():
         (_Sorted, "relabelling_permutes_columns"),
         (_Cusp, "derivatives_exist_at_a_support: .*not finite where a query equals a support"),
         (_Farthest, "a_support_is_known_again: need the highest score .*check the sign"),
-        (_Constant, "a_support_is_known_again"),
+        (_Constant, "the_loss_has_a_gradient: .* look for constant scores"),
         (_SoftmaxTwice, "cross_entropy_gets_no_probabilities: .*leave the softmax out"),
         (_SmoothedTwice, "cross_entropy_gets_no_probabilities: .*leave the softmax out"),
         (_SoftmaxTwiceSummed, "cross_entropy_gets_no_probabilities"),
+        (_ProjectedToZero, "the_loss_has_a_gradient: need a gradient, got zero .*projections of zeros"),
+        (_FixedToZero, "the_loss_has_a_gradient: need a gradient, got zero .*projections of zeros"),
         (_Transposed, r"need scores \(n_query, n_way\)"),
     ],
 )

@@ -44,6 +44,12 @@ def jpeg(width: int, height: int) -> bytes:
     return data[: start + 5] + struct.pack(">HH", height, width) + data[start + 9 :]
 
 
+def many_scans() -> bytes:
+    """A JPEG whose last scan comes again and again: a megabyte of them would take an hour to decode."""
+    data = saved("JPEG", progressive=True)
+    return data[:-2] + 100 * data[data.rindex(b"\xff\xda") : -2] + data[-2:]
+
+
 def zipped() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
@@ -70,6 +76,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "PNG of 16 bits": (".png", lambda: saved("PNG", Image.fromarray(np.full((9, 9), 40_000, np.uint16)))),
     "JPEG bomb": (".jpg", lambda: jpeg(65_000, 65_000)),
     "JPEG a little too large": (".jpg", lambda: jpeg(10_000, 5_001)),
+    "JPEG of many scans": (".jpg", many_scans),
     "JPEG cut off": (".jpg", lambda: saved("JPEG")[:-200]),
     "JPEG without a picture": (".jpg", lambda: b"\xff\xd8\xff\xd9"),
     "JPEG called PNG": (".png", lambda: saved("JPEG")),
@@ -119,7 +126,7 @@ def test_what_follows_an_image_is_not_looked_at(tmp_path: Path) -> None:
     """Phones append films and tables to photos, so that this is no error."""
     for suffix, file_format in ((".jpg", "JPEG"), (".png", "PNG")):
         path = tmp_path / f"some{suffix}"
-        path.write_bytes(saved(file_format) + zipped())
+        path.write_bytes(saved(file_format) + zipped() + 200 * b"\xff\xda")
         assert images.read_image(str(path)).size == (8, 8)
     assert len(list(tmp_path.iterdir())) == 2
 

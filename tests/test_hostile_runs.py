@@ -21,6 +21,7 @@ from PIL import Image
 from l2g_meta.classify import exported as exporting
 from l2g_meta.classify.photos import Preparation, inputs
 from l2g_meta.cli.main import main
+from l2g_meta.cli.output import plain_warnings
 from l2g_meta.data.images import decode
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.training.config import Config
@@ -162,6 +163,20 @@ class TestExports:
             ):
                 pass
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_warnings_do_not_steer_the_terminal(run, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    plain_warnings()
+    shutil.move(run, other := run.parent / "a\x1b[2J")
+    with open(other / "log.csv", "a") as log:
+        log.write("damaged,\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_log(other)
+    (warning,) = caught
+    line = warnings.formatwarning(warning.message, UserWarning, read_log.__code__.co_filename, 1)
+    assert line.startswith("l2g: warning: ") and r"a\x1b[2J" in line and "\x1b" not in line
 
 
 def deep_png(colour: int, channels: int, depth: int = 16) -> bytes:

@@ -16,14 +16,12 @@ from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
 from l2g_meta.data import DATASETS, ClassDataset, Episodes, MapDataset, TaskPairs, load
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.batches import Batches
-from l2g_meta.data.host import HostDataset
 from l2g_meta.models.backbones import ResNet12
 
 SHAPE = {"ways": 2, "shots": 1, "queries": 1}
 VARIATIONS = {
     "plain": None,
     "crop": Augment(2),
-    "resized crop": Augment(scale=(0.2, 1)),
     "torchvision": v2.RandomHorizontalFlip(),
 }
 
@@ -81,8 +79,8 @@ OTHERS = {
     "floats": ClassDataset(torch.rand(12, 12, 12, 3).permute(0, 3, 1, 2), torch.arange(12) // 3),
     "a map": MapDataset(TensorDataset(torch.rand(12, 12, 12, 3).permute(0, 3, 1, 2), torch.arange(12) // 3)),
     "a list": MapDataset([(x, 0) for x in ONE_BY_ONE], labels=[k // 3 for k in range(12)]),
-    "on the host": HostDataset(
-        ClassDataset(np.zeros((12, 12, 12, 3), np.uint8), np.arange(12) // 3), torch.device("cpu")
+    "on the host": ClassDataset(
+        np.zeros((12, 12, 12, 3), np.uint8), np.arange(12) // 3, gathered_on=torch.device("cpu")
     ),
 }
 

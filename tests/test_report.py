@@ -20,8 +20,8 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import evaluate, paired_difference
 from l2g_meta.files.sealed import opened
 from l2g_meta.files.tensors import load_tensors, save_tensors
-from l2g_meta.report.confusion import confusion, hardest
 from l2g_meta.report.experiments import Experiment, Report, differences, evaluate_runs
+from l2g_meta.report.image_section import confusion, hardest
 from l2g_meta.report.measure import EpisodePredictions, ReportOptions, measure
 from l2g_meta.report.page import LIMIT, render
 from l2g_meta.report.projection import projected, sample_rows
@@ -88,8 +88,8 @@ def test_seeds_are_one_experiment_and_others_are_compared_on_the_same_episodes(r
     assert [[run.label for run in e.runs] for e in report.experiments] == [["A1", "A2"], ["B"]]
     (difference,) = differences(report)
     a, b = report.experiments
-    assert (difference.mean, difference.episodes) == paired_difference(b.evaluation, a.evaluation)
-    assert difference.seeds is None and a.evaluation.ci95_runs is not None
+    assert (difference["mean"], difference["episodes"]) == paired_difference(b.evaluation, a.evaluation)
+    assert difference["seeds"] is None and a.evaluation.ci95_runs is not None
 
 
 def test_runs_of_other_shapes_are_not_compared(report):
@@ -238,8 +238,8 @@ def test_what_cannot_be(what, copied, tmp_path, capsys):
         "nothing": "no folder of that name; name a folder made by `l2g train`",
         "empty": "a folder without config.json and log.csv; name",
         "twice": "need different runs, got .* more than once; leave one out",
-        "folder": "need a file to write, -o .* is a folder; name a file in it",
-        "file in the way": "need a folder for the page, cannot make",
+        "folder": "need a file to write for --out, got the folder .*; name a file in it",
+        "file in the way": "need a file to write for --out, got .*; choose another",
     }
     assert re.search(wanted[what], capsys.readouterr().err)
     assert (tmp_path / "page.html").read_text() == "old"
@@ -271,7 +271,7 @@ def test_confusion_counts_each_query_once_and_divides_by_the_meetings():
     assert found.taken.sum() == 40 * 12 and np.diag(found.offered).sum() == 40 * 12
     assert hardest([found], 1) == [5] and (np.diag(found.rates)[:5] == 1).all()
     assert (found.rates[5][:5] <= 1).all() and found.taken[5, :5].sum() > 0
-    np.testing.assert_array_equal((found + found).rates, found.rates)
+    np.testing.assert_array_equal(confusion([*answers, *answers], 6).rates, found.rates)
 
 
 def test_calibration_of_predictions_that_are_right_as_often_as_they_say():

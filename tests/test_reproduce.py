@@ -18,15 +18,14 @@ from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import opened
 from l2g_meta.models.functional import confidence_interval
 from l2g_meta.paper import published
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.cells import run_cell, work
 from l2g_meta.paper.equal_time import equal_time
 from l2g_meta.paper.plan import EPISODES, HALVE_EVERY, SCALES, Cell, plan
-from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.published import COLUMNS
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 from l2g_meta.paper.tables import curve, difference, markdown, tables, write_tables
 from l2g_meta.training import update as updates
 from l2g_meta.training.config import Config
-from l2g_meta.training.curves import Scatter, draw_scatters
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import learning_rate
 from l2g_meta.training.update import Updater
@@ -142,7 +141,7 @@ def test_the_curves_are_the_logs_at_their_validations(done):
     assert float(line["seconds"]) == pytest.approx(sum(float(row["seconds"]) for row in log), abs=0.06)
 
 
-def test_differences_are_paired_and_tested_over_episodes():
+def test_differences_are_paired():
     def result(seed, *accuracies):
         return {"config": {"seed": seed}, "tests": {"running": {"accuracies": list(accuracies)}}}
 
@@ -153,9 +152,7 @@ def test_differences_are_paired_and_tested_over_episodes():
     assert found["mean"] == gains.mean() and found["runs"] == [2.0, 1.25]
     assert found["ci95_episodes"] == pytest.approx(confidence_interval(gains.mean(0).tolist()))
     assert found["ci95_runs"] == pytest.approx(confidence_interval([2.0, 1.25]))
-    z = gains.mean() / (gains.mean(0).std(ddof=1) / 2)
-    assert found["p"] == pytest.approx(2 * (1 - 0.5 * (1 + math.erf(z / math.sqrt(2)))))
-    assert difference(a, a, "running")["p"] is None and difference(a[:1], b[:1], "running")["ci95_runs"] is None
+    assert difference(a[:1], b[:1], "running")["ci95_runs"] is None
     assert difference(a[1:], b, "running")["runs"] == [1.25]  # of the seed that both have
     assert difference(a[1:], b[:1], "running") == {}
 
@@ -193,7 +190,7 @@ def test_equal_wall_time_is_measured_when_a_cell_begins(tmp_path, tiny, monkeypa
         ran.append((update.config.method, update.config.tasks_of_an_update, k))
         return calls(update, k, asked)
 
-    def three_to_two(functions, device, *, repeats):
+    def three_to_two(functions, *, repeats):
         assert [function().finite for function in functions.values()] == [True, True]
         theirs, ours = functions
         return {theirs: [0.9, 0.6, 50.0], ours: [0.6, 70.0, 0.2]}
@@ -303,11 +300,6 @@ def test_a_study_of_embedded_data_needs_no_folder(tmp_path):
         plan("parts", "screen", tmp_path)
 
 
-def test_figure_3_draws_one_model_of_each_row(capsys):
-    assert main(["reproduce", "figure3", "--scale", "smoke", "--runs", "2"]) == 2
-    assert "need one seed for figure3, which draws one model of each row, got --runs 2" in capsys.readouterr().err
-
-
 def test_missing_data_is_found_before_anything_runs(tmp_path, capsys):
     command = ["reproduce", "table1", "--scale", "small", "--data-root", str(tmp_path / "no"), "--out", str(tmp_path)]
     assert main(command) == 2
@@ -323,15 +315,15 @@ def test_unknown_rows_columns_devices_and_a_missing_root(tmp_path):
         plan("table1", "smoke", Path("none"), rows=["protein"])
     with pytest.raises(L2GError, match="need --columns of any-shot, any-way, any-both; got 5w1s"):
         plan("table3", "smoke", Path("none"), columns=["5w1s"])
-    with pytest.raises(L2GError, match="need --data-root, the folder that holds mini-imagenet and tiered-imagenet"):
-        plan("figure2", "small", Path("none"))
+    with pytest.raises(L2GError, match="need --data-root, the folder that holds tiered-imagenet; --scale smoke"):
+        plan("table2", "small", Path("none"))
 
 
 def test_an_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     command = ["reproduce", "table1", "--scale", "smoke", "--rows", "proto", "--out", str(tmp_path / "file" / "out")]
     assert main(command) == 2
-    assert "need a folder to write for --out, got" in capsys.readouterr().err
+    assert "need a folder to write for --out, cannot make" in capsys.readouterr().err
 
 
 COMMAND = [sys.executable, "-m", "l2g_meta", "reproduce", "table1", "--scale", "smoke", "--device", "cpu"]
@@ -356,48 +348,6 @@ def test_killed_and_shared_by_two_it_gives_the_same_numbers(done, tmp_path):
         assert [r["loss"] for r in read_log(cell.folder)] == [r["loss"] for r in read_log(twin)]
 
 
-@pytest.mark.slow
-def test_side_by_side_gives_the_same_numbers(done, tmp_path, capsys):
-    options = ["--runs", "2", "--rows", *done.rows, "--parallel", "2"]
-    assert main([*COMMAND[3:], "--out", str(tmp_path), *options]) == 0
-    for cell in done.cells:
-        twin = tmp_path / cell.folder.relative_to(done.out)
-        ours, theirs = read_log(cell.folder), read_log(twin)
-        # The first loss: other numbers of threads sum in another order, which the inner step amplifies to some 1e-4,
-        # and Adam's first steps without bound. Other tasks would differ in the second digit.
-        assert float(ours[0]["loss"]) == pytest.approx(float(theirs[0]["loss"]), rel=1e-3)
-        assert [row["tasks"] for row in ours] == [row["tasks"] for row in theirs]
-    assert "## glyphs, 5-way 1-shot" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux's /proc to see processes")
-def test_workers_end_with_a_killed_command(tmp_path):
-    command = [*COMMAND, "--out", str(tmp_path), "--rows", "l2g-proto", "--parallel", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    folder = Cell(smoke(tmp_path, "l2g-proto"), "glyphs", "5w1s", "l2g-proto", 0).folder
-    while not (folder / "config.json").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    workers = children.read_text().split()
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in workers if _runs(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-    with claim(folder / "lock") as ours:
-        assert ours
-
-
-def _runs(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_every_experiment_runs(tmp_path, capsys):
     for experiment in (*published.EXPERIMENTS, "far-classes"):
         command = ["reproduce", experiment, "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
@@ -406,19 +356,9 @@ def test_every_experiment_runs(tmp_path, capsys):
         assert values["missing"] == [] and (tmp_path / f"{experiment}-smoke.md").exists()
         for part in values["tables"]:
             assert all(0 <= row[bn]["accuracy_mean"] <= 100 for row in part["rows"] for bn in ("running", "batch"))
-    assert "picture: " in capsys.readouterr().out
     l2g = values["tables"][0]["rows"][1]
     assert l2g["row"] == "l2g-proto" and -1 < l2g["alignment"] < 1 and -1 <= l2g["cosine"] <= 1
     assert "| alignment | cosine |" in (tmp_path / "far-classes-smoke.md").read_text()
-    for figure in ("figure2", "figure3"):
-        assert (tmp_path / f"{figure}-smoke.png").read_bytes()[:4] == b"\x89PNG"
-    drawn = json.loads((tmp_path / "figure3-smoke-points.json").read_text())
-    scatters = [Scatter(**scatter) for row in drawn["rows"] for scatter in row]
-    assert len(scatters) == 4 and all(np.shape(s.supports) == (5, 2) for s in scatters)
-    assert all(s.support_labels == [0, 1, 2, 3, 4] and len(s.queries) == len(s.query_labels) == 125 for s in scatters)
-    assert scatters[3].title == "L2G + Prototypical: 5 classes of glyphs test"
-    assert draw_scatters([scatters[:2], scatters[2:]], tmp_path / "again.png", heading=drawn["title"]).exists()
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "figure3-smoke.png").read_bytes()
     cells = tmp_path / "cells" / "smoke" / "glyphs"
     assert {p.name for p in (cells / "5w1s").iterdir()} >= {f"{row}-seed0" for row in EXPERIMENTS["table1"].rows}
     any_shot = Config.load(cells / "any-shot" / "l2g-proto-fixed-seed0" / "config.json")

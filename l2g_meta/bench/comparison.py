@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
 import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from l2g_meta.bench.case import Case, build, task_stream
-from l2g_meta.bench.timing import interleaved, seconds
-from l2g_meta.bench.variants import VARIANTS, Pairs, available, float32_products, prepare
+from l2g_meta.bench.timing import describe_machine, interleaved, seconds
+from l2g_meta.bench.variants import VARIANTS, Pairs, available, prepare
 from l2g_meta.errors import L2GError
 from l2g_meta.training.allocator import keep_freed_memory
+from l2g_meta.training.build import set_precision
 
 
-@float32_products("fp32")  # PyTorch lets convolutions use TF32 unless told otherwise
 def bench(
     case: Case,
     *,
@@ -41,56 +41,52 @@ def bench(
 
     Returns:
         ``case``, ``machine``, ``data`` (seconds of drawing and gathering one update) and ``rows``: for each variant
-        ``seconds``, ``ratio`` (of a step to the episodic step on the same layers, in the same precision;
-        ``ratio_to_fastest`` to the fastest in that precision), ``tasks_per_second``, ``images_per_second``,
-        ``peak_bytes`` beyond model and data, and ``gradient_error``, relative to float64.
+        ``seconds``, ``ratio`` (of a step to the episodic step on the same layers; ``ratio_to_fastest`` to the
+        fastest of those), ``peak_bytes`` beyond model and data, and
+        ``gradient_error``, relative to float64.
     """
-    kept = keep_freed_memory()
-    device = torch.device(case.device)
-    chosen = available(variants, device=case.device, ours=case.ours, say=say)
-    stream = task_stream(case)
+    keep_freed_memory()
+    set_precision(case.precision)
+    chosen, stream = available(case, variants, say=say), task_stream(case)
     pairs = [stream[k] for k in range(case.pairs)]
-    say(f"{describe(case)}; {describe_machine(case)}")
-
-    draws = iter(range(case.pairs, 10 * case.pairs))
-    drawn = [seconds(lambda: stream.batch([next(draws) for _ in range(case.pairs)]), device) for _ in range(9)]
+    say(
+        f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
+        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}, {case.precision}; "
+        f"{describe_machine(case.device)}"
+    )
+    drawn = [seconds(partial(stream.batch, range(k, k + case.pairs))) for k in range(1, 10)]
 
     steps: dict[str, Callable[[], Any]] = {}
-    for name, variant in chosen.items():
+    for name in chosen:
         try:
-            step = prepare(name, case, build(case, layers=variant.layers), stream, pairs)
+            step = partial(prepare(name, case), pairs)
             step()  # some networks have operators without a second derivative
             steps[name] = step
         except (L2GError, NotImplementedError, RuntimeError) as error:
             if variants:
                 raise
             say(f"left out: {name}: {str(error).partition(chr(10))[0]}")
-    times = interleaved(steps, device, repeats=repeats)
+    times = interleaved(steps, repeats=repeats)
     del steps
 
-    same = [name for name in times if chosen[name].exact and not (chosen[name].mixed or chosen[name].whole)]
-    errors = gradient_errors(case, same)
+    errors = gradient_errors(case, [name for name in times if chosen[name].exact])
     median = {name: statistics.median(values) for name, values in times.items()}
+    fastest = min((median[name] for name in times if name.startswith("episodic")), default=None)
     rows = []
     for name in times:
         base = chosen[name].base
-        own = median.get(base)
-        alike = FLOAT32 if base in FLOAT32 else (base,)  # in the same precision
-        plain = [median[other] for other in alike if other in median]
         rows.append({
             "name": name,
             "seconds": median[name],
-            "ratio": median[name] / own if own else None,
-            "ratio_to_fastest": median[name] / min(plain) if plain else None,
-            "tasks_per_second": 2 * case.pairs / median[name],
-            "images_per_second": case.images / median[name],
-            "peak_bytes": peak_memory(case, name, kept) if memory else None,
+            "ratio": median[name] / median[base] if base in median else None,
+            "ratio_to_fastest": median[name] / fastest if fastest else None,
+            "peak_bytes": peak_memory(case, name) if memory else None,
             "gradient_error": errors.get(name),
             "all_seconds": times[name],
         })  # fmt: skip
     result = {
         "case": asdict(case),
-        "machine": {"description": describe_machine(case), "keeps_freed_memory": kept},
+        "machine": describe_machine(case.device),
         "repeats": repeats,
         "data": {"seconds": statistics.median(drawn)},
         "rows": rows,
@@ -99,7 +95,6 @@ def bench(
     return result
 
 
-FLOAT32 = [name for name in VARIANTS if name.startswith("episodic") and not VARIANTS[name].cuda]
 AXES: dict[str, Sequence[int]] = {
     "ways": (5, 10, 20),
     "shots": (1, 5, 10),
@@ -119,42 +114,34 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """The bench along each axis by itself, the other values as in ``case``.
 
-    Without ``variants``: episodic, L2G, and learn2learn where it is installed.
+    Without ``variants``: episodic and L2G.
     """
     found = []
-    if variants is None:
-        here = available(device=case.device, say=lambda line: None)
-        variants = [name for name in ("episodic", "l2g", "learn2learn") if name in here]
     for axis, values in axes.items():
         for value in values:
             changed = replace(case, **{axis: value})  # type: ignore[arg-type]
-            result = bench(changed, variants=variants, repeats=repeats, memory=False, say=say)
+            result = bench(changed, variants=variants or ("episodic", "l2g"), repeats=repeats, memory=False, say=say)
             found.append({"axis": axis, "value": value, **result})
     return found
 
 
 def gradient_errors(case: Case, names: Sequence[str]) -> dict[str, float]:
-    """Relative error of each variant's meta-gradient against float64, on smaller images."""
-    size = min(case.image_size, max(28, case.small_image))
-    small = replace(case, image_size=size, pairs=1, queries=min(case.queries, 5))
-    stream = task_stream(small)
-    exact = _gradient(small, "l2g, own network, stock operators", [stream[0]], torch.float64)
-    errors = {}
-    for name in names:
-        g = _gradient(small, name, [stream[0]], torch.float32)
-        errors[name] = ((g - exact).norm() / exact.norm()).item()
-    return errors
+    """Relative error of each variant's meta-gradient against float64, of one pair with at most 5 queries."""
+    small = replace(case, pairs=1, queries=min(case.queries, 5))
+    pairs = [task_stream(small)[0]]
+    exact = _gradient(replace(small, precision="fp32"), "l2g, own network, stock operators", pairs, torch.float64)
+    found = {name: _gradient(small, name, pairs, torch.float32) for name in names}
+    return {name: ((g - exact).norm() / exact.norm()).item() for name, g in found.items()}
 
 
 def _gradient(case: Case, name: str, pairs: Pairs, dtype: torch.dtype) -> Tensor:
-    variant = VARIANTS[name]
-    model = build(case, layers=variant.layers).to(dtype)
+    model = build(case, layers=VARIANTS[name].layers).to(dtype)
     cast = [tuple(t._replace(support_x=t.support_x.to(dtype), query_x=t.query_x.to(dtype)) for t in p) for p in pairs]
-    variant.make(model, case.inner_lr, case.inner_steps)(cast)  # type: ignore[arg-type]
+    prepare(name, case, model)(cast)  # type: ignore[arg-type]
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def peak_memory(case: Case, name: str, keep: bool) -> int | None:
+def peak_memory(case: Case, name: str) -> int | None:
     """Bytes beyond model and data at the peak of a step; ``None`` where they cannot be measured."""
     if case.device.startswith("cuda"):
         step, before = _ready(case, name), torch.cuda.memory_allocated()
@@ -167,15 +154,13 @@ def peak_memory(case: Case, name: str, keep: bool) -> int | None:
         return None
     context = multiprocessing.get_context("spawn")  # a process that has held nothing yet
     with context.Pool(1) as pool:
-        return pool.apply(_resident_peak, (case, name, keep, torch.get_num_threads()))
+        return pool.apply(_resident_peak, (case, name, torch.get_num_threads()))
 
 
-def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
+def _resident_peak(case: Case, name: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    if keep:
-        keep_freed_memory()
-    # Kernels are loaded and threads started by a small step first.
-    _ready(replace(case, image_size=max(28, case.small_image) if case.image_size > 28 else 20, pairs=1), name)()
+    keep_freed_memory()
+    _ready(replace(case, ways=2, shots=1, queries=1, pairs=1), name)()  # loads kernels, starts threads
     step = _ready(case, name)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -188,42 +173,13 @@ def _resident_peak(case: Case, name: str, keep: bool, threads: int) -> int:
 def _ready(case: Case, name: str) -> Callable[[], Any]:
     """A row's step, its model and data in place."""
     stream = task_stream(case)
-    model = build(case, layers=VARIANTS[name].layers)
-    return prepare(name, case, model, stream, [stream[k] for k in range(case.pairs)])
-
-
-def describe(case: Case) -> str:
-    """The case in words."""
-    return (
-        f"{case.backbone}, {case.head}, {case.image_size} px, {case.ways}-way {case.shots}-shot, "
-        f"{case.queries} queries, pairs: {case.pairs}, inner steps: {case.inner_steps}"
-    )
-
-
-def describe_machine(case: Case) -> str:
-    """Processor, threads, version of PyTorch."""
-    if case.device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(case.device)}, PyTorch {torch.__version__}"
-    level = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return f"{cpu_model()} ({level}), {threads} thread{'s' if threads > 1 else ''}, PyTorch {torch.__version__}"
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # no Linux, or another processor's way to say it
-        return platform.processor() or platform.machine()
+    return partial(prepare(name, case), [stream[k] for k in range(case.pairs)])
 
 
 COLUMNS = {  # of the table: what of a row, in which unit, and how it is written
     "s/step": ("seconds", 1, ".4f"),
     "ratio": ("ratio", 1, ".2f"),
     "fastest": ("ratio_to_fastest", 1, ".2f"),
-    "tasks/s": ("tasks_per_second", 1, ".1f"),
-    "images/s": ("images_per_second", 1, ".0f"),
     "peak MB": ("peak_bytes", 1e6, ".0f"),
     "error": ("gradient_error", 1, ".1e"),
 }

@@ -1,4 +1,4 @@
-"""The rows of the bench: ways to compute a (meta-)gradient, each from a model and a step size to ``step(pairs)``.
+"""The rows of the bench: ways to compute a (meta-)gradient, each from a model and a case to ``step(pairs)``.
 
 A step adds the gradient of the mean loss over the pairs to ``.grad``. Except for ``episodic``, the mix and first order,
 all compute the same gradient. The peers run on PyTorch's own layers, on images as their users have them.
@@ -7,9 +7,7 @@ all compute the same gradient. The peers run on PyTorch's own layers, on images 
 from __future__ import annotations
 
 import importlib.util
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,73 +15,40 @@ import torch
 from torch import Tensor, nn
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.bench.case import Case, Layers
-from l2g_meta.data.pairs import TaskPairs
+from l2g_meta.bench.case import OURS, Case, Layers, build
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.inner.clone import require_learn2learn
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 from l2g_meta.task import Task
-from l2g_meta.training.build import set_precision
-from l2g_meta.training.objectives import episodic, l2g, meta_gradient
+from l2g_meta.training.objectives import Objective, episodic, l2g, meta_gradient
 
 Pairs = Sequence[tuple[Task, Task]]
 Step = Callable[[Pairs], None]
-LR = 1e-3  # β, Adam's step size in a whole update
+Make = Callable[[Any, Case], Step]
 
 
 class Variant(NamedTuple):
     """One row of the bench."""
 
-    make: Callable[[Any, float, int], Step]  # model, inner_lr, inner_steps
+    make: Make
     layers: Layers = "stock"
     channels_last: bool = False  # the memory format of the weights
-    exact: bool = True  # the exact meta-gradient
+    exact: bool = True  # the exact meta-gradient of Algorithm 1
     needs: str | None = None  # package
-    cuda: bool = False  # runs on CUDA devices only
-    base: str = "episodic, own network"  # two plain episodes on the same layers, in the same precision
-    mixed: bool = False  # T_i's own loss in it, which has another gradient
-    whole: bool = False  # a whole update: tasks are drawn, the meta-gradient taken, Adam steps
+    base: str = "episodic, own network"  # two plain episodes on the same layers
 
 
-def wrapped(**options: Any) -> Callable[[Any, float, int], Step]:
-    """L2G through ``L2GWrapper``."""
+def ours(objective: Objective, **options: Any) -> Make:
+    """``L2GWrapper`` under an objective: on pairs, or on each task of theirs by itself."""
 
-    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-        wrapper = L2GWrapper(model, inner_lr, inner_steps=inner_steps, **options)
+    def make(model: nn.Module, case: Case) -> Step:
+        autocast = torch.bfloat16 if case.precision == "bf16" else None
+        wrapper = L2GWrapper(model, case.inner_lr, inner_steps=case.inner_steps, autocast=autocast, **options)
 
         def step(pairs: Pairs) -> None:
-            meta_gradient(l2g, wrapper, pairs)
-
-        return step
-
-    return make
-
-
-def in_tf32(make: Callable[[Any, float, int], Step]) -> Callable[[Any, float, int], Step]:
-    """The same with float32 products in TF32."""
-    return lambda model, inner_lr, inner_steps: float32_products("tf32")(make(model, inner_lr, inner_steps))
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Lets float32 products on CUDA use TF32 inside (``"tf32"``), or not; afterwards as before."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    set_precision(precision)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def episodes(**options: Any) -> Callable[[Any, float, int], Step]:
-    """Episodic training on both tasks of each pair, one after the other."""
-
-    def make(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
-        wrapper = L2GWrapper(model, inner_lr, **options)
-
-        def step(pairs: Pairs) -> None:
-            meta_gradient(episodic, wrapper, [(task,) for pair in pairs for task in pair])
+            alone = [(task,) for pair in pairs for task in pair]
+            meta_gradient(objective, wrapper, pairs if objective is l2g else alone)
 
         return step
 
@@ -100,62 +65,63 @@ def each_pair(backward: Callable[[Task, Task, int], object]) -> Step:
     return step
 
 
-def learn2learn(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def learn2learn(model: MetricModel, case: Case) -> Step:
     """learn2learn's own ``MAML``, as its examples use it."""
-    maml = require_learn2learn().algorithms.MAML(model, lr=inner_lr)
+    maml = require_learn2learn().algorithms.MAML(model, lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         learner = maml.clone()
-        for _ in range(inner_steps):
-            learner.adapt(_loss(learner, task_i))
-        (_loss(learner, task_j) / n).backward()
+        for _ in range(case.inner_steps):
+            learner.adapt(model.loss_fn(learner(task_i), task_i.query_y))
+        (model.loss_fn(learner(task_j), task_j.query_y) / n).backward()
 
     return each_pair(backward)
 
 
-def higher(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def higher(model: MetricModel, case: Case) -> Step:
     """``higher.innerloop_ctx`` (Grefenstette et al. 2019)."""
     import higher as library
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=inner_lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
-            for _ in range(inner_steps):
-                inner.step(_loss(learner, task_i))
-            (_loss(learner, task_j) / n).backward()
+            for _ in range(case.inner_steps):
+                inner.step(model.loss_fn(learner(task_i), task_i.query_y))
+            (model.loss_fn(learner(task_j), task_j.query_y) / n).backward()
 
     return each_pair(backward)
 
 
-def torchopt(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def torchopt(model: MetricModel, case: Case) -> Step:
     """``torchopt.MetaSGD`` (Ren et al. 2022)."""
     import torchopt as library
 
-    inner = library.MetaSGD(model, lr=inner_lr)
+    inner = library.MetaSGD(model, lr=case.inner_lr)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
         before = library.extract_state_dict(model, by="reference")
-        for _ in range(inner_steps):
-            inner.step(_loss(model, task_i))
-        loss = _loss(model, task_j) / n
+        for _ in range(case.inner_steps):
+            inner.step(model.loss_fn(model(task_i), task_i.query_y))
+        loss = model.loss_fn(model(task_j), task_j.query_y) / n
         library.recover_state_dict(model, before)
         loss.backward()
 
     return each_pair(backward)
 
 
-def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
+def torch_func(model: MetricModel, case: Case) -> Step:
     """``torch.func.grad`` of a function with ``torch.func.grad`` in it."""
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def inner_loss(values: tuple[Tensor, ...], task: Task) -> Tensor:
-        return _functional_loss(model, names, values, task)
+        scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
+        return model.loss_fn(scores, task.query_y)
 
     def outer_loss(values: tuple[Tensor, ...], task_i: Task, task_j: Task) -> Tensor:
-        for _ in range(inner_steps):
+        for _ in range(case.inner_steps):
             gradients = torch.func.grad(inner_loss)(values, task_i)
-            values = tuple(p - inner_lr * g for p, g in zip(values, gradients, strict=True))
+            values = tuple(p - case.inner_lr * g for p, g in zip(values, gradients, strict=True))
         return inner_loss(values, task_j)
 
     def backward(task_i: Task, task_j: Task, n: int) -> None:
@@ -169,97 +135,51 @@ def torch_func(model: nn.Module, inner_lr: float, inner_steps: int) -> Step:
 
 _fused = partial(Variant, layers="fused", base="episodic")
 _channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
-_own = partial(Variant, base="episodic, own network")
 VARIANTS: dict[str, Variant] = {
-    "episodic": _fused(episodes(), exact=False),
-    "episodic, own network": _own(episodes(), exact=False),
-    "episodic, own network, channels-last": _channels_last(episodes(), exact=False),
-    "l2g": _fused(wrapped()),
-    "l2g, mix 0.5": _fused(wrapped(mix=0.5), mixed=True),
-    "l2g, first order": _fused(wrapped(first_order=True), exact=False),
-    "l2g, own network": _own(wrapped()),
-    "l2g, own network, channels-last": _channels_last(wrapped()),
-    "l2g, own network, stock operators": _own(wrapped(fast=False)),
-    "episodic, TF32": _fused(in_tf32(episodes()), exact=False, cuda=True, base="episodic, TF32"),
-    "l2g, TF32": _fused(in_tf32(wrapped()), cuda=True, base="episodic, TF32"),
-    "episodic, bf16": _fused(episodes(autocast=torch.bfloat16), exact=False, cuda=True, base="episodic, bf16"),
-    "l2g, bf16": _fused(wrapped(autocast=torch.bfloat16), cuda=True, base="episodic, bf16"),
+    "episodic": _fused(ours(episodic), exact=False),
+    "episodic, own network": Variant(ours(episodic), exact=False),
+    "episodic, own network, channels-last": _channels_last(ours(episodic), exact=False),
+    "l2g": _fused(ours(l2g)),
+    "l2g, mix 0.5": _fused(ours(l2g, mix=0.5), exact=False),
+    "l2g, first order": _fused(ours(l2g, first_order=True), exact=False),
+    "l2g, own network": Variant(ours(l2g)),
+    "l2g, own network, channels-last": _channels_last(ours(l2g)),
+    "l2g, own network, stock operators": Variant(ours(l2g, fast=False)),
     "learn2learn": Variant(learn2learn, needs="learn2learn"),
     "higher": Variant(higher, needs="higher"),
     "TorchOpt": Variant(torchopt, needs="torchopt"),
     "torch.func": Variant(torch_func),
-    "l2g, data included": _fused(wrapped(), whole=True),
-    "l2g, own network, stock operators, data included": _own(wrapped(fast=False), whole=True),
 }
 
 
 def available(
-    names: Sequence[str] | None = None,
-    *,
-    device: str = "cpu",
-    ours: bool = True,
-    say: Callable[[str], None] = print,
+    case: Case, names: Sequence[str] | None = None, *, say: Callable[[str], object] = print
 ) -> dict[str, Variant]:
     """The rows of these names, or all; those that cannot run here are left out, with a line, if they were not named.
 
     Raises:
         L2GError: for an unknown name, or a named row whose package or device is missing.
     """
-    for name in names or ():
-        if name not in VARIANTS:
-            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
     chosen = {}
     for name in names or VARIANTS:
-        row = VARIANTS[name]
+        if name not in VARIANTS:
+            raise L2GError(f"need variants of {'; '.join(VARIANTS)}; got {name!r}{did_you_mean(name, VARIANTS)}")
+        row, missing = VARIANTS[name], None
         if row.needs is not None and importlib.util.find_spec(row.needs) is None:
-            extra = "learn2learn" if row.needs == "learn2learn" else "bench"
-            missing = f"the package {row.needs}; pip install l2g-meta[{extra}]"
-        elif row.cuda and not device.startswith("cuda"):
-            missing = f"CUDA, got --device {device}; leave it out, or run it on a machine with an NVIDIA GPU"
-        elif row.layers == "fused" and not ours:
+            missing = f"the package {row.needs}; pip install l2g-meta[bench,learn2learn]"
+        elif row.layers == "fused" and case.backbone not in OURS:
             missing = "fused layers, which only conv4 and resnet12 have; leave it out"
-        else:
+        if missing is None:
             chosen[name] = row
-            continue
-        if names:
+        elif names:
             raise L2GError(f"the variant {name!r} needs {missing}")
-        if not row.cuda and (ours or row.layers != "fused"):
+        elif row.needs:
             say(f"left out: {name}: it needs {missing}")
     return chosen
 
 
-def prepare(name: str, case: Case, model: MetricModel, stream: TaskPairs, pairs: Pairs) -> Callable[[], Any]:
-    """What is timed of a row: a step on the given pairs, or a whole update, whose tasks come from the stream.
-
-    Raises:
-        L2GError: if the row is not of such cases.
-    """
+def prepare(name: str, case: Case, model: MetricModel | None = None) -> Step:
+    """A row's step on the case's model, or on another one that has the row's layers."""
     variant = VARIANTS[name]
-    if variant.channels_last:
-        model.to(memory_format=torch.channels_last)
-    step = variant.make(model, case.inner_lr, case.inner_steps)
-    if not variant.whole:
-        return partial(step, pairs)
-    optimizer, count = torch.optim.Adam(model.parameters(), LR), itertools.count()
-
-    def update() -> None:
-        k = next(count)
-        optimizer.zero_grad()
-        step(stream.batch(range(k * case.pairs, (k + 1) * case.pairs)))
-        optimizer.step()
-
-    return update
-
-
-def _loss(model: Any, task: Task) -> Tensor:
-    return _bare(model).loss_fn(model(task), task.query_y)
-
-
-def _bare(model: Any) -> Any:
-    """The MetricModel in a peer's wrapping."""
-    return model if hasattr(model, "loss_fn") else model.module
-
-
-def _functional_loss(model: Any, names: Sequence[str], values: Sequence[Tensor], task: Task) -> Tensor:
-    scores = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (task,))
-    return _bare(model).loss_fn(scores, task.query_y)
+    model = build(case, layers=variant.layers) if model is None else model
+    return variant.make(model.to(memory_format=torch.channels_last) if variant.channels_last else model, case)

@@ -19,7 +19,7 @@ COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "export": "a run as one folder to share",
     "report": "a page to look at, of one run or several",
     "bench": "what an exact meta-step costs",
-    "reproduce": "the paper's tables and figures, ours beside theirs",
+    "reproduce": "the paper's tables, ours beside theirs",
     "doctor": "what is installed here, and whether it works",
 }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import platform
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
-from importlib import metadata, util
+import re
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
+from l2g_meta import __version__
 from l2g_meta.cli.output import add_output, complain, emit
 from l2g_meta.errors import INSTALL_LEARN2LEARN
 
@@ -19,18 +19,13 @@ l2g doctor
 l2g doctor --json                                    # for a bug report or a script
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
-REQUIRED = {  # packages by the module that is imported
-    "l2g-meta": "l2g_meta", "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "Pillow": "PIL.Image",
-    "matplotlib": "matplotlib", "safetensors": "safetensors.torch", "tqdm": "tqdm", "filelock": "filelock",
-    "pooch": "pooch", "Jinja2": "jinja2", "scikit-learn": "sklearn",
-}  # fmt: skip
-OPTIONAL = {  # module, what it is for, and the extra that brings it or the command that adds it
-    "learn2learn": ("learn2learn", "its task sets, and its clone in place of ours", INSTALL_LEARN2LEARN),
-    **{name: (name, "l2g export", "export") for name in ("onnx", "onnxruntime", "onnxscript")},
-    "timm": ("timm", "encoders by --backbone timm:NAME", "timm"),
-    "tensorboard": ("tensorboard", "l2g train --tensorboard", "tensorboard"),
-    **{name: (name, "l2g bench", "bench") for name in ("higher", "torchopt")},
-}
+EXTRAS = ("learn2learn", "export", "timm", "bench")  # whose packages are looked at
+MODULES = {
+    "Pillow": "PIL.Image",
+    "safetensors": "safetensors.torch",
+    "scikit-learn": "sklearn",
+}  # that are imported, of other names
+MISSING, BROKEN = "missing", "does not work"
 DESCRIPTION = (
     "Prints versions, devices and which optional parts are there, with the command that adds each missing one, and "
     "checks a meta-gradient. The exit code is 1 if a required part does not work."
@@ -45,58 +40,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Looks, and says what it found."""
     found = examine()
-    for title in ("required", "machine", "optional", "self test"):
-        print(title)
-        for name, part in found[title].items():
-            use, remedy = f" ({part['use']})" if "use" in part else "", part.get("remedy", "")
-            broken = f"does not work{use}: {part['error']}{remedy and '; '}{remedy}"
-            text = broken if part["error"] else part["version"] or f"missing{use}: {remedy}"
-            print(" ", f"{name:16}", text)
-    print("all that is required works" if found["works"] else "something required does not work, see above")
-    emit(args, found)
-    if not found["works"] and (args.quiet or args.json is not None):
+    works = found.pop("works")
+    for title, parts in found.items():
+        print("\n".join([title, *(f"  {name:16} {text}" for name, text in parts.items())]))
+    print("all that is required works" if works else "something required does not work, see above")
+    emit(args, found | {"works": works})
+    if not works and (args.quiet or args.json is not None):
         complain("something required does not work; l2g doctor says what")
-    return 0 if found["works"] else 1
+    return 0 if works else 1
 
 
 def examine() -> dict[str, Any]:
     """All that `l2g doctor` says, as a dictionary that ``json`` takes; whatever is broken is told, not raised."""
-    required = {name: look(name, module, f"pip install --force-reinstall {name}") for name, module in REQUIRED.items()}
-    for part in required.values():
-        part["error"] = part["error"] or (None if part["version"] else "it is not installed")
-    optional = {
-        name: {"use": use, **look(name, module, how if " " in how else f'pip install "l2g-meta[{how}]"')}
-        for name, (module, use, how) in OPTIONAL.items()
-    }
-    machine = {"Python": platform.python_version(), "system": platform.platform()}
-    test: dict[str, Any] = {"version": "ok", "error": None}
-    if works := not any(part["error"] for part in required.values()):
-        machine |= devices()
+    required, optional = {"l2g-meta": __version__}, {}
+    for name, extra in needed():
+        if not extra:
+            module = MODULES.get(name, name.lower())
+            required[name] = look(name, f"pip install --force-reinstall {name}", module=module)
+        elif extra in EXTRAS:
+            how = INSTALL_LEARN2LEARN if name == extra == "learn2learn" else f'pip install "l2g-meta[{extra}]"'
+            optional[name] = look(name, how)
+    machine, test = {"Python": platform.python_version(), "system": platform.platform()}, "ok"
+    if works := not any(text.startswith((MISSING, BROKEN)) for text in required.values()):
         try:
+            machine |= devices()
             self_test()
         except Exception as problem:  # whatever a broken installation raises
-            test, works = {"version": None, "error": _line(problem)}, False
-    return {
-        "required": required,
-        "machine": {name: {"version": text, "error": None} for name, text in machine.items()},
-        "optional": optional,
-        "self test": {"meta-gradient": test},
-        "works": works,
-    }
+            test, works = f"{BROKEN}: {_line(problem)}", False
+    tests = {"meta-gradient": test}
+    return {"required": required, "machine": machine, "optional": optional, "self test": tests, "works": works}
 
 
-def look(name: str, module: str, remedy: str) -> dict[str, Any]:
-    """A package's ``version``, ``None`` where it is missing, and the ``error`` that importing it ends in, if any."""
-    version = error = None
+def needed() -> list[tuple[str, str]]:
+    """The project's packages, each with the extra that brings it, or nothing."""
+    with suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+        found = [re.findall(r'^[\w-]+|(?<=extra == ").+(?=")', line) for line in metadata.requires("l2g-meta") or ()]
+        return [(name, "".join(extra)) for name, *extra in found]
+    return []
+
+
+def look(name: str, remedy: str, *, module: str | None = None) -> str:
+    """A package's version, or that it is missing, or the error that importing its module ends in."""
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some packages announce their successors there
-            if util.find_spec(module.partition(".")[0]) is not None:
-                imported = importlib.import_module(module)
-                version = getattr(imported, "__version__", None) or metadata.version(name)
+        if module is not None:
+            importlib.import_module(module)
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"{MISSING}: {remedy}"
     except (Exception, SystemExit) as problem:  # whatever a broken package raises
-        error = _line(problem)
-    return {"version": version, "error": error, "remedy": remedy}
+        return f"{BROKEN}: {_line(problem)}; {remedy}"
 
 
 def devices() -> dict[str, str]:

@@ -40,7 +40,7 @@ def output_of(args: argparse.Namespace) -> Iterator[None]:
     """
     args.stdout = sys.stdout  # for ``emit``
     if args.json is not None and args.json != STDOUT:
-        _check_writable(args.json)
+        check_place(args.json, "--json")
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         target = nowhere if args.quiet else sys.stderr if args.json == STDOUT else sys.stdout
         with redirect_stdout(target):
@@ -84,7 +84,7 @@ def plain_warnings() -> None:
 
     def line(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> str:
         own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
-        return f"l2g: warning: {message}\n" if own else usual(message, category, filename, *more)
+        return f"l2g: warning: {shown(str(message))}\n" if own else usual(message, category, filename, *more)
 
     warnings.formatwarning = line  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are then refused, or read all the same
@@ -97,12 +97,17 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _check_writable(path: Path) -> None:
+def check_place(path: Path, flag: str) -> None:
+    """That the file that a flag names can be written, before any work.
+
+    Raises:
+        L2GError: if not.
+    """
     if path.is_dir():
-        raise L2GError(f"need a file to write for --json, got the folder {path}; put --json last, or before a FILE")
+        raise L2GError(f"need a file to write for {flag}, got the folder {path}; name a file in it, or put {flag} last")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path)
     except OSError as error:
         reason = error.strerror or error
-        raise L2GError(f"need a file to write for --json, got {path}: {reason}; choose another") from error
+        raise L2GError(f"need a file to write for {flag}, got {path}: {reason}; choose another") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ def build_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     about = "Few-shot learning that generalises to unseen tasks."
     parser = Parser(prog="l2g", description=about, epilog=f"{examples(EXAMPLES)}\n\n{textwrap.fill(ENDING, WIDTH)}")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", title="commands")
     for name, line in COMMANDS.items():
         if name in names:
             module = command(name)
@@ -68,39 +68,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": HELP} | options)
-        self.children: Any = None  # what ``add_subparsers`` returns; its type is argparse's own
 
-    def add_subparsers(self, **options: Any) -> Any:
-        """As argparse's, remembering the commands."""
-        self.children = super().add_subparsers(**options)
-        return self.children
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; a flag that no command has is told by the command that was asked for it."""
-        words = list(sys.argv[1:] if args is None else args)
-        asked = next((w for w in words if not w.startswith("-")), None)
-        children = {} if self.children is None else self.children.choices
-        owner = children.get(asked, self)
-        if asked is None or asked in children:
-            owner.check_flags(words)
-        found, left = self.parse_known_args(words, namespace)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a command tells by itself what it does not know."""
+        found, left = super().parse_known_args(args, namespace)
         if left:
-            owner.error(f"need only what it takes, got {' '.join(left)} besides{owner.near_flag(left[0])}")
-        return found
-
-    def check_flags(self, words: Iterable[str]) -> None:
-        """Before argparse, which would first complain about a flag that a misspelt one was meant to be."""
-        known = (*self._option_string_actions, "--help", "--version")
-        for word in words:
-            flag = word.partition("=")[0]
-            if flag == "--":  # what follows are no flags
-                return
-            if flag.startswith("--") and not any(option.startswith(flag) for option in known):
-                self.error(f"need a flag that it has, got {flag}{self.near_flag(flag)}")
+            self.error(f"need only what it takes, got {' '.join(left)} besides{self.near_flag(left[0])}")
+        return found, left
 
     def near_flag(self, word: str) -> str:
         """The remedy for an unknown flag."""
-        return did_you_mean("--" + word.lstrip("-"), self._option_string_actions) if word.startswith("-") else ""
+        flag = "--" + word.partition("=")[0].lstrip("-")
+        return did_you_mean(flag, self._option_string_actions) if word.startswith("-") else ""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

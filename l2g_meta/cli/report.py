@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 
 from l2g_meta.cli.flags import given, positive
-from l2g_meta.cli.output import add_output, complain, emit
+from l2g_meta.cli.output import add_output, check_place, complain, emit
 from l2g_meta.cli.runs import add_episodes, add_trust
-from l2g_meta.errors import L2GError
-from l2g_meta.files.tensors import make_folder
 
 INTERRUPTED = "no page was written; run it again"
 DESCRIPTION = (
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from l2g_meta.report.measure import ReportOptions
     from l2g_meta.report.page import write_report
 
-    _check_place(args.out)
+    check_place(args.out, "--out")
     report = evaluate_runs(args.run, ReportOptions(**given(args, ReportOptions)))
     size = write_report(report, args.out)
     problems = [f"{r.path}: {problem}" for r in report.runs for problem in r.problems]
@@ -53,9 +51,3 @@ def run(args: argparse.Namespace) -> int:
     )
     emit(args, {"out": str(args.out), "bytes": size, "problems": problems})
     return 1 if problems else 0
-
-
-def _check_place(path: Path) -> None:
-    if path.is_dir():
-        raise L2GError(f"need a file to write, -o {path} is a folder; name a file in it, {path / 'report.html'}")
-    make_folder(path.parent, "a folder for the page", "choose another")

@@ -1,37 +1,33 @@
-"""``l2g reproduce``: the paper's tables and figures, ours beside theirs."""
+"""``l2g reproduce``: the paper's tables, ours beside theirs."""
 
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 
 from l2g_meta.cli.flags import positive
 from l2g_meta.cli.output import add_output, emit
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
 from l2g_meta.paper.plan import SCALES
+from l2g_meta.paper.published import COLUMNS
 from l2g_meta.paper.published import EXPERIMENTS as PAPER
-from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 
 INTERRUPTED = "the same command continues to the same bits"
 DESCRIPTION = (
-    "Trains and tests what a table or figure of the paper, or a study of ours, shows. Run again, it continues; several "
-    "machines may share one --out."
+    "Trains and tests what a table of the paper, or a study of ours, shows. Run again, it continues; several "
+    "processes and machines may share one --out."
 )
 EXAMPLES = """\
-l2g reproduce table1 --data-root DIR --parallel 2
+l2g reproduce table1 --data-root DIR
 l2g reproduce table1 --data-root DIR --rows proto-tasks l2g-proto --columns 5w1s
-l2g reproduce figure2 --scale smoke                  # that everything runs; its numbers mean nothing"""
+l2g reproduce table3 --scale smoke                   # that everything runs; its numbers mean nothing"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    scales = "\n".join(textwrap.fill(f"{name}: {scale.title}", 80) for name, scale in SCALES.items())
-    parser.epilog = f"scales:\n{scales}\n\n{parser.epilog}"
     add = parser.add_argument
-    add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table "
-                           f"or figure of the paper: {', '.join(PAPER)}; or a study of ours: "
-                           f"{', '.join(STUDIES)}")  # fmt: skip
+    add("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=f"a table of the paper: "
+                           f"{', '.join(PAPER)}; or a study of ours: {', '.join(STUDIES)}")  # fmt: skip
     add("--scale", default="small", choices=tuple(SCALES), help="how much of the paper's budget "
                            "(default: small)")  # fmt: skip
     add("--data-root", metavar="DIR", help="folder that holds the data, as --root of l2g train")
@@ -41,14 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     add("--runs", type=positive, metavar="N", help="trained seeds of each cell")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
-    add("--parallel", type=positive, metavar="N", default=1, help="cells side by side (default: 1)")
-    add_output(parser, json="the files of the results, and which cells are done")
+    add_output(parser, json="the files of the results, and what failed")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, tests, and prints the tables."""
     from l2g_meta.paper.cells import run_cells
-    from l2g_meta.paper.figures import draw
     from l2g_meta.paper.plan import plan
     from l2g_meta.paper.tables import write_tables
 
@@ -57,15 +51,12 @@ def run(args: argparse.Namespace) -> int:
         seeds=args.runs, device=args.device,
     )  # fmt: skip
     failed: list[str] = []
-    tables = picture = None
+    tables = None
     try:
-        failed = run_cells(what, parallel=args.parallel, quiet=args.quiet)
+        failed = run_cells(what, quiet=args.quiet)
     finally:  # interrupted, too: what there is
         if any(cell.done for cell in what.cells):
             tables = write_tables(what)
             print(tables.read_text(encoding="utf-8"))
-    if all(cell.done for cell in what.cells) and (picture := draw(what)) is not None:
-        print(f"picture: {picture}")
-    cells = [{"name": cell.name, "folder": cell.folder, "done": cell.done} for cell in what.cells]
-    emit(args, {"tables": tables, "picture": picture, "cells": cells, "failed": failed})
+    emit(args, {"tables": tables, "failed": failed})
     return 1 if failed else 0

@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l2g_meta.cli.flags import add_fields, given
 from l2g_meta.cli.output import add_output, complain, emit
@@ -16,12 +15,8 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.world import World
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.tensors import read_info
-from l2g_meta.training.checks import SUPERVISED
 from l2g_meta.training.config import Config
 from l2g_meta.training.presets import PRESETS, preset
-
-if TYPE_CHECKING:
-    from l2g_meta.evaluation.episodes import Evaluation
 
 INTERRUPTED = "l2g train --resume RUN continues a run to the same bits"
 DESCRIPTION = "Trains a model. Without flags: L2G on glyphs, in minutes on a CPU."
@@ -79,9 +74,6 @@ def run(args: argparse.Namespace) -> int:
         f"{out}: {describe(config)}: best validation {best['val_accuracy']:.2f} % ({listed(best['val_ways'])}-way "
         f"{listed(config.outer_shots)}-shot, BatchNorm {config.bn}) at update {best['iteration']}"
     )
-    if config.method == SUPERVISED:
-        for distance, result in _by_distance(out, config).items():
-            print(f"{out}: {distance} to prototypes: {result}")
     emit(args, {
         "run": str(out),
         "best_val_accuracy": best["val_accuracy"],
@@ -93,17 +85,6 @@ def run(args: argparse.Namespace) -> int:
         "skipped": skipped or 0,
     })  # fmt: skip
     return 0
-
-
-def _by_distance(out: Path, config: Config) -> dict[str, Evaluation]:
-    """Validation of a pre-trained run's best checkpoint by each distance of ``supervised.DISTANCES``."""
-    from l2g_meta.models.linear_head import by_distance
-    from l2g_meta.training.build import build_data, build_device, load_run
-    from l2g_meta.training.loop import validate
-
-    wrapper, _ = load_run(out, device=config.device, trust=True)  # this process has trained it
-    data, device = build_data(config, "validation"), build_device(config.device)
-    return by_distance(wrapper.module, lambda model: validate(wrapper, config, data, device))
 
 
 def _what_to_train(args: argparse.Namespace) -> tuple[Config, Path, bool]:

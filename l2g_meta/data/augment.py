@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,13 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from l2g_meta.errors import DataError
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in Pillow and torchvision
-RATIOS = (3 / 4, 4 / 3)  # width to height of a resized crop, as torchvision's RandomResizedCrop
-TRIALS = 10  # of boxes that may not fit, as there; then the whole image
 
 
 Drawn = Sequence[Any]  # arrays or tensors with a row for each image
@@ -37,7 +33,7 @@ class Variation(Protocol):
 class Draws(NamedTuple):
     """What ``Augment`` does to each of n images, as arrays or tensors."""
 
-    crop: Any  # (n, 2): rows and columns off centre; or (n, 4): top, left, height and width of what is resized
+    crop: Any  # (n, 2): rows and columns off centre
     flip: Any  # (n,) left to right?
     factor: Any  # (n, 3) of brightness, contrast and saturation; 1 changes nothing
 
@@ -51,9 +47,6 @@ class Augment:
         flip: probability of a horizontal flip.
         jitter: brightness, contrast and saturation are each scaled by a factor from 1 − jitter … 1 + jitter, in that
             order (torchvision draws the order).
-        scale: instead of ``padding``, a crop of a share of the image's area between these two, of a shape from 3:4 to
-            4:3, resized to the image's size (bilinear): torchvision's ``RandomResizedCrop``, (0.08, 1) in FEAT (Ye et
-            al. 2020) and Meta-Baseline (Chen et al. 2021).
 
     Raises:
         DataError: for numbers that cannot be.
@@ -62,29 +55,20 @@ class Augment:
         >>> draws = Augment(padding=2).draw(np.random.default_rng(0), 3, (28, 28))
         >>> draws.crop.shape, bool(np.abs(draws.crop).max() <= 2), draws.factor.shape
         ((3, 2), True, (3, 3))
-        >>> Augment(scale=(0.2, 1)).draw(np.random.default_rng(0), 1, (28, 28)).crop.tolist()
-        [[0, 0, 22, 26]]
     """
 
     padding: int = 8
     flip: float = 0.5
     jitter: float = 0.4
-    scale: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.padding, int) and self.padding >= 0 and 0 <= self.flip <= 1 and 0 <= self.jitter <= 1):
             raise DataError(f"need padding of at least 0, flip and jitter in 0 … 1; got {self}")
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise DataError(f"need scale to be two shares of the area, 0 < least ≤ most ≤ 1; got {self.scale}")
 
     def draw(self, rng: np.random.Generator, n: int, size: tuple[int, int]) -> Draws:
         """Draws for n images of this height and width."""
-        if self.scale is None:
-            crop = rng.integers(-self.padding, self.padding + 1, (n, 2))
-        else:
-            crop = _boxes(rng, n, size, self.scale)
         return Draws(
-            crop,
+            rng.integers(-self.padding, self.padding + 1, (n, 2)),
             rng.random(n) < self.flip,
             rng.uniform(1 - self.jitter, 1 + self.jitter, (n, 3)).astype(np.float32),
         )
@@ -101,7 +85,7 @@ class Augment:
             [3.0, 2.0, 0.0, 0.0]
         """
         crop, flip, factor = (torch.as_tensor(d, device=images.device) for d in draws)
-        x = (_shifted if crop.shape[1] == 2 else _resized)(images, rows, crop, flip)
+        x = _shifted(images, rows, crop, flip)
         brightness, contrast, saturation = factor[:, :, None, None, None].unbind(1)  # (n, 1, 1, 1) each
         x = (x * brightness).clamp_(0, 1)
         x = _blend(x, _grey(x).mean((1, 2), keepdim=True), contrast)
@@ -160,47 +144,15 @@ def variation(augment: Any) -> Variation | None:
     return augment if augment is None or hasattr(augment, "gather") else PerImage(augment)
 
 
-def _boxes(rng: np.random.Generator, n: int, size: tuple[int, int], scale: tuple[float, float]) -> np.ndarray:
-    """Top, left, height and width of a random crop for each of n images, (n, 4)."""
-    area = rng.uniform(scale[0], scale[1], (TRIALS, n)) * size[0] * size[1]
-    ratio = np.exp(rng.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), (TRIALS, n)))
-    extent = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], -1).round().astype(np.int64)  # (TRIALS, n, 2)
-    fits = ((extent >= 1) & (extent <= size)).all(-1)
-    extent = np.where(fits.any(0)[:, None], extent[fits.argmax(0), np.arange(n)], size)  # the first that fits
-    corner = (rng.random((n, 2)) * (np.array(size) - extent + 1)).astype(np.int64)
-    return np.concatenate([corner, extent], 1)
-
-
 def _shifted(images: Tensor, rows: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
     """Crops of the image's own size, black where they leave it, one read of each pixel: (n, H, W, C) in 0 … 1."""
     height, width = images.shape[1:3]
     i = torch.arange(height, device=images.device) + shift[:, :1]  # (n, H) of the source
-    j = _columns(width, flip) + shift[:, 1:]  # (n, W)
+    j = torch.arange(width, device=images.device)
+    j = torch.where(flip[:, None], width - 1 - j, j) + shift[:, 1:]  # (n, W), from right to left where flipped
     inside = ((i >= 0) & (i < height))[:, :, None] & ((j >= 0) & (j < width))[:, None]
     pixels = images[rows[:, None, None], i.clamp(0, height - 1)[:, :, None], j.clamp(0, width - 1)[:, None]]
     return pixels.float() / 255 * inside[..., None]
-
-
-def _resized(images: Tensor, rows: Tensor, box: Tensor, flip: Tensor) -> Tensor:
-    """Crops resized to the whole image, bilinear within the crop: (n, H, W, C) in 0 … 1."""
-    height, width = size = images.shape[1:3]
-    places = (torch.arange(height, device=images.device).expand(len(rows), height), _columns(width, flip))
-    grid = []  # of the centres of pixels in −1 … 1, from the first pixel's outer edge to the last one's
-    for axis, place in enumerate(places):
-        first, extent = box[:, axis, None], box[:, axis + 2, None]
-        source = (place + 0.5) * extent / size[axis] - 0.5
-        source = torch.minimum(source.clamp(min=0), extent - 1.0) + first
-        grid.append((2 * source + 1) / size[axis] - 1)  # (n, H), (n, W)
-    i, j = grid[0][:, :, None].expand(-1, -1, width), grid[1][:, None].expand(-1, height, -1)
-    x = images[rows].permute(0, 3, 1, 2).float() / 255
-    x = F.grid_sample(x, torch.stack([j, i], -1).to(x.dtype), padding_mode="border", align_corners=False)
-    return x.permute(0, 2, 3, 1)
-
-
-def _columns(width: int, flip: Tensor) -> Tensor:
-    """Columns 0 … width − 1, from right to left where flipped: (n,) -> (n, W)."""
-    j = torch.arange(width, device=flip.device)
-    return torch.where(flip[:, None], width - 1 - j, j)
 
 
 def _grey(x: Tensor) -> Tensor:

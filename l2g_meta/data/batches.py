@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Variation
-from l2g_meta.data.pairs import checked_seed, generator
+from l2g_meta.data.pairs import checked_seed
 from l2g_meta.data.sources import indexed, task_source
+from l2g_meta.data.stream import generator
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 

@@ -11,11 +11,10 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,22 @@ import numpy as np
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import CheckpointError, DataError
 from l2g_meta.files.locks import claim, turn
-from l2g_meta.files.reading import open_regular
+from l2g_meta.files.names import shown
+from l2g_meta.files.reading import open_regular, read_text
 from l2g_meta.files.writing import replaced, sync
 
+FILES = ("images.npy", "labels.npy", "classes.json")  # of a finished folder; no other is read
 CHECKSUMS = "checksums.json"
 _sound: dict[Path, dict[str, list[int]]] = {}  # stamps of folders that this process found as they were
 
 
 def cache_root() -> Path:
-    """Folder of converted data: ``$L2G_CACHE``, else ``$XDG_CACHE_HOME/l2g-meta``, else ``~/.cache/l2g-meta``."""
-    if "L2G_CACHE" in os.environ:
-        return Path(os.environ["L2G_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "l2g-meta"
+    """Folder of converted data: ``$L2G_CACHE``, else ``$XDG_CACHE_HOME/l2g-meta``, else ``~/.cache/l2g-meta``.
+
+    A variable without a text counts as none: it would name the current folder.
+    """
+    own, base = os.environ.get("L2G_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).expanduser() if own else Path(base or "~/.cache").expanduser() / "l2g-meta"
 
 
 def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
@@ -59,16 +62,17 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     folder = root / f"{name}-{digest}"
     if folder.is_dir() and not changed(folder):
         return folder
-    partial, lock = root / f".{folder.name}.{secrets.token_hex(8)}.partial", root / f".{folder.name}.lock"
+    partial = root / f".{folder.name}.partial"
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(turn(lock, f"converts {name}"))
+            stack.enter_context(turn(partial.with_suffix(".lock"), f"converts {name}"))
             if folder.is_dir():
                 if not (what := changed(folder)):  # somebody else was faster
                     return folder
-                print(f"l2g: {folder} is made again: {what}", file=sys.stderr)
-            _remove_left(root, lock)
+                print(f"l2g: {shown(str(folder))} is made again: {what}", file=sys.stderr)
+            shutil.rmtree(partial, ignore_errors=True)
+            _remove_left(root)
             partial.mkdir()
         except (CheckpointError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -92,60 +96,46 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
     return folder
 
 
-def _remove_left(root: Path, held: Path) -> None:
-    """What killed processes left of conversions; they may be of many gigabytes and of data that is gone."""
-    for partial in root.glob(".*.*.partial"):
-        lock = root / f"{partial.name.rsplit('.', 2)[0]}.lock"
-        with nullcontext(True) if lock == held else claim(lock, remove=True) as ours:
+def _remove_left(root: Path) -> None:
+    """What killed processes left of other conversions; they may be of many gigabytes and of data that is gone."""
+    for partial in root.glob(".*.partial"):
+        with claim(partial.with_suffix(".lock"), remove=True) as ours:
             if ours:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
     """Syncs the files of a folder and writes their checksums beside them."""
-    for base, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(base, name))
-        sync(Path(base))
-    _write_checksums(folder, {name: [file_digest(folder / name), *stamp] for name, stamp in _stamps(folder).items()})
+    for path in (*(folder / name for name in FILES), folder):
+        sync(path)
+    _write_checksums(folder, {name: [file_digest(folder / name), *_stamp(f"{folder}/{name}")] for name in FILES})
 
 
 def changed(folder: Path) -> str:
     """What of a sealed folder is not as it was, in words, or ""; files are read only if they were touched since."""
     try:
-        found = _stamps(folder)
-        if found == _sound.get(folder):
+        base = str(folder)
+        stamps = {name: _stamp(f"{base}/{name}") for name in (CHECKSUMS, *FILES)}
+        if stamps == _sound.get(folder):
             return ""
-        with open_regular(folder / CHECKSUMS) as file:
-            sealed = json.load(file)
-        stamps = {name: stamp for name, stamp in found.items() if name != CHECKSUMS}
-        digests = {name: digest for name, (digest, *_) in sealed.items()}
-        if stamps.keys() != sealed.keys():
-            return f"it has other files ({sorted(stamps.keys() ^ sealed.keys())[0]}) than it was made with"
-        touched = [name for name, stamp in stamps.items() if stamp != sealed[name][1:]]
+        sealed = json.loads(read_text(folder / CHECKSUMS))
+        touched = [name for name in FILES if sealed[name][1:] != stamps[name]]
         for name in touched:
-            if file_digest(folder / name) != digests[name]:
+            if file_digest(folder / name) != sealed[name][0]:
                 return f"{name} does not fit its checksum"
-    except (OSError, AttributeError, TypeError, ValueError) as error:
-        return f"its checksums cannot be read ({type(error).__name__})"
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        return f"it cannot be checked ({type(error).__name__})"
     if touched:
-        with suppress(OSError, CheckpointError):  # a cache that may only be read
-            _write_checksums(folder, {name: [digests[name], *stamp] for name, stamp in stamps.items()})
-    _sound[folder] = found  # from before the digests: what changed meanwhile is looked at again
+        with suppress(OSError):  # a cache that may only be read
+            _write_checksums(folder, {name: [sealed[name][0], *stamps[name]] for name in FILES})
+    _sound[folder] = stamps  # from before the digests: what changed meanwhile is looked at again
     return ""
 
 
-def _stamps(folder: Path | str, prefix: str = "") -> dict[str, list[int]]:
-    """What changes with each file below a folder: size, times of content and of attributes, inode."""
-    found: dict[str, list[int]] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                found |= _stamps(entry.path, f"{prefix}{entry.name}/")
-            else:
-                s = entry.stat()
-                found[prefix + entry.name] = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
-    return found
+def _stamp(path: str) -> list[int]:
+    """What changes with a file: size, times of content and of attributes, inode."""
+    s = os.stat(path)
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
 
 def _write_checksums(folder: Path, checksums: Mapping[str, Any]) -> None:
@@ -176,14 +166,11 @@ def create_images(folder: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     """
     if (need := math.prod(shape)) > (free := shutil.disk_usage(folder).free):
         raise DataError(f"need {need:,} bytes for converted data, {folder.parent} has {free:,} left; set L2G_CACHE")
-    return np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-
-
-def reserve(folder: Path) -> None:
-    """Takes the disk space of the images now: a map on a disk that fills up later would end the process."""
-    if hasattr(os, "posix_fallocate"):
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # takes the room now: a map on a disk that fills up later would end the process
         with open(folder / "images.npy", "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return images
 
 
 def write_classes(folder: Path, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> None:

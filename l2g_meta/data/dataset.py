@@ -27,6 +27,7 @@ class ClassDataset:
         split: ``"train"``, ``"validation"``, ``"test"`` or ``""``.
         mean: per channel, on the [0, 1] scale; subtracted from uint8 images.
         std: per channel, on the [0, 1] scale; uint8 images are divided by it.
+        gathered_on: device that the images of each gather are copied to first; by default they stay where they lie.
 
     Raises:
         DataError: if lengths disagree, a class has no image, or the labels are not 0 … n_classes − 1.
@@ -44,8 +45,9 @@ class ClassDataset:
     split: str = ""
     mean: Sequence[float] = (0.5,)
     std: Sequence[float] = (0.5,)
+    gathered_on: torch.device | None = None
     index: tuple[np.ndarray, ...] = field(init=False, repr=False)  # rows of each class, ascending
-    normalisation: tuple[Tensor, ...] = field(init=False, repr=False)  # mean and std beside the images, (C, 1, 1)
+    normalisation: tuple[Tensor, ...] = field(init=False, repr=False)  # mean and std beside the inputs, (C, 1, 1)
 
     def __post_init__(self) -> None:
         images = self.images if isinstance(self.images, Tensor) else torch.from_numpy(np.asarray(self.images))
@@ -58,7 +60,8 @@ class ClassDataset:
                 "floats, which are used as they are"
             )
         object.__setattr__(self, "images", images)
-        constants = (torch.tensor(t, device=images.device).view(-1, 1, 1) for t in (self.mean, self.std))
+        device = self.gathered_on or images.device
+        constants = (torch.tensor(t, device=device).view(-1, 1, 1) for t in (self.mean, self.std))
         object.__setattr__(self, "normalisation", tuple(constants))
         object.__setattr__(self, "index", index_by_class(labels))
         object.__setattr__(self, "labels", labels.astype(np.int64))
@@ -91,7 +94,13 @@ class ClassDataset:
         Images are read through ``vary``, if given.
         """
         images: Tensor = self.images  # type: ignore[assignment]
-        return prepared(images, torch.as_tensor(rows, device=images.device), self.normalisation, vary)
+        rows = torch.as_tensor(rows, device=images.device)
+        if self.gathered_on is not None:
+            shape, pinned = (len(rows), *images.shape[1:]), self.gathered_on.type == "cuda"
+            chosen = torch.index_select(images, 0, rows, out=torch.empty(shape, dtype=images.dtype, pin_memory=pinned))
+            images = chosen.to(self.gathered_on, non_blocking=True)  # PyTorch keeps pinned memory until it is copied
+            rows = torch.arange(len(rows), device=images.device)
+        return prepared(images, rows, self.normalisation, vary)
 
     def of_classes(self, classes: Sequence[int]) -> ClassDataset:
         """A copy of the data of these classes, which become classes 0, 1, … in this order."""

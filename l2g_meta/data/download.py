@@ -8,9 +8,7 @@ changed since is noticed. One from elsewhere can be put there by hand.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,8 @@ from urllib.parse import urljoin
 from l2g_meta.data.cache import file_digest
 from l2g_meta.errors import DataError
 from l2g_meta.files.locks import turn
-from l2g_meta.files.writing import replaced, sync
+from l2g_meta.files.reading import open_regular
+from l2g_meta.files.writing import replaced
 
 TIMEOUT = 60.0  # seconds without any data
 
@@ -48,24 +47,18 @@ def fetch(
     Raises:
         DataError: if the download fails, is too large, incomplete, or not what it should be.
     """
-    partial = path.with_name(f".{path.name}.partial")  # a folder
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with turn(path.with_name(f".{path.name}.lock"), f"downloads {path.name}"):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-            partial.mkdir()
-            try:
-                part = partial / path.name
-                with replaced(part) as file:
-                    digest = _receive(url, file, max_bytes, certificates)
+            partial.unlink(missing_ok=True)  # left by a killed process
+            with replaced(path, partial) as file:
+                digest = _receive(url, file, max_bytes, certificates)
                 if sha256 is not None and digest != sha256.lower():
                     raise DataError(f"its SHA-256 is {digest}, not {sha256}")
-                check(part)
+                file.flush()
+                check(partial)
                 digest_path(path).unlink(missing_ok=True)  # at no time is one there that belongs to another file
-                os.replace(part, path)
-                sync(path.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
             with replaced(digest_path(path)) as file:
                 file.write(f"{digest}  {path.name}\n".encode())
     except (OSError, ValueError) as error:  # of files, sockets, TLS and requests, and our own
@@ -143,7 +136,11 @@ def check_digest(path: Path) -> None:
         DataError: if they differ.
     """
     beside = digest_path(path)
-    if beside.is_file() and file_digest(path) != beside.read_text(encoding="utf-8", errors="replace")[:64].lower():
+    if not beside.is_file():
+        return
+    with open_regular(beside) as file:
+        stated = file.read(64)  # of a file that may be of any size
+    if file_digest(path).encode() != stated.lower():
         raise DataError(
             f"need {path} as it was downloaded, got other content than its digest in {beside.name}; get it again, or "
             "delete the digest if you changed the file"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from l2g_meta.data.cache import cached, create_images, open_dataset, reserve, write_classes
+from l2g_meta.data.cache import cached, create_images, open_dataset, write_classes
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import DataError
 from l2g_meta.files.reading import open_regular
@@ -24,6 +25,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB on the [0, 1] scale
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 50_000_000  # per image; beyond it a small file may unpack to gigabytes
 MAX_BYTES = 2**28  # per image file; more than MAX_PIXELS take, even uncompressed
+MAX_SCANS = 100  # of a JPEG; encoders write some ten, and each takes the time of a whole image for a few bytes
+SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # how each begins
 SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG"}  # how files begin
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Source = TypeVar("Source")
@@ -55,11 +58,13 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
             remedy = "make it smaller"
             raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
-            start = file.read(4)
+            start, scans = file.read(4), len(SCAN.findall(file.read())) if file_format == "JPEG" else 0
             file.seek(0)
             if other := next((f for f, s in SIGNATURES.items() if f != file_format and start.startswith(s)), None):
                 remedy = f"name it *.{other.lower()}"
                 raise ValueError(f"it is a {other}")
+            if scans > MAX_SCANS:
+                raise ValueError(f"{scans} scans are more than {MAX_SCANS}")
             with Image.open(file, formats=[file_format]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     remedy = "make it smaller"
@@ -166,7 +171,6 @@ def convert(
 
     counts = [len(sources) for sources in classes.values()]
     images = create_images(out, (sum(counts), size, size, 3))
-    reserve(out)
 
     def write(row: int, source: Source) -> None:
         images[row] = np.asarray(resize(read(source), size))

@@ -138,16 +138,16 @@ def isolated_random(seed: int) -> Iterator[None]:
         ...     a == random.random()
         True
     """
-    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         random.seed(seed)
         np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(pytorch)
 
 
 def _load(taskset: Any, description: Any, labels: Sequence[Any], shots: int) -> Task:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from l2g_meta.data.augment import Variation
-from l2g_meta.data.sources import Shapes, TaskRows, TaskSource, task_source
+from l2g_meta.data.sources import TaskRows, TaskSource, task_source
 from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
@@ -92,29 +92,20 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
         device: torch.device | str | None = None,
     ):
-        self.inner = TaskShape(ways, shots, queries).checked("")
-        self.outer = TaskShape(
+        inner = TaskShape(ways, shots, queries).checked("")
+        outer = TaskShape(
             ways if outer_ways is None else outer_ways,
             shots if outer_shots is None else outer_shots,
             queries if outer_queries is None else outer_queries,
         ).checked("outer_")
-        self.source = task_source(dataset, device, augment)
+        self.shapes, self.source = (inner, outer), task_source(dataset, device, augment)
         self.seed, self.length, self.device = checked_seed(seed), checked_length(length), device
-        check_enough(self.source, self.inner, self.outer)
+        check_enough(self.source, inner, outer)
 
     def batch(self, positions: Sequence[int]) -> list[tuple[Task, Task]]:
         """The pairs at these positions; their images in one gather, where the data is class-indexed."""
         tasks = self._tasks(positions)
         return list(zip(tasks[0::2], tasks[1::2], strict=True))
-
-    @property
-    def fixed(self) -> bool:
-        """Whether all pairs have tasks of the same shapes."""
-        return all(len(values(choice)) == 1 for shape in (self.inner, self.outer) for choice in shape)
-
-    def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
-        generators = [generator(self.seed, k) for k in positions]
-        return [(rng, (self.inner.draw(rng), self.outer.draw(rng))) for rng in generators]
 
 
 class Episodes(Stream[Task]):
@@ -150,10 +141,9 @@ class Episodes(Stream[Task]):
         length: int | None = None,
         device: torch.device | str | None = None,
     ):
-        self.shape = TaskShape(ways, shots, queries).checked("")
-        self.source = task_source(dataset, device)
+        self.shapes, self.source = (TaskShape(ways, shots, queries).checked(""),), task_source(dataset, device)
         self.seed, self.length, self.device = checked_seed(seed), checked_length(length), device
-        check_enough(self.source, self.shape)
+        check_enough(self.source, *self.shapes)
 
     def batch(self, positions: Sequence[int]) -> list[Task]:
         """The tasks at these positions; their images in one gather, where the data is class-indexed."""
@@ -163,10 +153,6 @@ class Episodes(Stream[Task]):
         """The rows of the task at position k, for a class-indexed data set."""
         ((rows,), _) = self.draw([k])
         return rows
-
-    def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
-        generators = [generator(self.seed, k) for k in positions]
-        return [(rng, (self.shape.draw(rng),)) for rng in generators]
 
 
 def check_enough(source: TaskSource, *shapes: TaskShape) -> None:
@@ -203,13 +189,6 @@ def checked_seed(seed: int | Sequence[int]) -> list[int]:
     if not seeds or not all(isinstance(s, int | np.integer) and s >= 0 for s in seeds):
         raise DataError(f"need a seed of integers of at least 0, got {seed!r}")
     return seeds
-
-
-def generator(seed: int | Sequence[int], k: int) -> np.random.Generator:
-    """The generator of position k of a stream."""
-    if k < 0:
-        raise IndexError(f"need a position of at least 0, got {k}")
-    return np.random.default_rng([*values(seed), k])
 
 
 def values(choice: Choice) -> list[int]:

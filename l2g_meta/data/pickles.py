@@ -23,7 +23,7 @@ from l2g_meta.data.download import is_html
 from l2g_meta.errors import DataError
 
 MAX_READS = 100_000_000  # two for an instruction; tieredImageNet's largest file takes some 14 million
-KEYS = (str, bytes, int, float, np.generic, type(None))  # of dictionaries
+KEYS = (str, bytes, int, float, np.integer, type(None))  # of dictionaries
 LONG = 1024  # bytes from which data are a view of the file
 
 
@@ -211,7 +211,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         if not isinstance(self.stack[-1], dict):  # NumPy would unfold what is put into an array
             raise _Refused(f"an item for a {type(self.stack[-1]).__name__}")
         for key in items[::2]:
-            # Hashing tuples in tuples can take for ever; so can a dictionary whose keys, long integers, have one hash.
+            # Hashing tuples in tuples can take for ever; so can a dictionary whose keys, long numbers, have one hash.
             if not isinstance(key, KEYS) or (type(key) is int and abs(key) >= 2**63):
                 raise _Refused(f"a dictionary key {_short(key)}")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,20 +16,10 @@ from l2g_meta.data.host import placed
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
+if TYPE_CHECKING:
+    from l2g_meta.data.learn2learn import MetaDatasetSource, TasksetSource
+
 Shapes = Sequence[tuple[int, int, int]]  # (ways, shots, queries) of tasks without a common class
-
-
-class ClassIndexed(Protocol):
-    """What tasks are drawn from: rows by class, and inputs by row. ``ClassDataset`` is one."""
-
-    @property
-    def index(self) -> Sequence[np.ndarray]:
-        """Rows of each class."""
-        ...
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Inputs of the rows, (len(rows), ...)."""
-        ...
 
 
 class TaskRows(NamedTuple):
@@ -40,18 +30,6 @@ class TaskRows(NamedTuple):
     query: np.ndarray
     query_y: np.ndarray
     classes: np.ndarray
-
-
-class DrawingSource(Protocol):
-    """Draws tasks without a common class one after the other, as learn2learn's do."""
-
-    def draw(self, rng: np.random.Generator, shapes: Shapes) -> Sequence[Task]:
-        """One task for each (ways, shots, queries)."""
-        ...
-
-    def class_sizes(self) -> np.ndarray | None:
-        """Examples of each class (n_classes,), or ``None`` where only drawing can tell."""
-        ...
 
 
 def disjoint_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[int]) -> list[np.ndarray]:
@@ -127,7 +105,7 @@ class IndexedSource:
         return self.dataset.gather(rows, vary=partial(self.augment.gather, draws=draws))
 
 
-TaskSource: TypeAlias = IndexedSource | DrawingSource
+TaskSource: TypeAlias = "IndexedSource | MetaDatasetSource | TasksetSource"
 
 
 def task_source(

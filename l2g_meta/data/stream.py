@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, i
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
 
+if TYPE_CHECKING:
+    from l2g_meta.data.pairs import TaskShape
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -25,14 +28,17 @@ class Stream(ABC, Generic[T_co]):
     source: TaskSource
     device: torch.device | str | None
     length: int | None
+    seed: list[int]
+    shapes: Sequence[TaskShape]  # of the tasks of an item, which have no common class
 
     @abstractmethod
     def batch(self, positions: Sequence[int]) -> list[T_co]:
         """The items at these positions of the stream, whatever its length; class-indexed images in one gather."""
 
-    @abstractmethod
     def _shapes(self, positions: Sequence[int]) -> list[tuple[np.random.Generator, Shapes]]:
         """The generator of each position, and the shapes of its tasks."""
+        generators = [generator(self.seed, k) for k in positions]
+        return [(rng, tuple(shape.draw(rng) for shape in self.shapes)) for rng in generators]
 
     def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Drawn | None]:
         """The tasks of these positions as rows of a class-indexed data set, and how their images are varied."""
@@ -89,17 +95,10 @@ class Stream(ABC, Generic[T_co]):
             options: of ``torch.utils.data.DataLoader``, such as ``persistent_workers`` or ``pin_memory``.
 
         Raises:
-            TypeError: without a length.
-            DataError: for workers that would put tasks on a device other than the CPU, or for options that would
-                change which items come, or how many at once.
+            TypeError: without a length, or for options that would change which items come, or how many at once;
+                ``ValueError`` for some of these, as PyTorch has it.
+            DataError: for workers that would put tasks on a device other than the CPU.
         """
-        for name in OURS.keys() & options:
-            if (value := options.pop(name)) not in (None, False):
-                raise DataError(
-                    f"need no {name} for a loader of single items in the stream's order, got {value!r}; {OURS[name]}"
-                )
-        if not isinstance(workers, int) or workers < 0:
-            raise DataError(f"need workers to be an integer of at least 0, got {workers!r}")
         if workers and torch.device(self.device or "cpu").type != "cpu":
             raise DataError(
                 f"need tasks on the CPU from workers, got device={self.device}; leave device out and move each task "
@@ -109,16 +108,6 @@ class Stream(ABC, Generic[T_co]):
         return _Loader(
             dataset, batch_size=None, sampler=Epochs(len(self)), num_workers=workers, collate_fn=_same, **options
         )
-
-
-RANDOM = "the order is random by the seed, and new in each epoch"
-OURS = {  # options that loaders of a stream have set already, and what to do instead
-    **dict.fromkeys(("shuffle", "sampler", "batch_sampler"), RANDOM),
-    "batch_size": "add the losses of several items before a step of the optimizer",
-    "drop_last": "there are no batches",
-    "num_workers": "write workers=...",
-    "collate_fn": "map a function over the loader",
-}
 
 
 class _Loader(DataLoader[T_co]):
@@ -168,6 +157,13 @@ class _Positions(Dataset[T_co]):
     def __getitem__(self, k: int) -> T_co:
         (item,) = self.stream.batch([k])
         return item
+
+
+def generator(seed: Sequence[int], k: int) -> np.random.Generator:
+    """The generator of position k of a stream."""
+    if k < 0:
+        raise IndexError(f"need a position of at least 0, got {k}")
+    return np.random.default_rng([*seed, k])
 
 
 def checked_length(length: int | None) -> int | None:

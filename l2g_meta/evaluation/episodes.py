@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2g_meta.algorithm import L2GWrapper
+from l2g_meta.algorithm import L2GWrapper, Learner
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.host import placed
 from l2g_meta.data.pairs import Choice, Episodes, listed
 from l2g_meta.data.sources import IndexedSource, TaskRows
-from l2g_meta.errors import L2GError
+from l2g_meta.errors import FitError, L2GError
 from l2g_meta.evaluation.world import World, gathered
-from l2g_meta.inner.scores import scores_of
+from l2g_meta.inner.compiled import unwrapped
+from l2g_meta.inner.scores import evaluated, loss_fn_of
 from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import Policy, batchnorm_policy
 from l2g_meta.models.metric import MetricModel
@@ -114,6 +115,7 @@ def evaluate(
 
     Raises:
         DataError: if the split has too few classes or images.
+        FitError: if the model takes no tasks, or its scores are not (n_query, n_way).
         L2GError: if scores are NaN, or there is nothing to evaluate on.
 
     Example:
@@ -123,10 +125,13 @@ def evaluate(
         >>> 0 <= result.accuracy_mean <= 100, result.ci95_runs
         (True, None)
     """
-    compiled = getattr(model, "_orig_mod", None)  # torch.compile(l2g)
-    model = compiled if isinstance(compiled, L2GWrapper) else model
-    loss_fn = model.loss_fn if isinstance(model, L2GWrapper) else getattr(model, "loss_fn", nn.functional.cross_entropy)
-    model = model.module if isinstance(model, L2GWrapper) else model
+    if not isinstance(model, nn.Module):
+        remedy = (
+            "of a learner, take learner.module" if isinstance(model, Learner) else "a class is called first: Model()"
+        )
+        raise FitError(f"need a model to evaluate, an nn.Module, got {model!r}; {remedy}")
+    bare = unwrapped(model)  # of torch.compile(l2g)
+    loss_fn, model = loss_fn_of(bare), bare.module if isinstance(bare, L2GWrapper) else model
     if episodes < 1 or runs < 1:
         raise L2GError(f"need at least 1 episode and 1 run, got episodes={episodes}, runs={runs}")
     dataset = placed(dataset, device) if isinstance(dataset, ClassDataset) else dataset
@@ -248,7 +253,7 @@ def _scores(
             return
     for run, k in which:
         task = streams[run][k]
-        yield scores_of(model, task), task.query_y
+        yield evaluated(model, task), task.query_y
 
 
 def scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:

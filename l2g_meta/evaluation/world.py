@@ -161,97 +161,67 @@ def join(device: torch.device) -> tuple[World, torch.device]:
     return World(dist.get_rank(), dist.get_world_size()), device
 
 
-class Joined:
-    """What the ranks found in an update, packed into one flat buffer, summed, and put back.
+def join_update(
+    world: World, module: nn.Module, before: dict[str, Tensor], share: range, of: int, values: Tensor
+) -> list[float]:
+    """Puts gradients and buffers of all ranks' passes in place, by one all-reduce; waits for the device once.
 
     Args:
         world: the processes.
         module: holds the parameters, whose ``.grad`` are added up, and the running statistics.
         before: its buffers before the update, by name.
-        mine: how many objective calls were this rank's.
-        later: how many those of later ranks are.
+        share: which objective calls of the update were this rank's.
+        of: how many there were.
+        values: (n,), to be added up.
+
+    Returns:
+        The sums of ``values``.
     """
-
-    def __init__(self, world: World, module: nn.Module, before: dict[str, Tensor], mine: int, later: int):
-        self.world, self.mine, self.later = world, mine, later
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.running = list(_running(module, before))
-        owned = {name for norm in self.running for name in norm.names}
-        self.others = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in owned]
-
-    def __call__(self, values: Tensor) -> list[float]:
-        """Puts gradients and buffers in place; returns the sums of ``values`` (n,). Waits for the device once."""
-        have = torch.tensor([float(p.grad is not None) for p in self.parameters]).to(values)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        parts: list[Tensor] = [torch.cat([values, have]), *gradients]
-        for norm in self.running:
-            parts += norm.contribution(self.mine, self.later)
-        parts += [b if self.world.main else torch.zeros_like(b) for b in self.others]  # of no known law: rank 0's
-        wide = functools.reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
-        flat = self.world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
-        found = iter(flat.split([part.numel() for part in parts]))
-        sums = next(found).tolist()
-        for p, present in zip(self.parameters, sums[len(values) :], strict=True):
-            gradient = next(found)
-            p.grad = gradient.view_as(p).to(p.dtype) if present else None
-        for norm in self.running:
-            norm.put(found)
-        for buffer in self.others:
-            buffer.copy_(next(found).view_as(buffer))
-        return sums[: len(values)]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    have = torch.tensor([float(p.grad is not None) for p in parameters]).to(values)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    buffers = list(_parts(world.main, module, before, share, of))
+    parts = [torch.cat([values, have]), *gradients, *(part for _, part in buffers)]
+    wide = functools.reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
+    flat = world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
+    found = iter(flat.split([part.numel() for part in parts]))
+    sums = next(found).tolist()
+    for p, present in zip(parameters, sums[len(values) :], strict=True):
+        gradient = next(found)
+        p.grad = gradient.view_as(p).to(p.dtype) if present else None
+    for buffer, _ in buffers:
+        buffer.copy_(next(found).view_as(buffer))
+    return sums[: len(values)]
 
 
-@dataclass(frozen=True)
-class _Running:
-    """Running statistics of one norm, and what they were before the update."""
-
-    norm: _NormBase
-    names: tuple[str, ...]
-    before: tuple[Tensor, ...]
-    count: Tensor | None  # num_batches_tracked before
-
-    def contribution(self, mine: int, later: int) -> list[Tensor]:
-        """Passes of this rank, then of each statistic what they add."""
-        if self.count is None or self.norm.num_batches_tracked is None:
-            passes = self.before[0].new_tensor(float(mine))
+def _parts(
+    main: bool, module: nn.Module, before: dict[str, Tensor], share: range, of: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each buffer, and this rank's summand of what it becomes; b_0's own share is rank 0's."""
+    others = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    for path, norm in module.named_modules():
+        name = f"{path}.".lstrip(".")
+        if not isinstance(norm, _NormBase) or norm.running_mean is None or f"{name}running_mean" not in before:
+            continue
+        # Instance norms have the counter and never count.
+        count = None if "Instance" in type(norm).__name__ else before.get(f"{name}num_batches_tracked")
+        counter, mine = norm.num_batches_tracked, max(1, len(share))
+        if count is None or counter is None:
+            passes = norm.running_mean.new_tensor(float(len(share)))
         else:
-            passes = (self.norm.num_batches_tracked - self.count).to(self.before[0].dtype)
-        after = later * passes / max(1, mine)  # every call makes as many
-        found = [passes]
-        for b, b0 in zip(self.now, self.before, strict=True):
-            if self.norm.momentum is None and self.count is not None:  # the mean of all passes
-                found.append(b * (self.count + passes) - b0 * self.count)
+            passes = (counter - count).to(norm.running_mean.dtype)
+            yield counter, passes + count if main else passes
+        total, after = passes * of / mine, passes * (of - share.stop) / mine  # every call makes as many
+        for kind in ("running_mean", "running_var"):
+            b, b0 = others.pop(f"{name}{kind}"), before[f"{name}{kind}"]
+            if norm.momentum is None and count is not None:  # the mean of all passes
+                part, kept = b * (count + passes) - b0 * count, b0 * count
+                yield b, (part + kept if main else part) / (count + total).clamp(min=1)
             else:  # 0 without passes
-                keep = 1 - (self.norm.momentum or 0.0)
-                found.append(keep**after * (b - keep**passes * b0))
-        return found
-
-    def put(self, sums: Iterator[Tensor]) -> None:
-        """The statistics after all ranks' passes."""
-        passes = next(sums).squeeze()
-        for b, b0 in zip(self.now, self.before, strict=True):
-            total = next(sums).view_as(b)
-            if self.norm.momentum is None and self.count is not None:
-                b.copy_((b0 * self.count + total) / (self.count + passes).clamp(min=1))
-            else:
-                b.copy_((1 - (self.norm.momentum or 0.0)) ** passes * b0 + total)
-        if self.count is not None and self.norm.num_batches_tracked is not None:
-            self.norm.num_batches_tracked.copy_(self.count + passes.round().long())
-
-    @property
-    def now(self) -> Sequence[Tensor]:
-        return [t for t in (self.norm.running_mean, self.norm.running_var) if t is not None]
-
-
-def _running(module: nn.Module, before: dict[str, Tensor]) -> Iterator[_Running]:
-    for name, norm in module.named_modules():
-        if isinstance(norm, _NormBase) and isinstance(norm.running_mean, Tensor) and norm.running_var is not None:
-            names = tuple(f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var"))
-            if all(n in before for n in names):
-                count = before.get(f"{name}.num_batches_tracked".lstrip("."))
-                # Instance norms have the counter and never count.
-                counts = count is not None and "Instance" not in type(norm).__name__
-                yield _Running(norm, names, tuple(before[n] for n in names), count if counts else None)
+                keep = 1 - (norm.momentum or 0.0)
+                part = keep**after * (b - keep**passes * b0)
+                yield b, part + keep**total * b0 if main else part
+    yield from ((b, b if main else torch.zeros_like(b)) for b in others.values())  # of no known law: rank 0's
 
 
 def shutdown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from l2g_meta.errors import CheckpointError
+from l2g_meta.files.names import shown
 
 
 @contextmanager
@@ -34,19 +36,17 @@ def claim(path: Path, *, remove: bool = False) -> Iterator[bool]:
     lock = FileLock(path, timeout=0)
     try:
         _refuse_links(path)
-        lock.acquire()
-        ours = True
-    except Timeout:
-        ours = False
+        with suppress(Timeout):
+            lock.acquire()
     except (NotImplementedError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
             f"need to lock {path}, got: {reason}; choose another folder, on a file system with locks (a local one)"
         ) from error
     try:
-        yield ours
+        yield lock.is_locked
     finally:
-        if ours:
+        if lock.is_locked:
             if remove:
                 with suppress(OSError):  # Windows removes no open file
                     path.unlink()
@@ -59,15 +59,13 @@ def turn(path: Path, what: str) -> Iterator[None]:
 
     Standard error is told once, with ``what`` the other process does.
     """
-    waits = False
-    while True:
+    for tries in itertools.count():
         with claim(path, remove=True) as ours:
             if ours:
                 yield
                 return
-        if not waits:
-            print(f"l2g: waits for another process that {what} (it has {path})", file=sys.stderr)
-        waits = True
+        if not tries:
+            print(shown(f"l2g: waits for another process that {what} (it has {path})"), file=sys.stderr)
         time.sleep(0.5)
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     from safetensors.torch import load
 
-    with _named_errors(path):
+    try:
         content, header = read_safetensors(path)
         own = header["__metadata__"]
         version, text = int(own["format"]), own["info"]
@@ -69,6 +68,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
             raise ValueError("a header of another kind")
         return data, info
+    except Exception as error:  # no such file, damaged JSON, a header without these, types that PyTorch lacks, …
+        reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        reason = f"a file without {reason}" if isinstance(error, KeyError) else reason
+        raise CheckpointError(f"need a checkpoint in {path}, got: {reason}; use another, or train again") from error
 
 
 def read_safetensors(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -167,19 +170,6 @@ def put(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path} belongs to another model: {' '.join(str(error).split())[:300]}") from error
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise CheckpointError(f"need a checkpoint in {path}, got a file without {error}; use another") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"need a checkpoint in {path}, got no such file; use another, or train again") from error
-    except Exception as error:  # damaged JSON, types that PyTorch lacks, …
-        reason = str(error) or type(error).__name__
-        raise CheckpointError(f"need a checkpoint in {path}, got: {reason}; use another, or train again") from error
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

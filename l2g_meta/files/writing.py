@@ -45,13 +45,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """What ``new_file`` does, with the system's own errors.
+def replaced(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """What ``new_file`` does, with the system's own errors; under the name ``partial`` until then, if given.
 
     Raises:
-        OSError: as ``new_file``.
+        OSError: as ``new_file``, or if ``partial`` is there.
     """
-    partial = path.with_name(PARTIAL + secrets.token_hex(8))
+    partial = partial or path.with_name(PARTIAL + secrets.token_hex(8))
     try:
         _check_place(path)
         with open(partial, "xb") as file:

@@ -59,16 +59,6 @@ def backend() -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Se
     return _quiet()(clone_module), _quiet()(update_module)
 
 
-def learn2learn_maml() -> Callable[..., Any] | None:
-    """learn2learn's ``MAML(model, lr, first_order=...)``, or ``None`` where it is not installed.
-
-    ``L2GWrapper`` stands in for it: ``clone()`` gives a learner with ``module``, ``adapt(loss)`` takes a step.
-    """
-    if backend()[0].__module__ == __name__:
-        return None
-    return functools.partial(require_learn2learn().algorithms.MAML, allow_nograd=True)
-
-
 def own_buffers(source: nn.Module, clone: nn.Module) -> None:
     """Gives a clone private copies of its buffers; what its passes wrote so far goes to the module it was cloned from.
 
@@ -107,6 +97,7 @@ def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
     originals, copies = dict(original.named_modules(remove_duplicate=False)), {}
     for path, module in copy.named_modules(remove_duplicate=False):
         copies[id(originals[path])] = module
+        module.__class__ = type(originals[path])  # a traced graph's __new__ makes a class without its forward
     for module in copies.values():
         own_methods(module, copies)
     return copy
@@ -115,7 +106,8 @@ def rebind(original: nn.Module, copy: nn.Module) -> nn.Module:
 def own_methods(copy: nn.Module, copies: Mapping[int, nn.Module]) -> None:
     """Has modules and methods that a copy holds otherwise (``self.embed = self.encoder.forward``) be of copies.
 
-    Those of plain lists, tuples and dictionaries as well, and of hooks. Closures cannot be looked into.
+    Those of plain lists, tuples, dictionaries and ``functools.partial`` as well, and of hooks. Closures cannot be
+    looked into: ``inner.step.check_parts`` finds them.
 
     Args:
         copy: one of the copies.
@@ -145,8 +137,13 @@ def _of_copies(value: Any, copies: Mapping[int, nn.Module]) -> Any:
     if type(value) in (dict, OrderedDict):  # hooks lie in the latter
         found = {k: _of_copies(v, copies) for k, v in value.items()}
         return type(value)(found) if any(found[k] is not v for k, v in value.items()) else value
+    if isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+        own = _of_copies(parts, copies)
+        return value if own is parts else functools.partial(own[0], *own[1], **own[2])
     method = getattr(value, "_torchdynamo_orig_callable", value)
-    method = getattr(method, "__wrapped__", method)
+    if getattr(method, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+        method = getattr(method, "__wrapped__", method)
     if isinstance(method, MethodType) and id(method.__self__) in copies:
         return MethodType(method.__func__, copies[id(method.__self__)])
     return value
@@ -156,7 +153,7 @@ def same_tensors(module: nn.Module, memo: dict[int, nn.Module] | None = None) ->
     """The same tree of modules with the same tensors, so that others can be put into one of the two."""
     memo = {} if memo is None else memo
     if id(module) not in memo:
-        memo[id(module)] = copy = module.__new__(type(module))
+        memo[id(module)] = copy = object.__new__(type(module))
         own = {"_parameters": module._parameters.copy(), "_buffers": module._buffers.copy()}
         copy.__dict__ = module.__dict__ | own
         copy._modules = {name: m if m is None else same_tensors(m, memo) for name, m in module._modules.items()}
@@ -176,7 +173,7 @@ def clone_module(module: nn.Module, memo: dict[int, Tensor] | None = None) -> nn
         True
     """
     memo = {} if memo is None else memo
-    clone = module.__new__(type(module))
+    clone = object.__new__(type(module))
     clone.__dict__ = module.__dict__.copy()
     for p in module._parameters.values():
         if p is not None and id(p) not in memo:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from itertools import chain
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """The module itself if nothing in it is compiled, else the same tree without compilation; tensors are shared.
 
     Raises:
-        FitError: if an instance's ``forward`` was replaced, which would run on the original's parameters, or a
-            module is scripted.
+        FitError: if a module is scripted.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -41,14 +39,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
             raise FitError(
                 f"need modules that can be copied, got the scripted {m.original_name}; wrap it before it is scripted"
             )
-        forward = vars(m).get("forward")
-        own = isinstance(forward, MethodType) and forward.__self__ is m  # a method of its class, by another name
-        if forward is not None and not own and not _is_wrapper(m):
-            raise FitError(
-                f"need the forward of {type(m).__name__} to be its class's, got one that was set on the instance and "
-                "calls the original, not its copy in the inner step; compile the module, or override forward in a class"
-            )
-    if any(_is_wrapper(m) or vars(m).get("_compiled_call_impl") is not None for m in modules):
+    if any(unwrapped(m) is not m or vars(m).get("_compiled_call_impl") is not None for m in modules):
         memo: dict[int, nn.Module] = {}
         bare = _without(module, memo)
         for m in memo.values():
@@ -57,16 +48,17 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_wrapper(module: nn.Module) -> bool:
+def unwrapped(module: Any) -> Any:
+    """The module that ``torch.compile(module)`` has wrapped, else what is given; its parts stay as they are."""
     frames = sys.modules.get("torch._dynamo.eval_frame")  # imported by whoever compiles
-    return frames is not None and isinstance(module, frames.OptimizedModule)
+    is_wrapper = frames is not None and isinstance(module, frames.OptimizedModule)
+    return module._modules["_orig_mod"] if is_wrapper else module
 
 
 def _without(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    if _is_wrapper(module):
-        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    module = unwrapped(module)
     if id(module) not in memo:
-        memo[id(module)] = bare = module.__new__(type(module))
+        memo[id(module)] = bare = object.__new__(type(module))
         bare.__dict__ = module.__dict__ | {"_compiled_call_impl": None}
         bare._modules = {name: m if m is None else _without(m, memo) for name, m in module._modules.items()}
     return memo[id(module)]

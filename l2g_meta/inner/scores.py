@@ -26,6 +26,11 @@ def loss_of(model: nn.Module, task: TaskLike, loss_fn: LossFn, autocast: torch.d
     return checked_loss(loss_fn(evaluated(model, task, autocast), task.query_y))
 
 
+def loss_fn_of(model: nn.Module) -> LossFn:
+    """A model's own ``loss_fn``, else cross-entropy."""
+    return getattr(model, "loss_fn", None) or nn.functional.cross_entropy
+
+
 def checked_loss(loss: Any) -> Tensor:  # ()
     """The loss itself.
 

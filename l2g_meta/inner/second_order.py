@@ -3,7 +3,7 @@
 An exact inner step differentiates the backward pass of T_i. PyTorch's double backward of batch norm takes some fifty
 element-wise passes, that of convolution copies channels-last maps, fused attention has none. While a pass runs under
 ``twice_differentiable()``, these operators are replaced by those of ``l2g_meta.operators``: the same values, the same
-derivatives of any order. ReLU and max-pooling are among them: PyTorch's second derivative of both adds maps of zeros.
+derivatives of any order. Max-pooling is among them: PyTorch's second derivative of it adds maps of zeros.
 Every map keeps the layout that it has with PyTorch's operators: views, and writes through them, are the network's own.
 """
 
@@ -21,10 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
-from l2g_meta.operators.selection import max_pool2d, relu
+from l2g_meta.operators.selection import max_pool2d
 
 Pair = int | tuple[int, ...]
 
@@ -38,7 +39,7 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
     ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
     forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
-    operators run.
+    operators run. So they do on CUDA, where ours have not run yet: ``L2G_FAST_CUDA=1`` takes ours there as well.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
@@ -135,7 +136,7 @@ def _transformed() -> bool:
 
 def _taken(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether our operators are for such maps and vectors; what is refused, PyTorch refuses."""
-    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
+    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or x.device.type not in operators.DEVICES:
         return False
     dtypes = x.dtype, torch.promote_types(x.dtype, torch.float32)
     return all(t is None or (t.ndim == 1 and t.dtype in dtypes) for t in vectors)
@@ -181,19 +182,6 @@ def _conv2d(
     return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _leaky_relu(input, 0.0, inplace)
-
-
-def _relu_(input: Tensor) -> Tensor:
-    return _leaky_relu(input, 0.0, True)
-
-
-def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    fits = _taken(input) and negative_slope >= 0 and not (inplace and input._is_view())
-    return relu(input, negative_slope, inplace=inplace) if fits else NotImplemented
-
-
 def _max_pool2d(
     input: Tensor,
     kernel_size: Pair,
@@ -232,9 +220,6 @@ FAST: Table = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.max_pool2d: _max_pool2d,
-    F.leaky_relu: _leaky_relu,
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
 }
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,

@@ -6,7 +6,7 @@ Step sizes α are one number, or learned (Meta-SGD, Li et al. 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -155,3 +155,38 @@ class InnerStep:
         parameters = trainable_parameters(module)
         slope = torch.stack([(g[name] * parameters[name]).sum() for name in g]).sum()
         return loss.detach() + (slope - slope.detach())
+
+
+def check_parts(out: Tensor, starts: Mapping[Any, str], names: Collection[str]) -> None:
+    """That what was computed with a copy does not use parameters of the module itself beside the copy's.
+
+    Args:
+        out: what was computed, with its graph.
+        starts: names of the copy's parameters by their ``grad_fn`` as ``clone_module`` made it.
+        names: of the parameters to look for.
+
+    Raises:
+        FitError: naming those that it uses: steps do not reach them.
+
+    Example:
+        >>> weight = torch.ones((), requires_grad=True)
+        >>> copy = weight.clone()
+        >>> check_parts(copy * weight, {copy.grad_fn: "weight"}, ["weight"])
+        Traceback (most recent call last):
+        l2g_meta.errors.FitError: need a pass or loss to use the learner's own parameters, got weight of the model ...
+    """
+    own = {start.next_functions[0]: name for start, name in starts.items() if name in names}
+    seen, ahead, found = set(starts), [out.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= own.keys() & node.next_functions
+            ahead += [next_node for next_node, _ in node.next_functions]
+    if found:
+        first, *more = (name for edge, name in own.items() if edge in found)
+        raise FitError(
+            f"need a pass or loss to use the learner's own parameters, got {first}{f', {len(more)} more' * bool(more)} "
+            "of the model itself, which inner steps do not change; let forward and loss_fn call parts as attributes "
+            "(self.encoder), not by closures, weak references or other objects"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm, relu_and_pool
 
 
@@ -53,12 +54,15 @@ class ConvBlock(nn.Module):
 def channels_last(x: Tensor) -> Tensor:
     """Maps (n, C, H, W) in the memory format that the fused operators prefer.
 
-    One channel alone has that format already, but PyTorch goes by its strides.
+    One channel alone has that format already, but PyTorch goes by its strides. Where PyTorch's operators
+    run instead, see ``l2g_meta.operators``, maps stay as they are.
 
     Example:
         >>> channels_last(torch.zeros(2, 1, 5, 5)).stride()
         (25, 1, 5, 1)
     """
+    if x.device.type not in operators.DEVICES:
+        return x
     if x.shape[1] == 1:
         return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last)
@@ -92,9 +96,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised, rectified, pooled maps."""
         self._check_input_dim(x)
-        if not self.training and self.running_mean is not None:
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-            return relu_and_pool(y, relu=True, pool=self.pool)
+        if x.device.type not in operators.DEVICES or (not self.training and self.running_mean is not None):
+            return relu_and_pool(super().forward(x), relu=True, pool=self.pool)
         momentum, tracked = self.momentum, self.training and self.track_running_stats
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

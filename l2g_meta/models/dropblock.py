@@ -67,7 +67,3 @@ class DropBlock(nn.Module):
         dropped = F.max_pool2d(F.pad(corners.to(x.dtype), (c - 1, c - 1, b - 1, b - 1)), (b, c), stride=1)
         kept = 1 - dropped  # (n, c, H, W)
         return x * kept * (kept.numel() / kept.sum().clamp(min=1))
-
-    def extra_repr(self) -> str:
-        """Arguments, for printing."""
-        return f"rate={self.rate}, size={self.size}, ramp={self.ramp}"

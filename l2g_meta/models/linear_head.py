@@ -8,17 +8,11 @@ kept is the encoder: tasks of unseen classes are classified by nearest prototype
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2g_meta.errors import FitError
 from l2g_meta.models.heads import PrototypicalHead
-
-T = TypeVar("T")
-DISTANCES = ("cosine", "euclidean")  # that a pre-trained encoder is validated with
 
 
 class LinearHead(nn.Module):
@@ -65,16 +59,3 @@ class LinearHead(nn.Module):
     def loss_fn(self, scores: Tensor, query_y: Tensor) -> Tensor:
         """Cross-entropy."""
         return F.cross_entropy(scores, query_y)
-
-
-def by_distance(model: nn.Module, evaluate: Callable[[nn.Module], T]) -> dict[str, T]:
-    """``evaluate(model)`` with the nearest prototypes of each distance; the head's own is put back."""
-    nearest: Any = model.get_submodule("head.nearest")
-    own, found = nearest.distance, {}
-    try:
-        for distance in DISTANCES:
-            nearest.distance = distance
-            found[distance] = evaluate(model)
-    finally:
-        nearest.distance = own
-    return found

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2g_meta.algorithm import L2GWrapper, Learner
-from l2g_meta.inner.clone import learn2learn_maml, own_buffers, rebind
-from l2g_meta.inner.compiled import uncompiled
+from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.models.metric import check_trainable, check_ways
 from l2g_meta.task import Task, TaskLike
@@ -26,7 +24,7 @@ from l2g_meta.task import Task, TaskLike
 class SoftmaxMAML(nn.Module):
     """A classifier of ``n_way`` classes that is adapted on the supports by gradient steps, ``model(task) -> scores``.
 
-    The steps are taken by learn2learn's ``MAML`` where it is installed, else by the built-in equivalent.
+    The steps are those of ``L2GWrapper``'s learner, to the last bit learn2learn's ``MAML``.
 
     Args:
         classifier: images (n, C, H, W) to logits (n, n_way).
@@ -74,20 +72,9 @@ class SoftmaxMAML(nn.Module):
         check_ways(task, self.n_way)
         exact = not self.first_order and torch.is_grad_enabled()
         with torch.enable_grad():  # the steps need gradients at test as well
-            classifier = uncompiled(self.classifier)
-            algorithm = learn2learn_maml() or L2GWrapper
-            learner = algorithm(classifier, self.inner_lr, first_order=not exact).clone()
-            if not isinstance(learner, Learner):  # which does so itself
-                rebind(classifier, learner.module)
-            for step in range(self.inner_steps if self.training else self.test_steps):
+            learner = L2GWrapper(self.classifier, self.inner_lr, first_order=not exact).clone()
+            for _ in range(self.inner_steps if self.training else self.test_steps):
                 with twice_differentiable() if exact else nullcontext():
                     logits = learner.module(task.support_x)[:, : task.n_way]  # of fewer ways: the first outputs
-                loss = F.cross_entropy(logits, task.support_y)  # L(θ_t; S)
-                if step == 0 and not isinstance(learner, Learner):
-                    own_buffers(classifier, learner.module)
-                learner.adapt(loss)
+                learner.adapt(F.cross_entropy(logits, task.support_y))  # L(θ_t; S)
         return learner.module(task.query_x)[:, : task.n_way]
-
-    def extra_repr(self) -> str:
-        """Arguments, for printing."""
-        return f"inner_lr={self.inner_lr}, inner_steps={self.inner_steps}, test_steps={self.test_steps}"

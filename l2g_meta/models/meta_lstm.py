@@ -117,10 +117,6 @@ class MetaLSTM(nn.Module):
         values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
         return functional_call(self.classifier, values | buffers, (x,))
 
-    def extra_repr(self) -> str:
-        """Arguments, for printing."""
-        return f"steps={self.steps}"
-
 
 def _read(
     lstm: nn.LSTMCell,

@@ -14,12 +14,13 @@ and its own, for cotangents (v, v_w, v_b) of these three, with a = w r,
     \bar x &= r (h - \Sigma h / N - \hat x \, \Sigma(h \hat x) / N) - (r w \bar w / N) \hat x
 
 where Σh and Σ(h x̂) follow from the sums above. PyTorch evaluates the same by some fifty element-wise passes, which is
-most of what an exact meta-step costs; ``norm_passes`` does it in a few. ReLU and 2×2 max-pooling after the norm only
+most of what an exact meta-step costs; here it takes a few. ReLU and 2×2 max-pooling after the norm only
 select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes S ḡ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from l2g_meta.operators import norm_passes
-from l2g_meta.operators.norm_passes import per_channel
+from l2g_meta.operators.norm_passes import add_at, affine, channel_sums, per_channel, take
+
+aten = torch.ops.aten
 
 
 def batch_norm(
@@ -84,14 +86,12 @@ def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
 def _statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance in the precision of x, whatever that of the running statistics."""
-    if running_mean is None or running_var is None:
-        return norm_passes.statistics(x, None, None, momentum)
-    wide_mean, wide_var = running_mean.to(x.dtype), running_var.to(x.dtype)  # themselves, if of that precision
-    found = norm_passes.statistics(x, wide_mean, wide_var, momentum)
-    if wide_mean is not running_mean:
-        running_mean.copy_(wide_mean)
-        running_var.copy_(wide_var)
+    """Mean and biased variance in the precision of x, whatever that of the running statistics, updated in place."""
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    wide = [t.to(x.dtype) for t in running or ()]  # themselves, if of that precision
+    found = aten.batch_norm_update_stats(x, *(wide or (None, None)), momentum)
+    for t, value in zip(running or (), wide, strict=True):
+        t.copy_(value)
     return found
 
 
@@ -100,7 +100,16 @@ class _Norm(Function):
     def forward(
         x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return norm_passes.forward(x, w, b, mean, rstd, relu, pool)
+        where = None
+        if pool:  # before the scale, on which a negative one turns the largest into the smallest
+            if x.is_cuda or (w < 0).any():  # not asked where the answer would have to travel
+                sign = per_channel(torch.where(w < 0, -1.0, 1.0).to(x.dtype), x)
+                chosen, where = F.max_pool2d_with_indices(x * sign, [2, 2])
+                x = chosen * sign
+            else:
+                x, where = F.max_pool2d_with_indices(x, [2, 2])
+        y = affine(x, w * rstd, b - mean * w * rstd)
+        return (y.relu_() if relu else y), where
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
@@ -130,7 +139,13 @@ class _NormBackward(Function):
         where: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return norm_passes.backward(in_format_of(x, g), x, w, mean, rstd, out, where)
+        g = _active(in_format_of(x, g), out)
+        if where is None:
+            return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
+        sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
+        n, a = x.numel() // x.shape[1], w * rstd  # a pass over maps is one linear combination: of g, x and 1
+        slope = -a * rstd * sum_h / n
+        return add_at(affine(x, slope, -a * sum_g / n - mean * slope), where, g * per_channel(a, g)), sum_h, sum_g
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -139,55 +154,54 @@ class _NormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, rstd, out, where, *sums = ctx.saved_tensors
+        g, x, w, mean, rstd, out, where, sum_h, sum_g = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            cotangents = double_backward(v, vw, vb, g, x, w, out, where, ctx.eps)
-        else:
-            cotangents = norm_passes.double_backward(
-                in_format_of(x, v), vw, vb, in_format_of(x, g), x, w, mean, rstd, out, where, *sums
-            )
-        return *cotangents, None, None, None, None, None
+
+            def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # the definition
+                dims = [d for d in range(x.ndim) if d != 1]
+                centred = x - x.mean(dims, keepdim=True)
+                xh = centred * (centred.square().mean(dims, keepdim=True) + ctx.eps).rsqrt()
+                y = per_channel(w, x) * xh + per_channel(b, x)
+                y = y if where is None else y.flatten(2).gather(2, where.flatten(2)).view(where.shape)
+                return y if out is None else y * (out > 0).to(y.dtype)
+
+            return *differentiated_twice(norm, v, vw, vb, g, x, w), None, None, None, None, None
+
+        # The closed form above, in two passes of sums and two of output.
+        v, g = in_format_of(x, v), _active(in_format_of(x, g), out)
+        chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
+        sum_v, sum_vh = channel_sums(v, x, mean, rstd)
+        _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
+        n, a = x.numel() // x.shape[1], w * rstd
+        bar_w = rstd * (sum_vg - sum_v * sum_g / n - sum_vh * sum_h / n)
+
+        slope = (vw - a * sum_vh / n) * rstd  # ḡ = S(a v + (vw − a Svh/N) x̂ + vb − a Sv/N)
+        bar_g = affine(chosen, slope, vb - a * sum_v / n - mean * slope).addcmul_(v_at, per_channel(a, v))
+
+        of_v, of_g = -a / n * sum_h, vw - a / n * sum_vh  # h = of_v v + of_g g
+        slope = rstd * rstd * (-(of_v * sum_vh + of_g * sum_h) / n - w * bar_w / n)  # −Σ(h x̂)/N and −q r/N
+        shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
+        bar_x = affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
+        times_g = per_channel(rstd * of_g, g)
+        bar_x = bar_x.addcmul_(g, times_g) if where is None else add_at(bar_x, where, g * times_g)
+        return _active(bar_g, out), bar_x, bar_w, None, None, None, None, None
 
 
-def double_backward(
-    v: Tensor,  # cotangent of g_x, (n, c, ...)
-    vw: Tensor,  # cotangent of g_w, (c,)
-    vb: Tensor,  # cotangent of g_b, (c,)
-    g: Tensor,  # cotangent of y, of y's shape
-    x: Tensor,  # (n, c, ...)
-    w: Tensor,  # (c,)
-    out: Tensor | None,  # y, where S has ReLU: that was active where y > 0
-    where: Tensor | None,  # in each map, where the pooling found its maxima, of y's shape
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the passes' oracle."""
-    active = None if out is None else (out > 0).to(x.dtype)
-    dims = [d for d in range(x.ndim) if d != 1]
+def _active(g: Tensor, out: Tensor | None) -> Tensor:
+    """The cotangent of what ReLU took, from that of its output ``out``; itself, where there is no ReLU."""
+    return g if out is None else aten.threshold_backward(g, out, 0)
 
-    def total(t: Tensor) -> Tensor:  # (n, c, ...) -> (c,), as it broadcasts
-        return per_channel(t.sum(dims), t)
 
-    def select(t: Tensor) -> Tensor:  # S
-        t = t if where is None else t.flatten(2).gather(2, where.flatten(2)).view(where.shape)
-        return t if active is None else t * active
-
-    def spread(t: Tensor) -> Tensor:  # Sᵀ
-        t = t if active is None else t * active
-        if where is None:
-            return t
-        return torch.zeros_like(x).flatten(2).scatter(2, where.flatten(2), t.flatten(2)).view(x.shape)
-
-    w, vw, vb = per_channel(w, x), per_channel(vw, x), per_channel(vb, x)
-    n = x.numel() / x.shape[1]
-    centred = x - total(x) / n
-    r = (total(centred**2) / n + eps).rsqrt()
-    xh, a, g = r * centred, w * r, spread(g)
-    sv, svh, sg, sh = total(v), total(v * xh), total(g), total(g * xh)
-    h = -(a / n) * (v * sh + g * svh) + vw * g
-    bar_g = select(a * (v - sv / n - xh * svh / n) + vw * xh + vb)
-    bar_w = r * (total(v * g) - sv * sg / n - svh * sh / n)
-    bar_x = r * (h - total(h) / n - xh * total(h * xh) / n) - r * w * bar_w / n * xh
-    return bar_g, bar_x, bar_w.flatten()
+def differentiated_twice(
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor], v: Tensor, vw: Tensor, vb: Tensor, g: Tensor, x: Tensor, w: Tensor
+) -> tuple[Tensor, ...]:
+    """Cotangents (ḡ, x̄, w̄) of a norm of x, w and b by PyTorch's automatic differentiation: slow, and to any order."""
+    with torch.enable_grad():
+        # Under other names, so that only this use of them counts: g itself may depend on x.
+        g, x, w = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, x, w))
+        b = torch.zeros_like(w, requires_grad=True)  # which moves none of the derivatives
+        first = torch.autograd.grad(norm(x, w, b), (x, w, b), g, create_graph=True)
+        return torch.autograd.grad(first, (g, x, w), (v, vw, vb), create_graph=True)
 
 
 def in_format_of(x: Tensor, t: Tensor) -> Tensor:

@@ -47,23 +47,6 @@ def conv2d(
     return _Conv.apply(x, w, b, geometry)
 
 
-def conv2d_backward(
-    g: Tensor,  # (n, d, H', W')
-    x: Tensor,  # (n, c, H, W)
-    w: Tensor,  # (d, c // groups, k, l)
-    geometry: Geometry,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``(conv2d(x, w, b, geometry) * g).sum()`` by x, w and b, those wanted; differentiable again.
-
-    Example:
-        >>> x, w, g = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
-        >>> conv2d_backward(g, x, w, Geometry(), (False, False, True))
-        (None, None, tensor([1.]))
-    """
-    return _ConvBackward.apply(g, x, w, geometry, wanted)
-
-
 class _Conv(Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
@@ -80,7 +63,7 @@ class _Conv(Function):
         if g is None:
             return None, None, None, None
         x, w = ctx.saved_tensors
-        return *conv2d_backward(g, x, w, ctx.geometry, ctx.needs_input_grad[:3]), None
+        return *_ConvBackward.apply(g, x, w, ctx.geometry, ctx.needs_input_grad[:3]), None
 
 
 class _ConvBackward(Function):
@@ -112,5 +95,6 @@ class _ConvBackward(Function):
             bar_g = sum(parts[1:], parts[0]) if parts else None
         wanted = (need_x and vw is not None, need_w and vx is not None, False)
         if any(wanted):
-            bar_x, bar_w, _ = conv2d_backward(g, x if vx is None else vx, w if vw is None else vw, ctx.geometry, wanted)
+            at = g, x if vx is None else vx, w if vw is None else vw
+            bar_x, bar_w, _ = _ConvBackward.apply(*at, ctx.geometry, wanted)
         return bar_g, bar_x, bar_w, None, None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from l2g_meta.operators.batch_norm import in_format_of
+from l2g_meta.operators.batch_norm import differentiated_twice, in_format_of
 from l2g_meta.operators.norm_passes import affine, channel_sums
 
 
@@ -86,44 +86,23 @@ class _GroupNormBackward(Function):
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
         g, x, w, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            cotangents = double_backward(v, vw, vb, g, x, w, mean, r, ctx.groups, ctx.eps)
+
+            def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # the definition
+                rows = x.reshape(len(x), ctx.groups, -1)
+                centred = rows - rows.mean(2, keepdim=True)
+                xh = centred * (centred.square().mean(2, keepdim=True) + ctx.eps).rsqrt()
+                return w[:, None] * xh.view(x.shape) + b[:, None]
+
+            cotangents = differentiated_twice(norm, v, vw, vb, g, x, w)
         else:
             cotangents = _double_backward(v.contiguous(), vw, vb, g.contiguous(), x, w, mean, r)
         return *cotangents, None, None, None, None
 
 
-def double_backward(
-    v: Tensor,  # cotangent of g_x, (n, c, s)
-    vw: Tensor,  # cotangent of g_w, (c,)
-    vb: Tensor,  # cotangent of g_b, (c,)
-    g: Tensor,  # cotangent of y, (n, c, s)
-    x: Tensor,  # (n, c, s)
-    w: Tensor,  # (c,)
-    mean: Tensor,  # (n, groups)
-    r: Tensor,  # (n, groups)
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents (ḡ, x̄, w̄): the closed form above as it is written, differentiable and slow; the fast one's oracle."""
-    ones, zeros, shape = torch.ones_like(w), torch.zeros_like(w), (len(x), groups, -1)
-
-    def project(t: Tensor, weight: Tensor) -> Tensor:  # P(weight t)
-        return _GroupNormBackward.apply(t, x, weight, mean, r, groups, eps)[0]
-
-    def m(t: Tensor) -> Tensor:  # M, as it broadcasts
-        return t.reshape(shape).mean(2, keepdim=True).expand(*shape[:2], x[0].numel() // groups).reshape(x.shape)
-
-    wide_w, wide_vw, wide_vb = (t.unsqueeze(1) for t in (w, vw, vb))  # (c, 1)
-    xh, pv, gx = _GroupNorm.apply(x, ones, zeros, groups, eps)[0], project(v, ones), project(g, w)
-    r_of_x = (m((x - m(x)).square()) + eps).rsqrt()
-    bar_x = project(g, vw) - r_of_x * (m(wide_w * g * xh) * pv + m(v * xh) * gx + m(v * gx) * xh)
-    return wide_w * pv + wide_vw * xh + wide_vb, bar_x, (g * pv).sum((0, 2))
-
-
 def _double_backward(
     v: Tensor, vw: Tensor, vb: Tensor, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in three passes of sums and two of output."""
+    """Cotangents (ḡ, x̄, w̄) by the closed form above, in three passes of sums and two of output."""
     n, c, size = x.shape
     groups = mean.shape[1]
     x, v, g = (t.view(1, n * c, size) for t in (x, v, g))  # maps as channels of one input

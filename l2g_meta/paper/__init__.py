@@ -1,1 +1,1 @@
-"""``l2g reproduce``: the tables and figures of the paper, ours beside theirs."""
+"""``l2g reproduce``: the tables of the paper, ours beside theirs."""

@@ -1,42 +1,37 @@
-"""Trains and tests cells: one after the other or side by side, on one machine or several that share the folder."""
+"""Trains and tests cells: one after the other; several processes, on any machines, may share the folder."""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import platform
 import re
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
 
 from l2g_meta.algorithm import L2GWrapper
-from l2g_meta.bench.case import Case
-from l2g_meta.bench.comparison import describe_machine
+from l2g_meta.bench.timing import describe_machine
 from l2g_meta.data.images import SPLITS
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.alignment import alignment
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
-from l2g_meta.files.reading import pass_over_matplotlibrc
 from l2g_meta.files.sealed import sealed
+from l2g_meta.files.tensors import make_folder
 from l2g_meta.files.writing import check_writable, write_text
 from l2g_meta.models.batchnorm_policy import POLICIES
-from l2g_meta.paper.catalogue import COLUMNS, ROWS
 from l2g_meta.paper.equal_time import equal_time
 from l2g_meta.paper.plan import EQUAL_TIME, RESULT, SCALES, Cell, Plan, check_same
-from l2g_meta.training.allocator import keep_freed_memory
+from l2g_meta.paper.published import COLUMNS
+from l2g_meta.paper.study import ROWS
 from l2g_meta.training.build import build_data, build_device, load_run
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
@@ -47,92 +42,43 @@ ALIGNED_SEED = 2_000_003  # of the pairs of test tasks whose gradients are compa
 WAIT = 5.0  # seconds between looks at cells that others hold
 
 
-def run_cells(
-    plan: Plan,
-    *,
-    parallel: int = 1,
-    quiet: bool = False,
-) -> list[str]:
-    """Brings every cell to its result; returns what failed. Lines go to the error output.
+def run_cells(plan: Plan, *, quiet: bool = False) -> list[str]:
+    """Brings every cell to its result, those that no other process has; returns what failed.
 
     Args:
         plan: the experiment.
-        parallel: processes, each with its share of the cores.
-        quiet: neither progress bars nor a line for each cell.
+        quiet: neither progress bars nor a line for each cell on the error output.
 
     Raises:
-        L2GError: if the plan's folder cannot be written.
+        L2GError: before anything is trained, if there is no such device, folder or data.
+        OSError: if the folder cannot be written.
     """
-    check(plan)
-    cells = plan.cells
-    if parallel == 1:
-        failed = work(cells, quiet=quiet)
-    else:
-        failed = []  # the workers say what
-        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        threads = max(1, torch.get_num_threads() // parallel)  # of the cores that this process may use
-        workers = [context.Process(target=_worker, args=(cells, threads, quiet), daemon=True) for _ in range(parallel)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    left = [f"{cell.name}: not done; run the command again to go on" for cell in cells if not cell.done and not failed]
-    for line in left:
-        _tell(f"l2g: {line}")
-    return failed or left
-
-
-def check(plan: Plan) -> None:
-    """That there is the plan's device, its folder can be written and its data read, before hours of work.
-
-    Raises:
-        L2GError: if not.
-    """
-    build_device(plan.device)
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        check_writable(plan.out / RESULT)  # now, not after the first cell's hours
-    except OSError as error:
-        raise L2GError(f"need a folder to write for --out, got {plan.out}: {error.strerror}; choose another") from error
+    build_device(plan.device)  # what is missing is found now, not after hours of work
+    make_folder(plan.out, "a folder to write for --out", "choose another")
+    check_writable(plan.out / RESULT)
     for config in {cell.data: cell.config() for cell in plan.cells}.values():
         for split in SPLITS:
-            build_data(config, split)  # missing data is found now
+            build_data(config, split)
+    return work(plan.cells, quiet=quiet)
 
 
-def _worker(cells: Sequence[Cell], threads: int, quiet: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is interrupted, and the worker ends with it
-    Thread(target=_end_with_parent, daemon=True).start()
-    pass_over_matplotlibrc()
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    work(cells, quiet=quiet, progress=False)
-
-
-def _end_with_parent() -> None:
-    # However the command ends: a worker left behind would hold its cell and the cores.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def work(cells: Sequence[Cell], *, quiet: bool, progress: bool = True) -> list[str]:
+def work(cells: Sequence[Cell], *, quiet: bool) -> list[str]:
     """Takes the first cell that nobody has until all are done; returns what failed."""
     failed: dict[Cell, str] = {}
     while left := [cell for cell in cells if not cell.done and cell not in failed]:
-        if not any(_take(cell, failed, quiet, progress and not quiet) for cell in left):
+        if not any(_take(cell, failed, quiet) for cell in left):
             time.sleep(WAIT)  # others have them all
     return list(failed.values())
 
 
-def _take(cell: Cell, failed: dict[Cell, str], quiet: bool, progress: bool) -> bool:
+def _take(cell: Cell, failed: dict[Cell, str], quiet: bool) -> bool:
     """Runs a cell unless somebody else does; whether it was ours to run."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with claim(cell.folder / "lock") as ours:
         if ours and not cell.done:
             try:
                 began = time.perf_counter()
-                result = run_cell(cell, progress=progress)
+                result = run_cell(cell, progress=not quiet)
                 accuracy = result["tests"][result["config"]["bn"]]["accuracy_mean"]
                 if not quiet:
                     _tell(f"{cell.name}: {accuracy:.2f} % ({time.perf_counter() - began:.0f} s)")
@@ -149,7 +95,7 @@ def _tell(line: str) -> None:
 def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
     """Trains a cell, or goes on with it, and tests it under both BatchNorm policies; returns and stores the result."""
     device = build_device(cell.plan.device)
-    machine = f"{describe_machine(Case(device=str(device)))}, Python {platform.python_version()}"
+    machine = f"{describe_machine(device)}, Python {platform.python_version()}"
     begun = cell.begun
     if begun:
         check_same(cell, Config.load(cell.folder / "config.json"))

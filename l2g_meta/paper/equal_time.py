@@ -13,8 +13,8 @@ import torch
 from l2g_meta.bench.timing import interleaved
 from l2g_meta.data.host import placed
 from l2g_meta.evaluation.world import World
-from l2g_meta.paper.catalogue import ROWS
 from l2g_meta.paper.plan import SCALES, Cell
+from l2g_meta.paper.study import ROWS
 from l2g_meta.training.build import (
     build_data,
     build_device,
@@ -46,7 +46,7 @@ def equal_time(cell: Cell) -> dict[str, Any]:
     device = build_device(cell.plan.device)
     data = placed(build_data(configs[0], "train"), device)  # once for both
     updates = {str(i): _updates(config, data, device) for i, config in enumerate(configs)}
-    seconds = interleaved(updates, device, repeats=SCALES[cell.plan.scale].timed)
+    seconds = interleaved(updates, repeats=SCALES[cell.plan.scale].timed)
     theirs, ours = map(statistics.median, seconds.values())
     return {
         "of": other.row,

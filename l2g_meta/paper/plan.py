@@ -11,15 +11,14 @@ from typing import Any
 from l2g_meta.errors import L2GError, did_you_mean
 from l2g_meta.files.reading import read_text
 from l2g_meta.files.sealed import opened
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS
-from l2g_meta.paper.published import Column, Row
+from l2g_meta.paper.published import COLUMNS, Column, Row
+from l2g_meta.paper.study import EXPERIMENTS, ROWS
 from l2g_meta.training.config import Config
 
 # Our choice, the paper gives no total; for MAML and the LSTM as their authors trained them.
 EPISODES = {"prototypical": 100_000, "relation": 500_000, "maml": 240_000, "meta-lstm": 60_000}
 NEVER = 10**9
 HALVE_EVERY = {"prototypical": 10_000, "relation": 100_000, "maml": NEVER, "meta-lstm": NEVER}  # episodes; as published
-EMBEDDED = "glyphs"  # needs no folder
 RESULT = "test.json"  # in a cell's folder when it is done
 EQUAL_TIME = "equal-time.json"  # what ``equal_time`` found when it began
 
@@ -67,14 +66,13 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        "the paper's budget: 84 px, 15 queries; the length of training, which the paper leaves open, is our choice: "
-        "100,000 episodes, relation networks 500,000, MAML 240,000 and the LSTM 60,000 as their authors",
+        "the paper's budget: 84 px, 15 queries; episodes, which it leaves open: 100,000, relation networks 500,000; as "
+        "their authors, MAML 240,000 and the LSTM 60,000",
         seeds=5, updates=None, validations=50, image_size=84, queries=15, validation_episodes=600, timed=15,
     ),
     "small": Scale(
-        "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, so that rows "
-        "of one task per update have fewer episodes than L2G, not as many, and those of equal time as many updates as "
-        "that pays for; 10 training queries instead of 15",
+        "reduced: 28 px instead of 84, 300 updates (150 where they are dear) instead of 20,000 and more, 10 training "
+        "queries instead of 15; rows of one task per update have fewer episodes than L2G",
         seeds=2, updates=300, validations=6, dear=150, columns=1,
     ),
     "screen": Scale(
@@ -156,13 +154,8 @@ def plan(
     spec, budget = EXPERIMENTS[experiment], SCALES[scale]
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
-    if spec.one_seed and (seeds or 1) > 1:
-        raise L2GError(
-            f"need one seed for {experiment}, which draws one model of each row, got --runs {seeds}; leave it out"
-        )
-    seeds = 1 if spec.one_seed else seeds or budget.seeds
-    found = Plan(experiment, scale, out, root, columns, rows, seeds, device)
-    on_disk = [name for name in found.data if name != EMBEDDED]
+    found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device)
+    on_disk = [name for name in found.data if name != "glyphs"]
     if root is None and on_disk:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
     return found
@@ -189,7 +182,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Its run directory; tables and figures of one scale share it."""
+        """Its run directory; tables of one scale share it."""
         return self.plan.out / "cells" / self.plan.scale / self.data / self.column / f"{self.row}-seed{self.seed}"
 
     @property
@@ -249,7 +242,7 @@ class Cell:
             "seed": self.seed,
             "device": self.plan.device,
         }
-        return Config(**values | row.inner | row.options).resolved()
+        return Config(**values | row.options).resolved()
 
     def _updates(self) -> int:
         """As many as its scale has; with another row's time those decided when it began, until then the other's."""

@@ -35,7 +35,6 @@ class Row:
         against: rows that it is compared with, over the same test episodes.
         dear: whether it has fewer updates at small scale.
         time_of: the row whose wall time its updates take, see ``equal_time``; otherwise it has those of its scale.
-        inner: what T_i is, if not as T_j, fields of ``Config``.
     """
 
     title: str
@@ -44,7 +43,6 @@ class Row:
     against: tuple[str, ...] = ()
     dear: bool = False
     time_of: str | None = None
-    inner: dict[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -101,22 +99,21 @@ ROWS = {
     "maml-relation": Row("MAML + Relation", "pairs", MAML | RELATION, RELATION_BASES, dear=True),
     "l2g-relation": Row("L2G + Relation", "pairs", L2G | RELATION, (*RELATION_BASES, "maml-relation"), dear=True),
     "l2g-proto-fixed": Row(
-        "L2G + Prototypical, T_i 5-way 5-shot", "pairs", L2G | PROTO, ("proto", "proto-tasks"), inner=FIXED
+        "L2G + Prototypical, T_i 5-way 5-shot", "pairs", L2G | PROTO | FIXED, ("proto", "proto-tasks")
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure: what is trained for it, and what the paper reports.
+    """A table: what is trained for it, and what the paper reports.
 
     Args:
-        title: of the table or picture.
+        title: of the table.
         data: data sets.
         columns: of the table.
         rows: names of ``ROWS``.
         paper: published accuracy of each row, in the order of ``columns``; ``None`` where there is none.
-        one_seed: it draws one model of each row, whatever its scale has.
     """
 
     title: str
@@ -124,7 +121,6 @@ class Experiment:
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     paper: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
-    one_seed: bool = False
 
 
 FOUR = ("5w1s", "5w5s", "10w1s", "10w5s")
@@ -161,11 +157,5 @@ EXPERIMENTS = {
         "Table 3: mini-ImageNet, any shot and any way", ("mini-imagenet",), ("any-shot", "any-way", "any-both"),
         ("proto", "proto-tasks", "l2g-proto-fixed"),
         {"proto": (58.52, 57.94, 51.02), "l2g-proto-fixed": (60.64, 58.08, 53.00)},
-    ),
-    "figure2": Experiment(
-        "Figure 2: convergence", ("mini-imagenet", "tiered-imagenet"), ("5w1s",), ("proto", "proto-tasks", "l2g-proto")
-    ),
-    "figure3": Experiment(
-        "Figure 3: embeddings", ("mini-imagenet",), ("5w1s",), ("proto-tasks", "l2g-proto"), one_seed=True
     ),
 }  # fmt: skip

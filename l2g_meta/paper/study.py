@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from l2g_meta.paper import published
 from l2g_meta.paper.published import EPISODIC, L2G, PROTO, Experiment, Row
 
 BASE = ("proto-tasks",)
@@ -47,7 +48,7 @@ BASES = {
 }
 # As `l2g train` has it. Not one of the 40 screens: taken to three seeds at once, by its name.
 DEFAULT = {"l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003)}
-ROWS = STEPS | PARTS | BASES | DEFAULT
+ROWS = published.ROWS | STEPS | PARTS | BASES | DEFAULT  # all that `l2g reproduce` knows
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
 LONG = ("proto", *BASE, "proto-time", "l2g-proto", *DEFAULT)
 STUDIES = {
@@ -67,3 +68,4 @@ STUDIES = {
         "Test classes far from training", ("glyphs",), PLACE, (*BASE, "l2g-proto", "l2g-mix-0.5")
     ),
 }  # fmt: skip
+EXPERIMENTS = published.EXPERIMENTS | STUDIES

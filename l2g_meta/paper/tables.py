@@ -18,10 +18,11 @@ from jinja2 import Environment, PackageLoader
 from l2g_meta.files.writing import write_text
 from l2g_meta.models.batchnorm_policy import POLICIES, Policy
 from l2g_meta.models.functional import confidence_interval
-from l2g_meta.paper.catalogue import COLUMNS, EXPERIMENTS, ROWS, rows_beside
 from l2g_meta.paper.cells import write_json
 from l2g_meta.paper.plan import SCALES, Cell, Plan
-from l2g_meta.paper.study import STUDIES
+from l2g_meta.paper.published import COLUMNS
+from l2g_meta.paper.published import ROWS as PAPER
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 from l2g_meta.training.log import read_log
 
 
@@ -31,15 +32,14 @@ def write_tables(plan: Plan) -> Path:
     Also of rows and columns that an earlier command for this folder brought to an end.
     """
     spec = EXPERIMENTS[plan.experiment]
-    everything = replace(
-        plan, rows=tuple(dict.fromkeys((*spec.rows, *plan.rows, *rows_beside(plan.experiment)))), columns=spec.columns
-    )
+    known = (*spec.rows, *plan.rows, *(PAPER if plan.experiment.startswith("table") else ()))
+    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns)
     found = [cell for cell in everything.cells if cell.done]
-    rows, columns = ({getattr(cell, name) for cell in found} for name in ("row", "column"))
+    rows, columns = {*plan.rows, *(cell.row for cell in found)}, {*plan.columns, *(cell.column for cell in found)}
     plan = replace(
         plan,
-        rows=tuple(row for row in everything.rows if row in plan.rows or row in rows),
-        columns=tuple(column for column in spec.columns if column in plan.columns or column in columns),
+        rows=tuple(row for row in everything.rows if row in rows),
+        columns=tuple(column for column in spec.columns if column in columns),
     )
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
@@ -58,15 +58,14 @@ CURVE = ("data", "column", "row", "seed", "updates", "seconds", "loss", "val_los
 
 def curve(cell: Cell) -> Iterator[dict[str, Any]]:
     """A cell's log at its validations: seconds of training so far, and the mean training loss since the last one."""
-    of_cell = {"data": cell.data, "column": cell.column, "row": cell.row, "seed": cell.seed}
+    of_cell: dict[str, Any] = {"data": cell.data, "column": cell.column, "row": cell.row, "seed": cell.seed}
     seconds, losses = 0.0, []
     for line in read_log(cell.folder):
         seconds += float(line["seconds"])
         losses.append(float(line["loss"] or "nan"))
         if line["val_accuracy"]:
-            numbers = {"loss": np.nanmean(losses), **{k: float(line[k] or "nan") for k in CURVE[-3:]}}
-            rounded = {name: f"{value:.4f}" for name, value in numbers.items()}
-            yield of_cell | {"updates": line["iteration"], "seconds": f"{seconds:.1f}"} | rounded
+            of_cell |= {"updates": line["iteration"], "seconds": f"{seconds:.1f}", "loss": f"{np.nanmean(losses):.4f}"}
+            yield of_cell | {name: f"{float(line[name] or 'nan'):.4f}" for name in CURVE[-3:]}
             losses = []
 
 
@@ -81,8 +80,8 @@ def tables(plan: Plan) -> dict[str, Any]:
     parts = []
     for data, column in itertools.product(plan.data, plan.columns):
         of_row = results[data, column]
-        published = {row: dict(zip(spec.columns, numbers, strict=True)) for row, numbers in spec.paper.items()}
-        paper = {} if scale.data else {row: numbers[column] for row, numbers in published.items()}
+        at = spec.columns.index(column)
+        paper = {} if scale.data else {row: numbers[at] for row, numbers in spec.paper.items()}
         parts.append({
             "data": data,
             "classes": next((result["classes"] for result in everything if result["config"]["data"] == data), None),
@@ -141,7 +140,6 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
 def difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], bn: Policy) -> dict[str, Any]:
     """Results a − b over the same test episodes, in points, the mean of the seeds that both have; empty without any.
 
-    ``p`` is of the two-sided test that the mean over episodes is 0 (normal approximation, for hundreds of episodes);
     ``ci95_runs`` is over the seeds' own differences.
     """
     first, second = ({result["config"]["seed"]: result for result in results} for results in (a, b))
@@ -149,13 +147,11 @@ def difference(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], bn: Pol
     if not seeds:
         return {}
     gains = _episodes([first[s] for s in seeds], bn) - _episodes([second[s] for s in seeds], bn)  # (seeds, episodes)
-    mean, spread = gains.mean().item(), gains.mean(0).std(ddof=1) / math.sqrt(gains.shape[1])
     return {
-        "mean": mean,
+        "mean": gains.mean().item(),
         "ci95_episodes": _number(confidence_interval(gains.mean(0).tolist())),
         "ci95_runs": _number(confidence_interval(gains.mean(1).tolist())),
         "runs": [round(g, 2) for g in gains.mean(1).tolist()],
-        "p": math.erfc(abs(mean) / spread / math.sqrt(2)) if spread > 0 else None,
     }
 
 

@@ -1,20 +1,126 @@
-"""The charts of a report."""
+"""The charts of a report as numbers; ``charts.html`` draws them as SVG.
+
+Colours are classes of the page's style (``k0`` … ``k9``), so that they fit its scheme.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup
 
 from l2g_meta.classify.calibration import Reliability
 from l2g_meta.report.experiments import Experiment, Report
 from l2g_meta.report.reported_run import ReportedRun
-from l2g_meta.report.svg import BOTTOM, COLOURS, TOP, Chart, add, colour, markup, picture
 
+COLOURS = 10  # classes k0 … k9
+WIDTH, HEIGHT = 380, 270  # units of a chart, about the pixels of a phone
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
 CURVE_POINTS = 240  # drawn of a learning curve
-MARKERS = 40  # of validations
+
+
+def colour(i: int) -> str:
+    """Class of the i-th colour."""
+    return f"k{i % COLOURS}"
+
+
+@dataclass
+class Chart:
+    """Axes with a scale, and what is drawn in them: each mark is a class of the page's style, and where it is.
+
+    Args:
+        x: range of the horizontal axis.
+        y: range of the vertical axis, upwards.
+        description: what the chart shows, for readers who do not see it.
+        xlabel: below the horizontal axis.
+        ylabel: above the vertical axis.
+        height: in units.
+        ynames: names at y = 0, 1, … instead of numbers.
+        yfirst: least number on the vertical axis.
+        bars: style, horizontal range, vertical range, title.
+        areas: style, x and y of their corners.
+        lines: style, x and y of their points.
+        whiskers: style, least and largest x, y.
+        dots: style, x, y, radius in units, title.
+    """
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    description: str
+    xlabel: str
+    ylabel: str = ""
+    height: int = HEIGHT
+    ynames: Sequence[str] = ()
+    yfirst: float = -math.inf
+    bars: Sequence[tuple[str, tuple[float, float], tuple[float, float], str]] = ()
+    areas: Sequence[tuple[str, Sequence[float], Sequence[float]]] = ()
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]] = ()
+    whiskers: Sequence[tuple[str, float, float, float]] = ()
+    dots: Sequence[tuple[str, float, float, float, str]] = ()
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the axes, in units."""
+        return LEFT, TOP + (14 if self.ylabel else 0), WIDTH - RIGHT, self.height - BOTTOM
+
+    @property
+    def xticks(self) -> list[tuple[float, str]]:
+        """Where numbers stand below, in units, and their texts."""
+        return [(self.at(value, self.y[0])[0], short(value)) for value in ticks(*self.x)]
+
+    @property
+    def yticks(self) -> list[tuple[float, str]]:
+        """Where numbers or names stand at the left, in units, and their texts."""
+        numbers = [(value, short(value)) for value in ticks(max(self.y[0], self.yfirst), self.y[1])]
+        return [(self.at(self.x[0], y)[1], text) for y, text in (list(enumerate(self.ynames)) or numbers)]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies, in units."""
+        left, top, right, bottom = self.box
+        u = left + (right - left) * (x - self.x[0]) / max(self.x[1] - self.x[0], 1e-12)
+        v = bottom - (bottom - top) * (y - self.y[0]) / max(self.y[1] - self.y[0], 1e-12)
+        return round(u, 1), round(v, 1)
+
+    def path(self, x: Iterable[float], y: Iterable[float]) -> str:
+        """A line through the points that are numbers, as SVG writes it; empty without any."""
+        places = [self.at(*point) for point in zip(x, y, strict=True) if all(map(math.isfinite, point))]
+        return "M" + "L".join(f"{u} {v}" for u, v in places) if places else ""
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high.
+
+    Example:
+        >>> ticks(0, 300), ticks(24.3, 31.2)
+        ([0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0], [26.0, 28.0, 30.0])
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    found = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [float(round(value, 10)) for value in found if low <= value <= high]
+
+
+def short(value: float) -> str:
+    """A number at an axis.
+
+    Example:
+        >>> short(20000.0), short(0.25), short(3.0)
+        ('20k', '0.25', '3')
+    """
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def padded(low: float, high: float) -> tuple[float, float]:
+    """A range with some room on both sides.
+
+    Example:
+        >>> padded(10.0, 20.0), padded(3.0, 3.0)
+        ((9.5, 20.5), (2.5, 3.5))
+    """
+    room = (high - low) * 0.05 or 0.5
+    return float(low - room), float(high + room)
 
 
 def smoothed(k: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +135,7 @@ def smoothed(k: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     window = max(1, len(values) // 50)
     if len(values):
         k, values = k[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid")
-    which = np.unique(np.linspace(0, len(k) - 1, min(len(k), CURVE_POINTS)).astype(int)) if len(k) else []
+    which = np.linspace(0, len(k) - 1, min(len(k), CURVE_POINTS)).astype(int)
     return k[which], values[which]
 
 
@@ -40,38 +146,33 @@ def loss_chart(report: Report) -> Chart | None:
     if not curves:
         return None
     every = np.concatenate([y for _, _, y in curves])
-    chart = Chart(
-        (0, max(k[-1] for _, k, _ in curves)), padded(every.min(), every.max()),
+    return Chart(
+        (0, max(k[-1] for _, k, _ in curves)), padded(every.min(), every.max()), lines=curves,  # type: ignore[arg-type]
         description=f"Training loss of {len(curves)} runs against updates", xlabel="updates", ylabel="training loss",
     )  # fmt: skip
-    for style, k, y in curves:
-        chart.line(k, y, style)
-    return chart
 
 
 def validation_chart(report: Report) -> Chart | None:
     """Validation accuracy against updates with its interval over episodes; ``None`` without any."""
-    found = [(style, run, run.validation) for style, run in _coloured(report) if len(run.validation)]
+    found = [(style, run, run.validation.T) for style, run in _coloured(report) if len(run.validation)]
     if not found:
         return None
-    every = np.concatenate([rows for *_, rows in found])
-    half = np.nan_to_num(every[:, 3])
-    chart = Chart(
+    _, _, mean, half = np.concatenate([columns for *_, columns in found], axis=1)
+    half = np.nan_to_num(half)
+    return Chart(
         (0, max(run.updates for _, run, _ in found)),
-        padded((every[:, 2] - half).min(), (every[:, 2] + half).max()),
+        padded((mean - half).min(), (mean + half).max()),
         description=f"Validation accuracy of {len(found)} runs against updates",
         xlabel="updates",
         ylabel="validation accuracy (%)",
+        areas=[(s, [*k, *k[::-1]], [*(mean - half), *(mean + half)[::-1]]) for s, _, (k, _, mean, half) in found],
+        lines=[(style, k, mean) for style, _, (k, _, mean, _) in found],
+        dots=[
+            (style, k, mean, 2.5, f"{run.label}, update {k:.0f}: {mean:.1f} ± {half:.1f} %")
+            for style, run, columns in found
+            for k, _, mean, half in columns.T.tolist()
+        ],
     )
-    for style, _, rows in found:
-        k, mean, half = rows[:, 0], rows[:, 2], rows[:, 3]
-        chart.band(k.tolist(), (mean - half).tolist(), (mean + half).tolist(), style)
-        chart.line(k, mean, style)
-    for style, run, rows in found:
-        shown = np.linspace(0, len(rows) - 1, min(len(rows), MARKERS)).astype(int)
-        for k, _, mean, half in rows[shown].tolist():
-            chart.dot(k, mean, style, f"{run.label}, update {k:.0f}: {mean:.1f} ± {half:.1f} %", r=2.5)
-    return chart
 
 
 def accuracy_chart(group: Sequence[Experiment], split: str) -> Chart:
@@ -81,90 +182,52 @@ def accuracy_chart(group: Sequence[Experiment], split: str) -> Chart:
         group: experiments on the same images.
         split: that they were tested on.
     """
-    lines: list[tuple[str, float, float, str, str]] = []
+    found: list[tuple[str, float, float, str, str]] = []
     for experiment in group:
         style = colour(experiment.number)
         for run in experiment.runs:
             if run.measured is not None:
                 e = run.measured.evaluation
-                lines.append((run.label, e.accuracy_mean, e.ci95_episodes, style, f"{e.episodes} episodes"))
+                found.append((run.label, e.accuracy_mean, e.ci95_episodes, style, f"{e.episodes} episodes"))
         e_all = experiment.evaluation
         if e_all is not None and e_all.ci95_runs is not None:
             over = f"{len(e_all.run_means)} trained models"
-            lines.append((experiment.letter, e_all.accuracy_mean, e_all.ci95_runs, f"{style} mean", over))
-    lines.reverse()
-    low = min(mean - half if math.isfinite(half) else mean for _, mean, half, *_ in lines)
-    high = max(mean + half if math.isfinite(half) else mean for _, mean, half, *_ in lines)
-    low, high = padded(low, high)
-    chart = Chart(
-        (max(low, 0.0), min(high, 100.0)), (-0.6, len(lines) - 0.4),
-        description=f"Accuracy with 95% intervals of {len(lines)} results", xlabel=f"accuracy on {split} (%)",
-        height=TOP + BOTTOM + 26 * len(lines) + 6, ynames=[name for name, *_ in lines],
+            found.append((experiment.letter, e_all.accuracy_mean, e_all.ci95_runs, f"{style} mean", over))
+    found.reverse()
+    mean, half = np.array([line[1:3] for line in found]).T
+    known = np.nan_to_num(half, posinf=0)
+    low, high = padded((mean - known).min(), (mean + known).max())
+    return Chart(
+        (max(low, 0.0), min(high, 100.0)), (-0.6, len(found) - 0.4),
+        description=f"Accuracy with 95% intervals of {len(found)} results", xlabel=f"accuracy on {split} (%)",
+        height=TOP + BOTTOM + 26 * len(found) + 6, ynames=[name for name, *_ in found],
+        whiskers=[
+            (style, max(mean - half, 0.0), min(mean + half, 100.0), y)
+            for y, (_, mean, half, style, _) in enumerate(found) if math.isfinite(half)
+        ],
+        dots=[
+            (style, mean, y, 4.5, f"{name}: {mean:.2f} ± {half:.2f} %, 95% over {over}")
+            for y, (name, mean, half, style, over) in enumerate(found)
+        ],
     )  # fmt: skip
-    for y, (name, mean, half, style, over) in enumerate(lines):
-        if math.isfinite(half):
-            chart.whisker(max(mean - half, 0.0), min(mean + half, 100.0), y, style)
-        chart.dot(mean, y, style, f"{name}: {mean:.2f} ± {half:.2f} %, 95% over {over}", r=4.5)
-    return chart
 
 
 def reliability_chart(found: Reliability, style: str, name: str) -> Chart:
     """Accuracy in each bin of confidence, the diagonal, and the share of predictions in each bin below."""
-    bins, total = len(found.count), sum(found.count)
-    chart = Chart(
-        (0, 100), (-26, 100), description=f"Reliability of {name}: accuracy against probability in {bins} bins",
-        xlabel="probability of the prediction (%)", ylabel="right (%)", height=330, yfirst=0,
-    )  # fmt: skip
-    most = max(found.count)
+    bins, total, most = len(found.count), sum(found.count), max(found.count)
+    bars = []
     for b, (n, accuracy, mean) in enumerate(zip(found.count, found.accuracy, found.confidence, strict=True)):
-        if not n:
-            continue
-        x = (100 * b / bins + 0.6, 100 * (b + 1) / bins - 0.6)
-        title = f"{n:,} of {total:,} predictions: {100 * mean:.1f} % probable, {100 * accuracy:.1f} % right"
-        chart.bar(x, (0, 100 * accuracy), style, title)
-        low, high = sorted((100 * accuracy, 100 * mean))
-        chart.bar(x, (low, high), "gap", title)
-        chart.bar(x, (-26, -26 + 20 * n / most), "count", title)
-    chart.line((0, 100), (0, 100), "ideal")
-    return chart
-
-
-SIDE = 400  # units of a t-SNE picture
-
-
-def scatter(
-    points: np.ndarray, classes: Sequence[int], tiles: Sequence[tuple[int, int]], names: Sequence[str]
-) -> Markup:
-    """Points (n, 2) in [0, 1] whose thumbnails the page's script shows.
-
-    Args:
-        points: coordinates.
-        classes: position of each point's class in ``names``, (n,).
-        tiles: place of each thumbnail on the sheet, (n,).
-        names: of the classes.
-    """
-    description = f"t-SNE of {len(points)} images of {len(names)} classes; arrow keys go from image to image"
-    svg, margin = picture(description, SIDE, SIDE, role="group"), 14
-    for i, (point, c, (column, line)) in enumerate(zip(points.tolist(), classes, tiles, strict=True)):
-        u, v = (round(margin + (SIDE - 2 * margin) * t, 1) for t in point)
-        diamond: dict[str, object] = {"d": f"M{u} {v - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"}
-        shape = {"cx": u, "cy": v, "r": 5} if c < COLOURS else diamond
-        add(
-            svg, "circle" if c < COLOURS else "path", f"pt {colour(c)}", **shape, tabindex=-1 if i else 0, role="img",
-            data_c=c, data_x=column, data_y=line, aria_label=f"{c + 1}: {names[c]}",
-        )  # fmt: skip
-    return markup(svg)
-
-
-def padded(low: float, high: float) -> tuple[float, float]:
-    """A range with some room on both sides.
-
-    Example:
-        >>> padded(10.0, 20.0), padded(3.0, 3.0)
-        ((9.5, 20.5), (2.5, 3.5))
-    """
-    room = (high - low) * 0.05 or 0.5
-    return float(low - room), float(high + room)
+        if n:
+            x = (100 * b / bins + 0.6, 100 * (b + 1) / bins - 0.6)
+            title = f"{n:,} of {total:,} predictions: {100 * mean:.1f} % probable, {100 * accuracy:.1f} % right"
+            low, high = sorted((100 * accuracy, 100 * mean))
+            bars.append((style, x, (0.0, 100 * accuracy), title))
+            bars += [("gap", x, (low, high), title), ("count", x, (-26.0, -26 + 20 * n / most), title)]
+    return Chart(
+        (0, 100), (-26, 100), description=f"Reliability of {name}: accuracy against probability in {bins} bins",
+        xlabel="probability of the prediction (%)", ylabel="right (%)", height=330, yfirst=0, bars=bars,
+        lines=[("ideal", (0, 100), (0, 100))],
+    )  # fmt: skip
 
 
 def _coloured(report: Report) -> list[tuple[str, ReportedRun]]:

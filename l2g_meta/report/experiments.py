@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -58,25 +59,6 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One experiment minus another, in points.
-
-    Args:
-        a: the first.
-        b: the one that it is compared with.
-        mean: over the episodes that both saw, and the seeds of each.
-        episodes: half width of its 95% interval over episodes.
-        seeds: half width over the seeds that both have, if these are several and the only ones.
-    """
-
-    a: Experiment
-    b: Experiment
-    mean: float
-    episodes: float
-    seeds: float | None
-
-
-@dataclass(frozen=True)
 class Report:
     """All that a page shows."""
 
@@ -103,9 +85,8 @@ def evaluate_runs(paths: Sequence[Path], options: ReportOptions, *, tell: Callab
     Raises:
         L2GError: if a path is no run directory, or given twice.
     """
-    places = [path.resolve() for path in paths]
-    for path, place in zip(paths, places, strict=True):
-        if places.count(place) > 1:
+    for path in paths:
+        if [other.resolve() for other in paths].count(path.resolve()) > 1:
             raise L2GError(f"need different runs, got {path} more than once; leave one out")
     runs, load = [read_run(path) for path in paths], functools.cache(build_data)
     for run in runs:
@@ -151,18 +132,17 @@ def signature(measured: Measured) -> tuple[Any, ...]:
     return data.name, data.split, data.image_shape, data.class_names, tuple(len(rows) for rows in data.index)
 
 
-def differences(report: Report) -> Iterator[Difference]:
-    """Later experiments minus earlier ones, where both saw the same episodes of the same images."""
+def differences(report: Report) -> Iterator[dict[str, Any]]:
+    """Later experiments minus earlier ones in points, where both saw the same episodes of the same images.
+
+    Each is of the experiments ``a`` − ``b``: the ``mean`` over episodes and the seeds of each, the half width of its
+    95% interval over ``episodes``, and that over the ``seeds``, if they have the same and several.
+    """
     for group in report.by_data():
         for b, a in combinations(group, 2):
-            first, second = a.evaluation, b.evaluation
-            if first is None or second is None:
-                continue
-            try:
-                mean, half = paired_difference(first, second)
-            except L2GError:  # other ways or shots
-                continue
-            yield Difference(a, b, mean, half, _over_seeds(a, b))
+            with suppress(L2GError):  # other ways or shots
+                mean, half = paired_difference(a.evaluation, b.evaluation)  # type: ignore[arg-type]
+                yield {"a": a, "b": b, "mean": mean, "episodes": half, "seeds": _over_seeds(a, b)}
 
 
 def _over_seeds(a: Experiment, b: Experiment) -> float | None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 
-from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import L2GError
-from l2g_meta.report.charts import scatter
-from l2g_meta.report.confusion import Confusion, confusion, hardest
 from l2g_meta.report.experiments import Experiment, Report
-from l2g_meta.report.measure import predictions_among
+from l2g_meta.report.measure import EpisodePredictions, predictions_among
 from l2g_meta.report.projection import projected, sample_rows
 from l2g_meta.report.reported_run import ReportedRun
 from l2g_meta.report.thumbnails import Sheet
@@ -26,35 +20,58 @@ TILES = 100  # queries shown of an episode
 SUPPORTS = 6  # shown of a class
 
 
-class Cell(NamedTuple):
-    """A cell of a matrix of confusions."""
+class Confusion(NamedTuple):
+    """Counts over episodes.
 
-    own: bool  # on the diagonal
-    shade: float  # 0 to 1
-    text: str
-    title: str
+    Args:
+        taken: queries of class a that were taken for class b, (n_classes, n_classes).
+        offered: queries of class a in episodes that had class b, (n_classes, n_classes).
+    """
+
+    taken: np.ndarray
+    offered: np.ndarray
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Share of the queries of a, in episodes that had b, which were taken for b; NaN where they never met."""
+        with np.errstate(invalid="ignore"):
+            return self.taken / self.offered
 
 
-class EpisodeClass(NamedTuple):
-    """A class of an episode, with what its queries were taken for."""
+def confusion(predictions: Sequence[EpisodePredictions], n_classes: int) -> Confusion:
+    """Counts over episodes.
 
-    name: str
-    right: str  # in words
-    supports: Sequence[int]  # rows of the data set, as many as are shown
-    n_supports: int
-    queries: list[tuple[int, int, str]]  # row, place of the predicted class, its name; wrong ones first
+    An episode can confuse only the classes that it has. So a count alone says how often two classes met as much as how
+    alike they are; ``rates`` divides by it.
+
+    Example:
+        >>> from l2g_meta.data.sources import TaskRows
+        >>> y = np.array([0, 0, 1])
+        >>> rows = TaskRows(np.array([4, 8]), np.array([0, 1]), np.array([5, 6, 9]), y, np.array([2, 0]))
+        >>> found = confusion([EpisodePredictions(rows, np.array([0, 1, 1]), np.ones(3))], 3)
+        >>> found.taken.tolist(), found.offered.tolist()
+        ([[1, 0, 0], [0, 0, 0], [1, 0, 1]], [[1, 0, 1], [0, 0, 0], [2, 0, 2]])
+    """
+    taken, offered = (np.zeros((n_classes, n_classes), dtype=np.int64) for _ in range(2))
+    for episode in predictions:
+        classes, y = episode.rows.classes, episode.rows.query_y
+        np.add.at(taken, (classes[y], classes[episode.predicted]), 1)
+        queries = np.bincount(y, minlength=len(classes))
+        offered[np.ix_(classes, classes)] += queries[:, None]
+    return Confusion(taken, offered)
 
 
-class ShownEpisode(NamedTuple):
-    """An episode of a run."""
+def hardest(confusions: Sequence[Confusion], n: int) -> list[int]:
+    """The n classes that are recognised least often, the mean over models; the hardest first.
 
-    kind: str  # worst, best or episode
-    k: int
-    run: ReportedRun
-    classes: list[EpisodeClass]
-    right: int
-    queries: int
-    left_out: int  # images that are not shown
+    Example:
+        >>> a = Confusion(np.diag([5, 1, 3]), np.full((3, 3), 10))
+        >>> hardest([a, a], 2)
+        [1, 2]
+    """
+    recall = np.mean([np.diag(c.rates) for c in confusions], axis=0)
+    order = np.argsort(recall, kind="stable")  # NaN, never drawn, comes last
+    return order[np.isfinite(recall[order])][:n].tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +83,7 @@ class ImageSection:
         experiments: that were tested on it.
         sheet: collects the thumbnails.
         hard: classes, the hardest first.
+        rows: of their images that are projected.
         confusions: of each experiment, over its trained seeds, in episodes of the hard classes alone.
     """
 
@@ -73,60 +91,35 @@ class ImageSection:
     experiments: list[Experiment]
     sheet: Sheet
     hard: list[int]
+    rows: np.ndarray
     confusions: list[Confusion]
-
-    @property
-    def data(self) -> ClassDataset:
-        """The data set."""
-        return self.sheet.data
 
     @property
     def names(self) -> list[str]:
         """Of the hard classes."""
-        return [self.data.class_names[c] for c in self.hard]
+        return [self.sheet.data.class_names[c] for c in self.hard]
 
-    def matrices(self) -> Iterator[tuple[Experiment, list[list[Cell]]]]:
-        """The confusions of each experiment, a row for each hard class."""
+    def matrices(self) -> Iterator[tuple[Experiment, Confusion, dict[bool, float]]]:
+        """The confusions of each experiment, and the largest rate, on the diagonal or not."""
+        own = np.eye(len(self.hard), dtype=bool)
         for experiment, counts in zip(self.experiments, self.confusions, strict=True):
-            own = np.eye(len(self.hard), dtype=bool)
-            most = [float(np.nanmax(counts.rates[part], initial=1e-9)) for part in (~own, own)]  # the darkest of each
-            places = range(len(self.hard))
-            yield experiment, [[self._cell(counts, a, b, most[a == b]) for b in places] for a in places]
+            rates = {True: counts.rates[own], False: counts.rates[~own]}
+            yield experiment, counts, {on: float(np.nanmax(some, initial=1e-9)) for on, some in rates.items()}
 
-    def _cell(self, counts: Confusion, a: int, b: int, most: float) -> Cell:
-        names, offered, taken = self.names, int(counts.offered[a, b]), int(counts.taken[a, b])
-        if not offered:
-            return Cell(False, 0.0, "–", f"{names[a]} and {names[b]} never met")
-        what, where = ("recognised", "it") if a == b else (f"taken for {names[b]}", "both")
-        title = f"{names[a]} {what}: {taken} of {offered} queries in episodes with {where}"
-        return Cell(a == b, taken / offered / most, f"{100 * taken / offered:.0f}", title)
-
-    def projections(self) -> Iterator[tuple[Experiment, ReportedRun, Markup | None, str]]:
+    def projections(self) -> Iterator[tuple[Experiment, ReportedRun, list[tuple[float, ...]] | None, str]]:
         """For each experiment its first tested run and a t-SNE picture, the same images in all, or what is wrong."""
-        rows = self.projected_rows
-        place = {c: n for n, c in enumerate(self.hard)}
-        classes = [place[int(c)] for c in np.asarray(self.data.labels)[rows]]
+        classes = [self.hard.index(int(c)) for c in np.asarray(self.sheet.data.labels)[self.rows]]
         for experiment in self.experiments:
             run, measured = experiment.first_tested
             try:
-                points = projected(measured.model, self.data, rows)
+                points = projected(measured.model, self.sheet.data, self.rows)
             except (L2GError, ImportError) as error:
                 yield experiment, run, None, str(error)
                 continue
-            tiles = [self.sheet.place(row) for row in rows]
-            yield experiment, run, scatter(points, classes, tiles, self.names), ""
+            places = [self.sheet.place(row) for row in self.rows]
+            yield experiment, run, [(*p, c, *at) for p, c, at in zip(points.tolist(), classes, places, strict=True)], ""
 
-    @functools.cached_property
-    def projected_rows(self) -> np.ndarray:
-        """The images that are projected."""
-        return sample_rows(self.data, self.hard)
-
-    @property
-    def all_rows(self) -> int:
-        """How many images the hard classes have."""
-        return sum(len(self.data.index[c]) for c in self.hard)
-
-    def episodes(self, each: int) -> Iterator[tuple[Experiment, ShownEpisode]]:
+    def episodes(self, each: int) -> Iterator[tuple[Experiment, dict[str, Any]]]:
         """The worst and the best episodes of each experiment's first tested run."""
         for experiment in self.experiments:
             run, measured = experiment.first_tested
@@ -135,11 +128,13 @@ class ImageSection:
             if len(ranked) < 2 * each:
                 chosen = [("episode", k) for k in ranked]
             for kind, k in chosen:
-                yield experiment, self._episode(run, measured.predictions[k], kind, k)
+                shown = self._episode(measured.predictions[k])
+                yield experiment, {"kind": kind, "k": k, "run": run} | shown
 
-    def _episode(self, run: ReportedRun, episode: Any, kind: str, k: int) -> ShownEpisode:
+    def _episode(self, episode: EpisodePredictions) -> dict[str, Any]:
+        """Its classes, each with its images, and what the queries were taken for."""
         rows, predicted, correct = episode.rows, episode.predicted, episode.correct
-        names = [self.data.class_names[c] for c in rows.classes]
+        names = [self.sheet.data.class_names[c] for c in rows.classes]
         most, left_out, classes = max(3, TILES // len(names)), 0, []
         for n, name in enumerate(names):
             supports = rows.support[rows.support_y == n]
@@ -150,9 +145,12 @@ class ImageSection:
             counts = np.bincount(predicted[queries], minlength=len(names))
             if taken := ", ".join(f"{m} for {b + 1}" for b, m in enumerate(counts) if m and b != n):
                 right += f"; taken: {taken}"
-            shown = [(int(rows.query[q]), int(predicted[q]), names[predicted[q]]) for q in queries[:most]]
-            classes.append(EpisodeClass(name, right, supports[:SUPPORTS], len(supports), shown))
-        return ShownEpisode(kind, k, run, classes, int(correct.sum()), len(rows.query), left_out)
+            shown = [(rows.query[q], predicted[q], names[predicted[q]]) for q in queries[:most]]
+            classes.append({
+                "name": name, "right": right, "supports": supports[:SUPPORTS], "n_supports": len(supports),
+                "queries": shown,
+            })  # fmt: skip
+        return {"classes": classes, "right": correct.sum(), "queries": len(rows.query), "left_out": left_out}
 
 
 def image_sections(report: Report) -> list[ImageSection]:
@@ -166,15 +164,12 @@ def image_sections(report: Report) -> list[ImageSection]:
             break
         tested = [experiment.measured for experiment in experiments]
         data = tested[0][0].data
-        counts = [_added(confusion(m.predictions, data.n_classes) for m in seeds) for seeds in tested]
+        counts = [confusion([p for m in seeds for p in m.predictions], data.n_classes) for seeds in tested]
         hard = hardest(counts, options.classes)
         alone = data.of_classes(hard)  # once, a copy of their images
         among_hard = [
-            _added(confusion(predictions_among(m, alone, options), alone.n_classes) for m in seeds) for seeds in tested
+            confusion([p for m in seeds for p in predictions_among(m, alone, options)], alone.n_classes)
+            for seeds in tested
         ]
-        found.append(ImageSection(number, experiments, Sheet(data), hard, among_hard))
+        found.append(ImageSection(number, experiments, Sheet(data), hard, sample_rows(data, hard), among_hard))
     return found
-
-
-def _added(counts: Iterable[Confusion]) -> Confusion:
-    return functools.reduce(operator.add, counts)

@@ -18,21 +18,15 @@ from markupsafe import Markup
 from l2g_meta.classify.calibration import expected_calibration_error, reliability
 from l2g_meta.data.pairs import listed
 from l2g_meta.files.writing import write_text
-from l2g_meta.report.charts import accuracy_chart, loss_chart, reliability_chart, validation_chart
+from l2g_meta.report.charts import accuracy_chart, colour, loss_chart, reliability_chart, validation_chart
 from l2g_meta.report.experiments import Experiment, Report, differences
 from l2g_meta.report.image_section import DETAILED, image_sections
 from l2g_meta.report.projection import POINTS
-from l2g_meta.report.svg import colour
 from l2g_meta.report.thumbnails import SIZES
 from l2g_meta.training.checks import flag
 from l2g_meta.training.config import MACHINE, Config
 
 LIMIT = 5_000_000  # bytes of a page
-SPLITS = {
-    "test": "unseen classes",
-    "validation": "validation classes, which chose the checkpoint",
-    "train": "training classes, which the model has seen",
-}
 
 
 def write_report(report: Report, path: Path) -> int:
@@ -60,7 +54,8 @@ def render(report: Report) -> str:
         accuracy_chart=accuracy_chart,
         paired=list(differences(report)),
         settings=settings(report),
-        curves=curves(report),
+        loss=loss_chart(report),
+        validation=validation_chart(report),
         images=images,
         left_out=sum(bool(experiment.measured) for experiment in report.experiments) - DETAILED,
         points=POINTS,
@@ -71,8 +66,6 @@ def render(report: Report) -> str:
     for side, quality in SIZES:
         text = page.render(
             report=report,
-            title=_title(report),
-            split=SPLITS[report.options.split],
             contents=re.findall(r'<section id="(\w+)"[^>]*><h2[^>]*>([^<]*)', sections),
             sections=Markup(sections),  # noqa: S704  # the first template has escaped it
             sheets=[(shown.number, shown.sheet.encoded(side, quality)) for shown in images],
@@ -91,11 +84,6 @@ def script_digest(template: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _title(report: Report) -> str:
-    names = [run.name for run in report.runs]
-    return "Report: " + (", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} other runs")
-
-
 def settings(report: Report) -> dict[str, Any] | None:
     """Settings that differ between the experiments, or from the defaults if there is one; and those that do not."""
     experiments = [e for e in report.experiments if e.config is not None]
@@ -111,23 +99,12 @@ def settings(report: Report) -> dict[str, Any] | None:
     for name in [*(name for name in configs[0] if name != "seed"), "seed"]:
         texts = [_text(values[name]) for values in configs]
         same = len(set(texts)) == 1
-        rows[same].append([Markup("<code>{}</code>").format(flag(name)), *(texts[:1] if same else texts)])
+        rows[same].append([Markup("<code>{}</code>").format(flag(name)), *texts[: 1 if same else None]])
     return {"experiments": experiments, "different": rows[False], "same": rows[True]}
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ", ".join(map(str, value))
-    return "–" if value is None else str(value)
-
-
-def curves(report: Report) -> dict[str, Any] | None:
-    """The charts of training and validation, and what validation was over; ``None`` without any."""
-    loss, validation = loss_chart(report), validation_chart(report)
-    configs = [run.config for run in report.runs if run.config is not None]
-    over = sorted({f"{c.eval_episodes} episodes, BatchNorm {c.bn}" for c in configs})
-    found = {"loss": loss, "validation": validation, "validated": "; ".join(over)}
-    return found if loss or validation else None
+    return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]:
@@ -136,19 +113,14 @@ def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]
         episodes = [episode for measured in experiment.measured for episode in measured.predictions]
         if not episodes:
             continue
-        confidence, correct = (
-            torch.from_numpy(np.concatenate([getattr(episode, name) for episode in episodes]))
-            for name in ("confidence", "correct")
-        )
+        confidence = torch.from_numpy(np.concatenate([episode.confidence for episode in episodes]))
+        correct = torch.from_numpy(np.concatenate([episode.correct for episode in episodes]))
         bins = reliability(confidence, correct)
-        yield (
-            experiment,
-            {
-                "bins": bins,
-                "queries": len(confidence),
-                "error": 100 * expected_calibration_error(confidence, correct),
-                "confidence": 100 * confidence.mean().item(),
-                "right": 100 * correct.double().mean().item(),
-                "chart": reliability_chart(bins, colour(experiment.number), experiment.letter),
-            },
-        )
+        yield experiment, {
+            "bins": bins,
+            "queries": len(confidence),
+            "error": 100 * expected_calibration_error(confidence, correct),
+            "confidence": 100 * confidence.mean().item(),
+            "right": 100 * correct.double().mean().item(),
+            "chart": reliability_chart(bins, colour(experiment.number), experiment.letter),
+        }  # fmt: skip

@@ -12,12 +12,7 @@ from torch import Tensor
 from l2g_meta.data.dataset import ClassDataset
 
 COLUMNS = 32  # of the sheet
-SIZES = (
-    (48, 82),
-    (32, 78),
-    (32, 50),
-    (16, 50),
-)  # side in pixels and JPEG quality, tried until the page is small enough
+SIZES = ((48, 82), (32, 78), (32, 50), (16, 50))  # pixels and JPEG quality, tried until the page is small enough
 
 
 class Sheet:

@@ -134,8 +134,7 @@ def build_optimizer(config: Config, wrapper: L2GWrapper) -> torch.optim.Optimize
 
 def build_pairs(config: Config, dataset: Any, device: torch.device) -> TaskPairs | Batches:
     """The training stream of the config: pairs of tasks, or for supervised training batches of labelled images."""
-    scale = None if config.resized_crop is None else (config.resized_crop, 1.0)
-    augment = Augment(scale=scale) if config.augment else None
+    augment = Augment() if config.augment else None
     if config.method == SUPERVISED:
         return Batches(dataset, config.batch or 128, seed=config.seed, augment=augment, device=device)
     return TaskPairs(

@@ -30,19 +30,14 @@ KEPT = 2  # states; the older one serves if the newest is damaged
 def collect(
     wrapper: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of a run's state, by name; not copies."""
-    tensors = {f"wrapper.{name}": t for name, t in wrapper.state_dict().items()}
+    """All tensors of a run's state, by name; not copies. PyTorch's generators are what a model's dropout draws from."""
+    device, tensors = _device(wrapper), {"generator.cpu": torch.get_rng_state()}
+    tensors |= {f"wrapper.{name}": t for name, t in wrapper.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     if average is not None:
         tensors |= {f"{AVERAGE}.{name}": t for name, t in average.state_dict().items()}
-    return tensors | generators(_device(wrapper))
-
-
-def generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of PyTorch's generators, which a model's own randomness (dropout) draws from."""
-    found = {"generator.cpu": torch.get_rng_state()}
-    return found | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return tensors | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def restore(

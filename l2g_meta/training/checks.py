@@ -13,11 +13,20 @@ from l2g_meta.training.objectives import OBJECTIVES
 LEARNERS = ("maml-softmax", "meta-lstm")  # classify by adapting on the supports; trained by the episodic objective
 SUPERVISED = "supervised"  # the encoder with a linear classifier of the training classes: `l2g pretrain`
 METHODS = (*OBJECTIVES, *LEARNERS, SUPERVISED)
-NOT_SUPERVISED = (  # fields that mean nothing to SUPERVISED
-    "method", "head", "dims", "temperature", "learn_temperature", "reduction", "outer_ways", "outer_shots",
-    "inner_lr", "inner_steps", "first_order", "learn_inner_lr", "adapt", "pairs", "mix",
-)  # fmt: skip
+HEAD_OF = {**dict.fromkeys(LEARNERS, "softmax"), SUPERVISED: "linear"}  # the others have a metric head
 HEAD_FLAGS = ("distance", "dims", "temperature", "learn_temperature", "reduction")
+NOT_BILEVEL = ("batch", "mix", "adapt")
+UNUSED = {  # fields that a method does not take
+    "l2g": ("batch", "tasks_per_update"),
+    "maml": ("batch",),
+    "episodic": NOT_BILEVEL,
+    "maml-softmax": (*NOT_BILEVEL, *HEAD_FLAGS, "learn_inner_lr"),
+    "meta-lstm": (*NOT_BILEVEL, *HEAD_FLAGS, "learn_inner_lr", "first_order"),
+    SUPERVISED: (*NOT_BILEVEL[1:], *HEAD_FLAGS[1:], "learn_inner_lr", "first_order"),
+}
+NOT_SUPERVISED = (  # with those that have a default
+    *UNUSED[SUPERVISED], "method", "head", "outer_ways", "outer_shots", "inner_lr", "inner_steps", "pairs",
+)  # fmt: skip
 Sizes = int | tuple[int, ...]  # a number, or several to draw from for each task
 Names = tuple[str, ...]
 # Kinds of settings.
@@ -93,66 +102,24 @@ def check(config: Any) -> None:
     check_settings(config)
     if "\0" in (config.root or ""):
         raise L2GError("need --root to be a path, got one with a zero byte")
-    if config.method not in ("l2g", "maml") and config.mix:
-        raise L2GError(f"--mix belongs to l2g and maml, got --method {config.method}")
-    if config.resized_crop is not None and not (config.augment and config.resized_crop <= 1):
-        got = f"{config.resized_crop} {'with' if config.augment else 'without'} --augment"
-        raise L2GError(f"need --augment and a --resized-crop above 0 and at most 1, got {got}")
-    _check_learner(config)
-    _check_supervised(config)
-    _check_names(config)
-    if config.tasks_per_update is not None and config.method == "l2g":
-        raise L2GError("need --pairs for --method l2g, got --tasks-per-update; an update has 2 × pairs tasks")
-
-
-def _check_names(config: Any) -> None:
+    head = HEAD_OF.get(config.method)
+    if config.head != head and (head is not None or config.head in HEAD_OF.values()):
+        need = "a metric head" if head is None else f"no --head, its own being {head},"
+        raise L2GError(f"need {need} for --method {config.method}, got --head {config.head}; leave it out")
+    if unused := [flag(name) for name in UNUSED[config.method] if getattr(config, name)]:
+        raise L2GError(f"--method {config.method} does not take {', '.join(unused)}; leave that out")
+    if config.method in LEARNERS and not (isinstance(config.ways, int) and config.ways == config.outer_ways):
+        raise L2GError(
+            f"--method {config.method} has one output per class and needs one number of ways, got --ways "
+            f"{config.ways} and --outer-ways {config.outer_ways}"
+        )
     for name in ("adapt", "backbone_options"):
         value = getattr(config, name)
         if value is not None and not (value and all(isinstance(text, str) for text in value)):
             raise L2GError(f"need {flag(name)} to be one or more texts, got {value!r}")
     parsed_options(config.backbone_options)
-    if config.adapt is not None and config.method not in ("l2g", "maml"):
-        raise L2GError(f"--adapt belongs to --method l2g and maml, got --method {config.method}; leave it out")
     if config.weight_decay and config.learn_inner_lr:
         raise L2GError("--weight-decay would shrink learned step sizes too; leave it or --learn-inner-lr out")
-
-
-def _check_supervised(config: Any) -> None:
-    if config.method != SUPERVISED:
-        if config.batch is not None or config.head == "linear":
-            raise L2GError(f"--batch and --head linear belong to --method supervised, got --method {config.method}")
-        return
-    filled = ("method", "head", "outer_ways", "outer_shots", "inner_lr", "inner_steps", "pairs")
-    given = [name for name in NOT_SUPERVISED if name not in filled and getattr(config, name)]
-    if given or config.head != "linear":
-        flags = ", ".join(map(flag, given if config.head == "linear" else ["head"]))
-        raise L2GError(f"--method supervised does not take {flags}; leave it out")
-
-
-def _check_learner(config: Any) -> None:
-    if config.method not in LEARNERS:
-        if config.head == "softmax":
-            raise L2GError(
-                f"--head softmax belongs to --method {' or '.join(LEARNERS)}, got --method "
-                f"{config.method}, which classifies unseen classes without adapting"
-            )
-        return
-    if config.head != "softmax":
-        raise L2GError(f"--method {config.method} has no metric head, got --head {config.head}; leave it out")
-    given = [name for name in HEAD_FLAGS if getattr(config, name)]
-    if config.method == "meta-lstm" and config.first_order:
-        given.append("first_order")
-    if given:
-        flags = ", ".join(map(flag, given))
-        raise L2GError(f"--method {config.method} does not take {flags}; leave them out")
-    if config.learn_inner_lr:
-        raise L2GError(f"--learn-inner-lr belongs to l2g and maml, got --method {config.method}")
-    for name in ("ways", "outer_ways"):
-        if getattr(config, name) != config.ways or not isinstance(config.ways, int):
-            raise L2GError(
-                f"--method {config.method} has one output per class and needs one number of ways, got --ways "
-                f"{config.ways} and --outer-ways {config.outer_ways}"
-            )
 
 
 def flag(name: str) -> str:

@@ -33,12 +33,14 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "test_steps": (None, 10),
     "far_pairs": (False,),
     "train_classes": (None,),
+    "resized_crop": (None,),
     "keep_weights": (),
     "keep": (),
     "rank_timeout": (),
+    "tensorboard": (),
 }
 LAST_WITH = "0.1.0"
-MACHINE = ("root", "device", "download", "tensorboard", "save_every")  # where, not what
+MACHINE = ("root", "device", "download", "save_every")  # where, not what
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,6 @@ class Config:
     download: bool = setting(False, "download missing data from where learn2learn gets it")
     split_seed: int = setting(0, "folder with one level of classes: seed of its train/validation/test split", least=0)
     augment: bool = setting(False, "vary training images: random crop, flip and colours")
-    resized_crop: float | None = setting(None, "with --augment: crops of at least this share of an image, resized, "
-                                       "instead of crops of its own size that reach over its edge",
-                                         above=0)  # fmt: skip
 
     backbone: str = setting(
         None, f"encoder: {', '.join(BACKBONES)}, timm:NAME, torchvision:NAME or package.module:Class"
@@ -134,7 +133,6 @@ class Config:
     save_every: int = setting(None, "updates between states to resume from (default: as --eval-every)")
     average: bool = setting(False, "also keep an average of the weights over the last part of training, as "
                           "average.safetensors; it moves no update")  # fmt: skip
-    tensorboard: bool = setting(False, "also log to RUN/tensorboard")
 
     def resolved(self) -> Config:
         """The same run with every default filled in and checked.
@@ -222,12 +220,9 @@ class Config:
             return cls.from_json(opened(json.loads(read_text(path)))).resolved()
         except L2GError:
             raise
-        except OSError as error:
-            raise L2GError(
-                f"need a run's config in {path}, got: {error.strerror}; name a folder made by `l2g train`"
-            ) from error
         except Exception as error:  # JSON can hold values that fail in any comparison
-            raise L2GError(f"need a run's config in {path}, got: {error}; name a folder made by `l2g train`") from error
+            got = error.strerror if isinstance(error, OSError) else error
+            raise L2GError(f"need a run's config in {path}, got: {got}; name a folder made by `l2g train`") from error
 
     @classmethod
     def from_json(cls, values: Any) -> Config:

@@ -73,37 +73,21 @@ class Scatter:
     query_labels: list[int]
 
 
-def tsne(
-    models: Mapping[str, nn.Module],
-    dataset: Any,
-    path: Path | str,
-    *,
-    ways: int = 5,
-    shots: int = 5,
-    queries: int = 25,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    heading: str = "",
-) -> Path:
+def tsne(models: Mapping[str, nn.Module], dataset: Any, path: Path | str, *, heading: str = "", **options: Any) -> Path:
     """t-SNE of one episode's embeddings under each model, side by side (cf. fig. 3): supports stars, queries dots.
 
     Args:
-        models: as of ``tsne_points``; so are all but the following.
+        models: as of ``tsne_points``.
         dataset: a data set, or a list of several, a row of pictures each; the split is in each title.
         path: of the picture.
-        ways: classes shown.
-        shots: supports per class.
-        queries: queries per class.
-        seed: of the episode and of t-SNE.
-        device: where the models are.
         heading: above the pictures.
+        options: of ``tsne_points``: ways, shots, queries, seed and device.
 
     Raises:
         ImportError: without scikit-learn.
         FitError: for a model without an ``encoder``.
     """
-    shape = {"ways": ways, "shots": shots, "queries": queries}
-    return draw_scatters(tsne_points(models, dataset, **shape, seed=seed, device=device), path, heading=heading)
+    return draw_scatters(tsne_points(models, dataset, **options), path, heading=heading)
 
 
 def tsne_points(

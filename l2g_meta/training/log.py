@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: log.csv, a progress bar, TensorBoard events."""
+"""What a run says of itself while it trains: log.csv, and a progress bar."""
 
 from __future__ import annotations
 
@@ -67,12 +67,6 @@ class RunLog:
         )  # fmt: skip
         self.lines = progress and self.bar.disable  # no terminal: a line per validation instead
         self.shown: dict[str, str] = {}
-        self.board = None
-        if config.tensorboard:
-            events = out / "tensorboard"
-            if events.is_symlink():  # its writer would follow it
-                raise CheckpointError(f"need a folder to log to, {events} is a link; remove it")
-            self.board = require_tensorboard()(events, purge_step=start + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs one update.
@@ -93,10 +87,6 @@ class RunLog:
                       f"{accuracy}, {self.shown['tasks/s']} tasks/s", file=sys.stderr, flush=True)  # fmt: skip
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "iteration" and value == value:
-                    self.board.add_scalar(name, value, row["iteration"])
 
     def sync(self) -> None:
         """Returns when all rows are on the disk.
@@ -127,8 +117,6 @@ class RunLog:
         except OSError:  # what could not be written was said before
             pass
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
 
 
 def _rows_until(out: Path, iteration: int) -> list[dict[str, str]]:
@@ -190,16 +178,3 @@ def _is_sound(row: list[str]) -> bool:
 
 def _crc32(cells: list[str]) -> str:
     return f"{zlib.crc32(','.join(cells).encode()):08x}"
-
-
-def require_tensorboard() -> Any:
-    """TensorBoard's ``SummaryWriter``.
-
-    Raises:
-        ImportError: with what to install.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--tensorboard needs TensorBoard; pip install l2g-meta[tensorboard]") from error
-    return SummaryWriter

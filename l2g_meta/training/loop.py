@@ -35,7 +35,6 @@ from l2g_meta.training.checks import SUPERVISED
 from l2g_meta.training.config import Config
 from l2g_meta.training.curves import learning_curve
 from l2g_meta.training.initial_weights import initialise
-from l2g_meta.training.log import require_tensorboard
 from l2g_meta.training.run_folder import Run
 from l2g_meta.training.update import Updater, seed_update
 
@@ -101,17 +100,14 @@ def train(
     update = Updater(config, build_objective(config), wrapper, optimizer, pairs, world)
     Episodes(validation, **validation_shape(config, validation))  # now, not after hours: the split is large enough
     known = {"train": identity(data), "validation": identity(validation)} if world.main else {}
-    if config.tensorboard:
-        require_tensorboard()
     if config.method not in ("episodic", SUPERVISED):
         backend()  # learn2learn's import takes seconds, which are not the first update's
 
-    folder = Run(out, config, world, average, keep_weights=keep_weights)
+    folder = Run(
+        out, config, world, wrapper, optimizer, average=average, given=given, data=known, keep_weights=keep_weights
+    )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), folder as run:
-        if resume:
-            info = run.resume(wrapper, optimizer, given, known, force=force)
-        else:
-            info = run.begin(wrapper, optimizer, image_shape, given, known, n_classes)
+        info = run.resume(force=force) if resume else run.begin(image_shape, n_classes)
 
         def finish(row: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
             """Validates, logs and saves; what comes before is saved, so that a signal need not wait."""
@@ -120,7 +116,7 @@ def train(
             row |= {"val_accuracy": result.accuracy_mean, "val_ci95": result.ci95_episodes}
             row |= {"val_loss": result.loss_mean}
             run.log(row)
-            return run.save(wrapper, optimizer, info, result)
+            return run.save(info, result)
 
         run.open_log(info, progress=progress and world.main)
         if info["pending"] is not None:  # stopped before this validation was over
@@ -136,7 +132,7 @@ def train(
             if finite and average is not None:
                 average.update_parameters(wrapper)
             if not finite:
-                run.not_finite(k, stats, wrapper)
+                run.not_finite(k, stats)
             row = {"iteration": k + 1, **stats._asdict(), "lr": lr, "skipped": int(not finite)}
             row |= {"tasks": config.tasks_of_an_update, "seconds": max(0.0, time.perf_counter() - began)}
 
@@ -146,7 +142,7 @@ def train(
             if not due:
                 run.log(row)  # before saving: rows past a state are dropped on resuming, missing ones would be lost
             if due or asked or (k + 1) % config.save_every == 0:
-                run.save_state(wrapper, optimizer, info)
+                run.save_state(info)
             if asked:
                 run.stop(asked, k + 1)
             if due:

@@ -1,21 +1,18 @@
 """Stopping a run from outside: the update is finished, the state saved, then the process ends.
 
-======== =============================================================== =========
-signal   what happens                                                    exit code
-======== =============================================================== =========
-SIGINT   (Ctrl-C) saves and ends; a second one ends at once              130
-SIGTERM  saves and ends; further ones change nothing                     143
-SIGUSR1  saves and ends; under Slurm the job is put back in the queue    138
-======== =============================================================== =========
+======== ==================================================== =========
+signal   what happens                                         exit code
+======== ==================================================== =========
+SIGINT   (Ctrl-C) saves and ends; a second one ends at once   130
+SIGTERM  saves and ends; further ones change nothing          143
+SIGUSR1  the same, for a cluster to announce its time limit   138
+======== ==================================================== =========
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -80,16 +77,3 @@ class Signals:
             yield
         finally:
             self.at_once = None
-
-
-def requeue(number: int) -> None:
-    """Puts the Slurm job that this process runs in back in the queue, if ``number`` is SIGUSR1."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or number != getattr(signal, "SIGUSR1", None):
-        return
-    try:
-        command = ["scontrol", "requeue", job]  # the user's own Slurm, wherever it is; the number is its own
-        subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        warnings.warn(f"cannot put job {job} back in the queue ({detail}); submit it again", stacklevel=2)

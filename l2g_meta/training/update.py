@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l2g_meta.algorithm import L2GWrapper
 from l2g_meta.data.batches import Batches
 from l2g_meta.data.pairs import TaskPairs
-from l2g_meta.evaluation.world import Joined, World
+from l2g_meta.evaluation.world import World, join_update
 from l2g_meta.training.config import Config
 from l2g_meta.training.objectives import Objective, UpdateStats, accumulate
 from l2g_meta.training.signals import SIGNALS
@@ -71,8 +71,8 @@ class Updater:
         values = torch.cat([means, bad.float().view(1)])
         if self.world.size > 1:
             signals = torch.tensor([float(asked == number) for number in SIGNALS], device=self.device)
-            join = Joined(self.world, self.wrapper, buffers, len(share), len(calls) - share.stop)
-            found = join(torch.cat([values, signals]))
+            values = torch.cat([values, signals])
+            found = join_update(self.world, self.wrapper, buffers, share, len(calls), values)
         else:
             found = values.tolist()  # waits for the device, once
         loss, inner, alignment, anywhere, *counts = found

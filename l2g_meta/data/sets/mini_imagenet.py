@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -58,8 +58,10 @@ def _convert_pickle(path: Path, size: int, out: Path) -> None:
     """Convert ``{"image_data": uint8 (n, H, W, 3), "class_dict": {class name: [row, ...]}}``."""
     check_digest(path)
     data = load_pickle(path, max_bytes=MAX_BYTES)
+    pixels: Any
     pixels, rows = (data.get("image_data"), data.get("class_dict")) if isinstance(data, dict) else (None, None)
-    if not _are_images(pixels):
+    is_array = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4
+    if not (is_array and pixels.shape[3] == 3 and pixels.size):
         raise DataError(f'need "image_data", uint8 (n, H, W, 3), in {path}, got {_describe(pixels)}; get it again')
     index: dict[str, np.ndarray] = {}
     given: dict[Any, Any] = rows if isinstance(rows, dict) else {}
@@ -76,15 +78,6 @@ def _convert_pickle(path: Path, size: int, out: Path) -> None:
         raise once
     classes = {name: index[name].tolist() for name in sorted(index)}
     images.convert(classes, lambda row: Image.fromarray(pixels[row]), images.stretch, size, out)
-
-
-def _are_images(pixels: Any) -> TypeGuard[np.ndarray]:
-    return (
-        isinstance(pixels, np.ndarray)
-        and pixels.dtype == np.uint8
-        and pixels.ndim == 4
-        and (pixels.shape[3] == 3 and pixels.size > 0)
-    )
 
 
 def _describe(value: Any) -> str:

@@ -99,29 +99,21 @@ def _read_labels(path: Path) -> dict[str, list[int]]:
     """Rows of each class, classes sorted by name."""
     check_digest(path)
     data = load_pickle(path, max_bytes=MAX_LABEL_BYTES)
-    labels, inverse = np.unique(_column(data, "label_specific", path), return_inverse=True)
-    names = _names(data, "label_specific", labels)
-    classes = {
-        names[label]: rows.tolist() for label, rows in zip(labels.tolist(), index_by_class(inverse), strict=True)
-    }
-    return {name: classes[name] for name in sorted(classes)}
-
-
-def _column(data: Any, key: str, path: Path) -> np.ndarray:
-    column = integers(data.get(key)) if isinstance(data, dict) else None
+    column = integers(data.get("label_specific")) if isinstance(data, dict) else None
     if column is None or not len(column):
-        raise DataError(f'need "{key}", a list or array of an integer per image, in {path}; get it again')
-    return column
+        raise DataError(f'need "label_specific", a list or array of an integer per image, in {path}; get it again')
+    labels, inverse = np.unique(column, return_inverse=True)
+    names = _names(data.get("label_specific_str"), labels.tolist())
+    return dict(sorted(zip(names, (rows.tolist() for rows in index_by_class(inverse)), strict=True)))
 
 
-def _names(data: dict[str, Any], key: str, column: np.ndarray) -> dict[int, str]:
-    """Name of each of some labels, ascending: from ``<key>_str`` where it has one per label, else the number."""
-    labels, names = column.tolist(), data.get(f"{key}_str")
+def _names(names: Any, labels: list[int]) -> list[str]:
+    """Names of some labels, ascending, from what the file has for all labels; where it lacks one, their numbers."""
     if isinstance(names, np.ndarray):
         names = names.tolist()
     if not isinstance(names, list | tuple) or len(names) <= labels[-1] or labels[0] < 0:
-        return {label: str(label) for label in labels}
+        return [str(label) for label in labels]
     if not all(isinstance(name, str | bytes) for name in names):
-        raise DataError(f'need texts in "{key}_str", got something else; get the label file again')
+        raise DataError('need texts in "label_specific_str", got something else; get the label file again')
     unique = len(set(names)) == len(names)  # two ImageNet classes are called "crane"
-    return {label: str(names[label]) if unique else f"{names[label]} {label}" for label in labels}
+    return [str(names[label]) if unique else f"{names[label]} {label}" for label in labels]
