@@ -131,9 +131,13 @@ def _evaluate(args: argparse.Namespace, names: Sequence[Any], sources: Sequence[
                 complain(f"note: {note}")
             print(f"{name}: {describe(source.config) if args.run else first}: {found[first]}")
             known = frozen.HEADS if args.head is None else {}
-            if said := [
-                f"{known[k]} {e.accuracy_mean:.2f} ± {e.ci95_episodes:.2f}" for k, e in found.items() if k in known
-            ]:
+            one = args.episodes * args.runs == 1  # which has no interval
+            said = [
+                f"{known[k]} {e.accuracy_mean:.2f}" + ("" if one else f" ± {e.ci95_episodes:.2f}")
+                for k, e in found.items()
+                if k in known
+            ]
+            if said:
                 print(f"  frozen features, no training: {', '.join(said)} %")
     if len(results) == 1:
         return results[0]
