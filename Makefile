@@ -22,10 +22,10 @@ slow: .venv/installed
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet uv
-	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra classify --extra timm pyproject.toml \
+	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra timm pyproject.toml \
 		--python .venv-oldest/bin/python --output-file .venv-oldest/lowest.txt
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint .venv-oldest/lowest.txt \
-		--editable ".[classify,timm]" hypothesis pytest pytest-xdist learn2learn==0.2.0
+		--editable ".[timm]" hypothesis pytest pytest-xdist learn2learn==0.2.0
 	.venv-oldest/bin/python -m pytest -m "not slow" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed

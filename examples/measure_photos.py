@@ -1,7 +1,8 @@
 """How far answers about photos of new classes can be trusted, measured on a folder of classes.
 
     python examples/measure_photos.py [--smoke]                 # trains on drawn characters, classifies unseen ones
-    python examples/measure_photos.py --model RUN --root DIR    # a run or exported folder, and DIR/<class>/*.jpg
+    python examples/measure_photos.py --root DIR                # DIR/<class>/*.jpg, by the model in the package
+    python examples/measure_photos.py --model RUN --root DIR    # by a run or exported folder
 
 Prints accuracy over several draws of classes and examples, with a 95% interval over draws, and what rejecting unknown
 images costs and brings. First steps are in examples/classify_photos.py.
@@ -55,7 +56,7 @@ def draw_photos(root: Path) -> Path:
     return root
 
 
-def one_draw(model: Path, files: dict[str, list[str]], shots: int, rng: np.random.Generator) -> dict[str, float]:
+def one_draw(model: Path | None, files: dict[str, list[str]], shots: int, rng: np.random.Generator) -> dict[str, float]:
     """Five classes with ``shots`` examples each, and as many images of five other classes as unknown ones."""
     chosen = rng.permutation(sorted(files))[: 2 * WAYS]
     photos = {name: rng.permutation(files[name])[: shots + queries].tolist() for name in chosen}
@@ -76,7 +77,7 @@ def one_draw(model: Path, files: dict[str, list[str]], shots: int, rng: np.rando
 
 
 with tempfile.TemporaryDirectory() as scratch:
-    model = args.model or train_and_export(Path(scratch))
+    model = args.model or (None if args.root else train_and_export(Path(scratch)))
     files = class_files(args.root or draw_photos(Path(scratch) / "photos"))
 
     for shots in args.shots:

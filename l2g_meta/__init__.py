@@ -60,7 +60,7 @@ __all__ = [
     "train",
 ]
 
-# Imported at first use: PyTorch takes seconds, which `l2g --help` need not; the classifier takes an extra besides.
+# Imported at first use: PyTorch takes seconds, which `l2g --help` need not.
 _HOMES = {
     "models.backbones": ("Conv4", "ResNet12", "relation_embedding"),
     "training.build": ("load_run",),

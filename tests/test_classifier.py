@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
 
 from l2g_meta import (
     Conv4,
@@ -28,7 +27,9 @@ from l2g_meta import (
     relation_embedding,
 )
 from l2g_meta.classify import calibration as c
+from l2g_meta.classify import scoring
 from l2g_meta.classify.photos import Preparation
+from l2g_meta.classify.source import open_source
 from l2g_meta.data import load
 from l2g_meta.errors import DataError, FitError, L2GError
 from l2g_meta.models.maml import SoftmaxMAML
@@ -278,6 +279,8 @@ def test_images_that_cannot_be_used(images, message, blob_run):
 def test_models_that_cannot_be_used(tmp_path):
     with pytest.raises(L2GError, match="need a folder made by `l2g train`"):
         FewShotClassifier.load(tmp_path)
+    with pytest.raises(L2GError, match="belong to timm:NAME"):
+        classifier(tmp_path, weights="a.pt").fit([[0.0]], [0])
     with pytest.raises(L2GError, match="torch.nn.Module as model, got 3"):
         classifier(3).fit([[0.0]], [0])
     for pictures in ([Image.new("L", (16, 16))], np.zeros((1, 16, 16, 1), np.uint8)):
@@ -285,16 +288,66 @@ def test_models_that_cannot_be_used(tmp_path):
             classifier(image_model()).fit(pictures, [0])
 
 
-def test_scikit_learn_is_needed_only_here():
-    code = (
-        "import sys, l2g_meta\n"
-        "assert not {'sklearn', 'torchvision', 'matplotlib'} & set(sys.modules)\n"
-        "sys.modules['sklearn'] = None\n"
-        "try: l2g_meta.FewShotClassifier\n"
-        "except l2g_meta.errors.L2GError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'pip install "l2g-meta[classify]"' in done.stdout, done.stderr
+def test_importing_the_package_imports_little():
+    code = "import sys, l2g_meta; assert not {'torch', 'sklearn', 'torchvision', 'matplotlib'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def photos_of(blob_run):
+    paths = sorted((blob_run.parent / "data" / "test").glob("*/*.png"))
+    return list(map(str, paths)), [path.parent.name for path in paths]
+
+
+def test_the_model_in_the_package_needs_no_training(blob_run):
+    paths, y = photos_of(blob_run)
+    fitted = FewShotClassifier(device="cpu").fit(paths[::2], y[::2])
+    assert fitted.calibrated_ and fitted.score(paths[1::2], y[1::2]) > 0.9
+    assert fitted.transform(paths).dtype == np.float32
+
+
+def test_embeddings_are_those_of_the_encoder(blob_run):
+    data = load("folder", "test", root=blob_run.parent / "data", image_size=16)
+    fitted = classifier(blob_run, batch_size=5).fit(data.images[:13].numpy(), data.labels[:13])
+    wrapper, _ = load_run(blob_run, device="cpu")
+    with torch.no_grad():
+        expected = wrapper.module.encoder(data.gather(range(len(data)))).flatten(1)
+    np.testing.assert_allclose(fitted.transform(data.images.numpy()), expected, rtol=1e-4, atol=1e-5)
+    model = SoftmaxMAML(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), 3, inner_lr=1.0)
+    with pytest.raises(L2GError, match="whose encoder gives embeddings"):
+        classifier(model).fit(torch.eye(4)[:3], [0, 1, 2]).transform(torch.eye(4))
+
+
+def test_a_sweep_in_a_pipeline_embeds_each_photo_once(blob_run, monkeypatch):
+    paths, y = photos_of(blob_run)
+    seen = []
+    monkeypatch.setattr(scoring, "_features", type(scoring._features)())
+    monkeypatch.setattr(Conv4, "forward", counted(Conv4.forward, seen))
+    encoder = FewShotClassifier(open_source(blob_run, "cpu"), device="cpu", batch_size=7)
+    pipeline = make_pipeline(encoder, LogisticRegression(max_iter=1000))
+    search = GridSearchCV(pipeline, {"logisticregression__C": [0.1, 1, 10]}, cv=3).fit(paths, y)
+    assert search.best_score_ > 0.9 and sum(seen) == len(paths)
+    other = FewShotClassifier(blob_run, device="cpu")  # the same weights, opened again
+    assert cross_val_score(make_pipeline(other, LogisticRegression()), paths, y, cv=2).shape == (2,)
+    assert sum(seen) == len(paths)
+
+
+def counted(forward, seen):
+    def forward_and_count(self, x):
+        seen.append(len(x) if x.any() else 0)  # zeros are the dry run of a model that is built
+        return forward(self, x)
+
+    return forward_and_count
+
+
+def test_what_is_remembered_is_bounded_and_of_one_encoder(monkeypatch):
+    monkeypatch.setattr(scoring, "_features", type(scoring._features)())
+    monkeypatch.setattr(scoring, "CACHE", 12)
+    x = torch.arange(40.0).view(10, 4)
+    twice = MetricModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), PrototypicalHead())
+    with torch.no_grad():
+        for token, model in ((b"a", VECTORS), (b"b", twice), (b"a", VECTORS)):
+            torch.testing.assert_close(scoring.embed(model, x[[0, 1, 1, 9]], token), model.encoder(x[[0, 1, 1, 9]]))
+    assert len(scoring._features) == 3
 
 
 def test_temperature_is_found_again():

@@ -1,17 +1,24 @@
 """Encoders of torchvision, timm and ours: second order through them, what the inner step adapts, weights, DropBlock."""
 
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision import models
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, RelationHead, ResNet12, Task
+from l2g_meta.classify.photos import Preparation
+from l2g_meta.classify.source import open_source
 from l2g_meta.cli.main import main
 from l2g_meta.errors import CheckpointError, FitError, L2GError
 from l2g_meta.inner.clone import adapted_names, clone_module
 from l2g_meta.models.dropblock import DropBlock
+from l2g_meta.models.libraries import preprocessing
 from l2g_meta.models.pretrained import put_encoder, read_state_dict
 from l2g_meta.training.build import build_encoder, build_model, load_run
 from l2g_meta.training.config import Config
@@ -272,6 +279,60 @@ def test_weights_from_files_and_runs(tmp_path):
             read_state_dict(tmp_path / name)
     with pytest.raises(L2GError, match="need --backbone timm:NAME or torchvision:NAME for --weights default"):
         initialise(model, Config(weights="default").resolved())
+
+
+@pytest.mark.parametrize("size", [None, 96])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:resnet18",
+        "timm:vit_tiny_patch16_224",
+        "timm:convnext_atto",
+        "torchvision:resnet18",
+        "torchvision:vit_b_16",
+    ],
+)
+def test_photos_are_prepared_as_the_authors_of_the_weights_do(name, size):
+    library, model = name.split(":")
+    if library == "timm":
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+    encoder = build_encoder(name, 3, {})
+    preparation = Preparation(**preprocessing(name, encoder, size))
+    assert preparation.size == (size or 224)
+    if library == "timm":
+        own = None if size is None else {"input_size": (3, size, size)}
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder, own))
+    else:
+        crop = {} if size is None else {"crop_size": size, "resize_size": round(256 * size / 224)}
+        transform = partial(models.get_model_weights(model)["DEFAULT"].transforms, **crop)()
+    rng = np.random.default_rng(0)
+    for height, width in ((84, 84), (200, 300), (517, 201), (60, 1000)):
+        photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert torch.equal(preparation.normalised(preparation.pixels(photo)[None])[0], transform(photo))
+
+
+def test_a_line_of_pixels_takes_no_memory():
+    preparation = Preparation(224, 3, (0.5,), (0.5,), resize=256)
+    assert preparation.pixels(Image.new("RGB", (10_000_000, 1))).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_16"])
+def test_position_embeddings_are_resampled_for_another_size(name, tmp_path):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    net = build_encoder(name, 3, {}).eval()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    source = open_source(name, "cpu", weights=tmp_path / "a.pt", image_size=96)
+    assert source.preparation.size == 96
+    own = source.model.encoder.state_dict()
+    changed = [n for n, t in net.state_dict().items() if own[n].shape != t.shape]
+    assert len(changed) == 1 and "pos_embed" in changed[0] and own[changed[0]].shape[1] == 37
+    assert all(torch.equal(own[n], t) for n, t in net.state_dict().items() if n not in changed)
+    whole = open_source(name, "cpu", weights=tmp_path / "a.pt")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(whole.model.encoder(x), net(x))
+    assert "seen ImageNet" in whole.seen("mini-imagenet", ["n01"]) and not whole.seen("glyphs", ["a"])
 
 
 def test_a_file_of_torch_save_runs_no_code(tmp_path):

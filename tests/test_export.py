@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
 from l2g_meta import Conv4, FewShotClassifier
 from l2g_meta.classify import exported as exporting
 from l2g_meta.classify.exported import export, export_encoder
 from l2g_meta.classify.photos import Preparation
+from l2g_meta.classify.source import EMBEDDED, open_source
 from l2g_meta.cli.main import main
 from l2g_meta.data import load
 from l2g_meta.errors import L2GError
@@ -72,6 +71,50 @@ def test_whatever_was_trained_is_built_again(options, tmp_path):
     x = torch.randn(2, 1, 20, 20)
     with torch.no_grad():
         assert torch.equal(found.source_.model.encoder(x), model.encoder(x))
+
+
+def test_half_precision_is_tested_as_it_is_stored(blob_run, exported, tmp_path):
+    values = export(blob_run, tmp_path / "half", half=True, episodes=20)
+    files = {p.name: p.stat().st_size for p in (tmp_path / "half").iterdir()}
+    assert files.keys() == {"README.md", "model.json", "model.safetensors"} and values["weights"] == "float16"
+    assert files["model.safetensors"] < 0.6 * (exported / "model.safetensors").stat().st_size
+    x, y = images(blob_run)
+    half, whole = (FewShotClassifier(folder, device="cpu").fit(x, y) for folder in (tmp_path / "half", exported))
+    weights = half.source_.model.state_dict()
+    assert all(t.dtype != torch.float16 for t in weights.values())
+    for name, t in whole.source_.model.state_dict().items():
+        assert torch.equal(weights[name], t.half().float() if t.is_floating_point() and t.ndim > 1 else t)
+    known = [fitted.source_.calibration.shots[1].known for fitted in (half, whole)]
+    assert (
+        list(known[0]) == list(values["calibration"]["shots"][1]["known"]) != list(known[1])
+    )  # measured after rounding
+
+
+def test_the_model_in_the_package_is_small_and_says_what_it_is(tmp_path, capsys):
+    weights, card = EMBEDDED / "model.safetensors", (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    assert weights.stat().st_size <= 8e6
+    for text in ("research", "licence of l2g-meta's code, MIT, does not change that", "l2g pretrain", "95% interval"):
+        assert text in card
+    assert main(["export", str(tmp_path / "model"), "--no-onnx"]) == 0
+    assert "1-shot: test" in capsys.readouterr().out
+    found, own = (json.loads((folder / "model.json").read_text()) for folder in (tmp_path / "model", EMBEDDED))
+    assert found["calibration"] == own["calibration"] and found["weights"] == "float32"
+    assert (tmp_path / "model" / "encoder.pt2").exists()
+
+
+def test_an_encoder_by_its_name_is_exported_and_read_again(tmp_path):
+    import torchvision
+
+    net = torchvision.models.mobilenet_v3_small(weights=None)
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    name, options = "torchvision:mobilenet_v3_small", {"weights": tmp_path / "a.pt", "image_size": 32}
+    values = export(name, tmp_path / "model", onnx=False, **options)
+    assert values["calibration"] is None and values["preparation"]["resize"] == 37
+    assert "ImageNet" in (tmp_path / "model" / "README.md").read_text()
+    x, y = np.random.default_rng(0).integers(0, 256, (6, 40, 50, 3), np.uint8), [0, 0, 1, 1, 2, 2]
+    read = FewShotClassifier(tmp_path / "model", device="cpu").fit(x, y)
+    named = FewShotClassifier(open_source(name, "cpu", **options), device="cpu").fit(x, y)
+    np.testing.assert_array_equal(read.predict_proba(x), named.predict_proba(x))
 
 
 def test_one_example_each_is_enough_for_rejection(blob_run, exported):
@@ -230,6 +273,8 @@ def test_a_run_given_its_data_from_python_says_so(blob_run, tmp_path):
     data = load("folder", "train", root=blob_run.parent / "data", image_size=16)
     config = Config(ways=3, queries=2, pairs=1, iterations=1, eval_every=1, eval_episodes=2, device="cpu")
     train(config, tmp_path / "run", data=data, validation=data, progress=False)
+    with pytest.raises(L2GError, match="belong to the name of an encoder"):
+        export(tmp_path / "run", tmp_path / "model", weights="a.pt", onnx=False)
     with pytest.raises(L2GError, match="was given its data from Python"):
         export(tmp_path / "run", tmp_path / "model", onnx=False)
     with pytest.raises(L2GError, match="was given its data from Python"):

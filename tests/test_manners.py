@@ -79,7 +79,7 @@ def test_metavars_are_a_few_words():
         found |= {a.metavar or a.dest.upper() for a in parser._actions if a.nargs != 0 and a.choices is None}
     assert found <= {
         "RUN", "DIR", "FILE", "DIR|FILE", "OUT", "NAME", "N", "N,N", "X", "ROW", "COLUMN", "RATE", "NAME=VALUE",
-        "RUN|FILE|default",
+        "RUN|FILE|default", "RUN|NAME",
     }  # fmt: skip
 
 
@@ -98,8 +98,8 @@ def test_metavars_are_a_few_words():
         ("train --lr fast", "argument --lr: need a number, got 'fast'"),
         ("train --seed 1.5", "argument --seed: need a whole number, got '1.5'"),
         ("evaluate run --ways five", "argument --ways: need a whole number of at least 2, got 'five'"),
-        ("evaluate", "l2g evaluate: need RUN"),
-        ("predict --modle run --support a --query b", "l2g predict: need --model; see l2g predict --help"),
+        ("evaluate", "l2g: need RUN, or --data"),
+        ("predict --modle run --support a --query b", "got --modle run besides; did you mean --model\\?"),
         ("predict --model run", "l2g predict: need --support, --query"),
         ("reproduce table9", "need one of table1, .*; got 'table9'; did you mean table3\\?"),
     ],

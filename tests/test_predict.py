@@ -6,12 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
+from l2g_meta import FewShotClassifier
 from l2g_meta.classify import photo_folder as folder
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.cli.main import main
+from l2g_meta.files.tensors import load_tensors
 
 
 @pytest.fixture
@@ -181,3 +183,52 @@ def test_names_are_no_formulas(blob_run, photos, monkeypatch, name):
 def test_links_to_folders_are_not_followed(photos):
     os.symlink(photos / "query", photos / "query" / "again", target_is_directory=True)
     assert len(folder.query_files([photos / "query"])) == 12
+
+
+def test_without_a_model_the_one_in_the_package_answers(photos, capsys):
+    words = ["predict", "--support", photos / "support", "--query", photos / "query", "--device", "cpu", "--json"]
+    assert main(list(map(str, words))) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["model"] is None and document["calibrated"] and document["right"] == 12
+    assert set(document["predictions"][0]) == {"file", "class", "probability", "nearest"}
+
+
+class Pixels(nn.Module):
+    """An encoder that the command line names."""
+
+    preparation = Preparation(4, 3, (0.5,), (0.5,))
+
+    def __init__(self, in_channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(in_channels, 1, 1))
+
+    def forward(self, x):
+        return (self.scale * x).flatten(1)
+
+
+def test_encoders_by_name(photos, capsys):
+    torch.save({"scale": torch.full((3, 1, 1), 2.0)}, photos / "a.pt")
+    for more in ([], ["--weights", photos / "a.pt"]):
+        assert predict(f"{__name__}:Pixels", photos, "--json", *more) == 0
+        assert json.loads(capsys.readouterr().out)["right"] == 12
+    for model, message in (
+        ("torchvision:resnet0", "need a name of torchvision's"),
+        ("no_such:Thing", "cannot load --backbone no_such:Thing"),
+        (photos / "support", "weights and image_size belong to"),
+    ):
+        assert predict(model, photos, "--image-size", "32") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_embeddings_as_a_file(photos, capsys):
+    (photos / "query" / "class01" / "3.png").write_bytes(b"no image")
+    out = photos / "new" / "features.safetensors"
+    assert main(["embed", str(photos / "query"), str(out), "--device", "cpu", "--batch-size", "5"]) == 1
+    tensors, info = load_tensors(out)
+    assert tensors["features"].shape == (11, 256) and len(info["files"]) == 11
+    assert info["labels"] == [os.path.basename(os.path.dirname(file)) for file in info["files"]]
+    expected = FewShotClassifier(device="cpu").fit(info["files"], info["labels"]).transform(info["files"])
+    np.testing.assert_allclose(tensors["features"], expected, rtol=1e-4, atol=1e-5)
+    assert "3.png" in capsys.readouterr().err
+    assert main(["embed", str(photos / "query" / "class01" / "3.png"), str(out), "--device", "cpu"]) == 2
+    assert "need an image that can be read" in capsys.readouterr().err

@@ -119,6 +119,9 @@ def test_what_the_page_says(page, report):
         "Over 12 episodes and 2 trained seeds of the test split, 5-way 1-shot, 5 queries per class, BatchNorm" in page
     )
     assert "--method episodic l2g" in parsed.text
+    for run in report.runs:
+        for e in run.measured.frozen.values():
+            assert f"{e.accuracy_mean:.2f} ± {e.ci95_episodes:.2f}" in parsed.text and len(e.accuracies) == 12
     assert len(page.encode()) < LIMIT
 
 

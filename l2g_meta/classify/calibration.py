@@ -24,10 +24,7 @@ QUANTILES = 200  # kept of the scores of known images: steps of half a per cent
 TEMPERATURES = (1e-3, 1e3)  # least and largest that are tried
 
 
-def fit_temperature(
-    scores: Tensor,  # (n, n_way)
-    y: Tensor,  # (n,)
-) -> float:
+def fit_temperature(scores: Tensor, y: Tensor) -> float:  # (n, n_way), (n,)
     r"""The temperature T that minimises the negative log-likelihood of :math:`\mathrm{softmax}(s / T)`.
 
     The loss is convex in β = 1/T, with the derivative :math:`\sum_i (\mathbb{E}_{p_i}[s_i] - s_{i, y_i})`, whose zero
@@ -55,12 +52,7 @@ def fit_temperature(
     return math.exp(-(low + high) / 2)
 
 
-def expected_calibration_error(
-    confidence: Tensor,  # (n,)
-    correct: Tensor,  # (n,)
-    *,
-    bins: int = BINS,
-) -> float:
+def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> float:  # (n,), (n,)
     r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|`, in [0, 1].
 
     Predictions are put into bins of equal width by the probability of the predicted class.
@@ -103,12 +95,7 @@ class Reliability:
     accuracy: list[float]
 
 
-def reliability(
-    confidence: Tensor,  # (n,)
-    correct: Tensor,  # (n,)
-    *,
-    bins: int = BINS,
-) -> Reliability:
+def reliability(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Reliability:  # (n,), (n,)
     """Bins of a reliability diagram, open at the left.
 
     Shapes: confidence (n,), correct (n,) booleans -> three lists of length ``bins``.
@@ -216,9 +203,7 @@ class Calibration:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise L2GError(f"need a calibration, got: {error!r}; export the run again") from error
         if not sound:
-            raise L2GError(
-                f"need a calibration with positive temperatures, got {str(values)[:200]}; export the run again"
-            )
+            raise L2GError(f"need a calibration with temperatures above 0, got {str(values)[:200]}; export again")
         return found
 
 

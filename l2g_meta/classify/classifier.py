@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils import validation as v
+from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from l2g_meta.classify import calibration as c
@@ -17,21 +20,6 @@ from l2g_meta.classify import scoring
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import Source, open_source
 from l2g_meta.errors import DataError, L2GError
-
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import (
-        assert_all_finite,
-        check_consistent_length,
-        check_is_fitted,
-        column_or_1d,
-        validate_data,
-    )
-except ImportError as missing:
-    raise L2GError(
-        f'need scikit-learn 1.6 or later to classify, got: {missing}; pip install "l2g-meta[classify]" adds it'
-    ) from missing
 
 
 class Predictions(NamedTuple):
@@ -52,12 +40,14 @@ class Predictions(NamedTuple):
     nearest: np.ndarray
 
 
-class FewShotClassifier(ClassifierMixin, BaseEstimator):
+class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     """Classifies images of new classes from a few examples of each, without training.
 
     ``fit`` embeds the examples once and keeps the embeddings; ``partial_fit`` adds examples and classes. Images may be
     paths, PIL images, arrays or tensors, see ``l2g_meta.classify.photos.inputs``. BatchNorm takes its running
-    statistics, so that what is said of an image depends on no other image of the call.
+    statistics, so that what is said of an image depends on no other image of the call. ``transform`` gives the
+    embeddings, to any classifier behind it in a pipeline; those of the same image by the same folder or name are kept,
+    as long as there is room (``l2g_meta.classify.scoring.CACHE``), so that folds and sweeps encode a photo once.
 
     The number of examples may differ from class to class; no class is favoured for having more
     (``l2g_meta.classify.scoring``). A model that is no plain ``MetricModel`` (one that adapts on the examples, or a
@@ -65,8 +55,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     examples are embedded again for each batch.
 
     Args:
-        model: a folder made by ``l2g train`` (its best checkpoint) or by ``l2g export``, or what ``open_source`` made
-            of one; or ``model(task) -> scores``, or its ``L2GWrapper``, of which a copy is used.
+        model: by default the model that comes with the package; a folder made by ``l2g train`` (its best checkpoint)
+            or by ``l2g export``; ``timm:NAME``, ``torchvision:NAME`` or ``package.module:Class``; what ``open_source``
+            made of one; or ``model(task) -> scores``, or its ``L2GWrapper``, of which a copy is used.
+        weights: of an encoder by its name, a file with its state dict; the library's pretrained ones by default.
         reject_rate: share of images of the known classes that may be called unknown, in (0, 1); ``None`` rejects
             nothing. An image is unknown if its highest score is below a threshold, see ``threshold_``.
         unknown_label: what ``predict`` says of such images.
@@ -102,12 +94,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         ['far']
         >>> classifier.partial_fit([[9.0, 9.0]], ["farther"]).classes_.tolist()
         ['far', 'farther', 'near']
+        >>> classifier.transform([[3.0, 3.0]]).tolist()
+        [[3.0, 3.0]]
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         *,
+        weights: Path | str | None = None,
         reject_rate: float | None = None,
         unknown_label: Any = "unknown",
         temperature: float | None = None,
@@ -117,6 +112,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         trust: bool = False,
     ):
         self.model = model
+        self.weights = weights
         self.reject_rate = reject_rate
         self.unknown_label = unknown_label
         self.temperature = temperature
@@ -127,23 +123,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: Path | str, **options: Any) -> FewShotClassifier:
-        """A classifier around a folder made by ``l2g export`` or ``l2g train``, read now: errors come here.
-
-        Args:
-            folder: the folder.
-            options: those of the class.
-        """
+        """A classifier, of the class's ``options``, around a folder or a name that is read now: errors come here."""
         classifier = cls(str(folder), **options)
-        open_source(classifier.model, classifier.device, trust=classifier.trust)
+        classifier._open()
         return classifier
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:  # noqa: N803
-        """Learns classes from examples, forgetting earlier ones.
-
-        Args:
-            X: images, n of them.
-            y: their labels, (n,), numbers or texts.
-        """
+        """Learns classes from examples, n images and their labels (n,), numbers or texts; forgets earlier ones."""
         self.__dict__.pop("supports_", None)
         return self.partial_fit(X, y)
 
@@ -165,14 +151,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.classes_, before, kept = y[:0], y[:0], []
         elif self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
             raise L2GError(
-                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert "
-                "them, or fit anew"
+                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert them"
             )
         else:
             before, kept = self.classes_[self._index], [self.supports_.z]
         self.classes_ = np.union1d(np.union1d(self.classes_, known), y)
         index = np.searchsorted(self.classes_, np.concatenate([before, y]))
-        return self._keep(torch.cat([*kept, *map(self._embed, self._inputs(X))]), index)
+        return self._keep(torch.cat([*kept, *self._embedded(X)]), index)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """The label of each image, or ``unknown_label``, (n,)."""
@@ -181,6 +166,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Probability of each of ``classes_``, given that the image is of one of them, (n, n_classes)."""
         return self.classify(X, nearest=False).probabilities
+
+    def transform(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Embeddings of images, (n, d), with running statistics; the examples make no difference to them.
+
+        Raises:
+            L2GError: for a model that has none which hold for all tasks.
+        """
+        v.check_is_fitted(self)
+        if not scoring.scores_from_embeddings(self.source_.model):
+            raise L2GError("need a MetricModel, whose encoder gives embeddings, got a model that adapts; use predict")
+        X = self._checked(X, reset=False)
+        return torch.cat([z.flatten(1).cpu() for z in self._embedded(X)]).numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
         """Share of images whose label is predicted; an image called unknown counts as wrong unless y says so."""
@@ -194,24 +191,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             X: images, n of them.
             nearest: also look for the nearest example.
         """
-        check_is_fitted(self)
+        v.check_is_fitted(self)
         X = self._checked(X, reset=False)
-        parts = [self._say(x, nearest) for x in self._inputs(X)]
+        parts = [self._say(z, nearest) for z in self._embedded(X)]
         return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _say(self, x: Tensor, nearest: bool) -> Predictions:
-        """Of one batch of inputs."""
-        supports, model = self.supports_, self.source_.model
-        z = self._embed(x)
-        scores = supports.scores(z).cpu()  # double precision is not to be had on every device
+    def _say(self, z: Tensor, nearest: bool) -> Predictions:
+        """Of one batch, embedded."""
+        scores = self.supports_.scores(z).cpu()  # double precision is not to be had on every device
         if not scores.isfinite().any(-1).all() or scores.isnan().any():
             raise L2GError("need scores that are numbers, got NaN: the model's weights are not finite; train again")
-        p = np.zeros((len(x), len(self.classes_)))
+        p = np.zeros((len(z), len(self.classes_)))
         p[:, self.seen_] = c.probabilities(scores, self.temperature_).numpy()
         classes = self.classes_[self.seen_[scores.argmax(-1).numpy()]]
         rejected = (scores.max(-1).values.double() < self.threshold_).numpy()
-        found = supports.nearest(z) if nearest and scoring.scores_from_embeddings(model) else None
-        at = np.full(len(x), -1) if found is None else found.cpu().numpy()
+        found = self.supports_.nearest(z) if nearest else None
+        at = np.full(len(z), -1) if found is None else found.cpu().numpy()
         return Predictions(self._with_unknown(classes, rejected), classes, p, rejected, at)
 
     def _with_unknown(self, classes: np.ndarray, rejected: np.ndarray) -> np.ndarray:
@@ -233,17 +228,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise L2GError(f"need a temperature above 0 and finite, got {self.temperature!r}")
         if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
             raise L2GError(f"need a batch_size of at least 1, got {self.batch_size!r}")
-        source = open_source(self.model, self.device, trust=self.trust)
+        source = open_source(self.model, self.device, trust=self.trust, weights=self.weights)
         scoring.check_inductive(source.model)
         return source
 
     def _keep(self, z: Tensor, index: np.ndarray) -> FewShotClassifier:
         """Takes all examples, old and new, as features (n, ...) and places in ``classes_`` (n,)."""
         if self.reject_rate is not None and self.unknown_label in self.classes_.tolist():
-            raise L2GError(
-                f"need an unknown_label that is no class, got {self.unknown_label!r}; rename the class (its "
-                "folder), or choose another label"
-            )
+            raise L2GError(f"need an unknown_label that is no class, got {self.unknown_label!r}; choose another")
         self._index = index
         self.seen_, y = np.unique(index, return_inverse=True)
         labels = torch.as_tensor(y, device=z.device)
@@ -260,27 +252,26 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.threshold_, self.threshold_from_ = self.supports_.threshold(self.reject_rate, known_scores)
         return self
 
-    def _embed(self, x: Tensor) -> Tensor:
-        if not x.isfinite().all():
-            raise DataError("need images of finite numbers, got NaN or infinity; clean them, or pass uint8 pixels")
-        with torch.no_grad():
-            return scoring.embed(self.source_.model, x)
-
-    def _inputs(self, X: Any) -> Iterator[Tensor]:  # noqa: N803
-        like = next((p for p in self.source_.model.parameters() if p.is_floating_point()), torch.empty(0))
-        preparation = self.source_.preparation or self.preparation
-        for start in range(0, len(X), self.batch_size):  # so that memory does not grow with their number
+    def _embedded(self, X: Any) -> Iterator[Tensor]:  # noqa: N803
+        """What the supports are kept as, of one batch of images after the other: memory does not grow with them."""
+        model, preparation = self.source_.model, self.source_.preparation or self.preparation
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        for start in range(0, len(X), self.batch_size):
             part = X[start : start + self.batch_size]
-            yield images.inputs(part, preparation, device=like.device, dtype=like.dtype)
+            x = images.inputs(part, preparation, device=like.device, dtype=like.dtype)
+            if not x.isfinite().all():
+                raise DataError("need images of finite numbers, got NaN or infinity; clean them, or pass uint8 pixels")
+            with torch.no_grad():
+                yield scoring.embed(model, x, self.source_.token)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, np.ndarray]:  # noqa: N803
         if y is None:
             raise L2GError("need a label of each image: it requires y to be passed, but the target y is None")
         X = self._checked(X, reset=reset)
-        y = column_or_1d(y.cpu() if isinstance(y, Tensor) else y, warn=True)
-        assert_all_finite(y, input_name="y")
+        y = v.column_or_1d(y.cpu() if isinstance(y, Tensor) else y, warn=True)
+        v.assert_all_finite(y, input_name="y")
         check_classification_targets(y)
-        check_consistent_length(X, y)
+        v.check_consistent_length(X, y)
         return X, y
 
     def _checked(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
@@ -291,10 +282,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 del self.n_features_in_
             return X
         X = X.cpu().numpy() if isinstance(X, Tensor) else X
-        return validate_data(self, X, reset=reset, allow_nd=True)
+        return v.validate_data(self, X, reset=reset, allow_nd=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.input_tags.string = True  # paths
+        tags.transformer_tags.preserves_dtype = []
         return tags

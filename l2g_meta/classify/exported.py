@@ -6,28 +6,33 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l2g_meta.classify.calibration import Calibration, calibrate
+from l2g_meta.classify import source as sources
+from l2g_meta.classify.calibration import calibrate
 from l2g_meta.classify.card import model_card
 from l2g_meta.classify.photos import Preparation
-from l2g_meta.classify.source import FORMAT, MODEL, WEIGHTS, architecture
+from l2g_meta.classify.prepared_data import open_data
+from l2g_meta.data.images import SPLITS
 from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import sealed
-from l2g_meta.files.tensors import make_folder, read_info, refuse_given, save_tensors
+from l2g_meta.files.tensors import make_folder, read_info, save_tensors
 from l2g_meta.files.writing import PARTIAL, new_file, sync, write_bytes, write_text
+from l2g_meta.models.linear_head import LinearHead
 from l2g_meta.models.metric import MetricModel
-from l2g_meta.training.build import build_data, build_device, load_run
+from l2g_meta.training.build import build_data, build_device
 from l2g_meta.training.checks import LEARNERS
-from l2g_meta.training.config import MACHINE, Config
+from l2g_meta.training.config import MACHINE
 from l2g_meta.training.log import read_log
 
 TOLERANCE = 1e-4  # largest difference of an exported encoder's embeddings, relative to their largest magnitude
@@ -35,66 +40,88 @@ CARD, PROGRAM, ONNX = "README.md", "encoder.pt2", "encoder.onnx"
 
 
 def export(
-    run: Path | str,
+    model: Any,
     out: Path | str,
     *,
     onnx: bool = True,
+    half: bool = False,
     episodes: int = 600,
     root: str | None = None,
     checkpoint: str = "best",
     device: str | None = None,
     trust: bool = False,
+    weights: Path | str | None = None,
+    image_size: int | None = None,
 ) -> dict[str, Any]:
-    """Writes a run as a folder that ``FewShotClassifier`` reads on another machine; returns what is in ``model.json``.
+    """Writes a model as a folder that ``FewShotClassifier`` reads on another machine; returns ``model.json``'s values.
 
-    Temperatures are fitted on episodes of the run's validation split, and checked on its test split. The encoder is
-    written as a ``torch.export`` program and as ONNX, each with any number of images, and each read back and compared.
-    The folder appears when all is well.
+    Of a run, temperatures are fitted on episodes of its validation split, and checked on its test split; other models
+    keep what is known of them. The encoder is written as a ``torch.export`` program and as ONNX, each with any number
+    of images, and each read back and compared. The folder appears when all is well.
 
     Args:
-        run: folder made by ``l2g train``.
+        model: folder made by ``l2g train``, or what ``open_source`` takes.
         out: folder to make.
         onnx: also write the ONNX file, which takes the extra ``l2g-meta[export]``.
+        half: store weights as float16, and leave the encoder's own files out; what is measured is what they give,
+            read back as float32.
         episodes: for each number of shots, on each split.
         root: folder of the data, if it has moved since training.
-        checkpoint: ``"best"`` on validation, or ``"last"``.
+        checkpoint: of a run: ``"best"`` on validation, ``"last"`` or ``"average"``.
         device: as of ``load_run``.
         trust: as of ``load_run``.
+        weights: as of ``open_source``, and so for the next.
+        image_size: of an encoder by its name.
 
     Raises:
-        L2GError: if the run or its data cannot be used, ``out`` is there, or an encoder does not give the same
+        L2GError: if the model or its data cannot be used, ``out`` is there, or an encoder does not give the same
             embeddings.
     """
-    run, out = Path(run), Path(out)
-    if onnx:
+    out = Path(out)
+    if onnx and not half:
         _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
-    wrapper, config = load_run(run, checkpoint=checkpoint, device=device, trust=trust)
-    info = read_info(run / f"{checkpoint}.safetensors")
-    refuse_given(info, run, "fit a FewShotClassifier around its model")
-    model, preparation = wrapper.module, Preparation.of_training(config, info["image_shape"])
-    data = {
-        split: build_data(replace(config, root=root or config.root), split) for split in ("train", "validation", "test")
-    }
-    calibration = _calibrate(model, config, data, episodes=episodes, device=build_device(config.device))
-    values = {
-        "format": FORMAT,
-        "architecture": architecture(config),
+    if (run := sources.run_of(model)) and (weights or image_size):
+        raise L2GError(f"weights and image_size belong to the name of an encoder, got the run {run}; leave them out")
+    if run:
+        source = sources.open_run(run, device, checkpoint=checkpoint, trust=trust)
+    else:
+        source = sources.open_source(model, device or "auto", trust=trust, weights=weights, image_size=image_size)
+    if source.config is None or source.preparation is None:
+        raise L2GError("need a run, an exported folder or the name of an encoder to export, got a module; wrap it")
+    net, preparation = source.model, source.preparation
+    tensors = halved(net.state_dict()) if half else net.state_dict()
+    net.load_state_dict(tensors)
+    values = {name: source.values.get(name) for name in ("calibration", "classes", "training", "elsewhere")}
+    if run:
+        values |= _measured(source, run, checkpoint, episodes, root)
+    values |= {
+        "format": sources.FORMAT,
+        "architecture": sources.architecture(source.config),
         "preparation": asdict(preparation),
-        "calibration": asdict(calibration),
-        "classes": list(data["train"].class_names),
-        "training": _training(run, config, info, checkpoint),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "weights": "float16" if half else "float32",
         "encoder": None,
     }
     with _appears(out) as folder:
-        if isinstance(model, MetricModel):
-            values["encoder"] = export_encoder(model.encoder, preparation, folder, onnx=onnx)
-        header = {"image_shape": info["image_shape"], "given": [], "n_classes": info.get("n_classes")}
-        save_tensors(folder / WEIGHTS, model.state_dict(), header)
-        write_text(folder / MODEL, json.dumps(sealed(values), indent=1) + "\n")
-        write_text(folder / CARD, model_card(values))
+        if isinstance(net, MetricModel) and not half:
+            values["encoder"] = export_encoder(net.encoder, preparation, folder, onnx=onnx)
+        head = getattr(net, "head", None)
+        n_classes = head.linear.out_features if isinstance(head, LinearHead) else None
+        header: dict[str, Any] = {"image_shape": preparation.image_shape, "given": [], "n_classes": n_classes}
+        save_tensors(folder / sources.WEIGHTS, tensors, header)
+        write_text(folder / sources.MODEL, json.dumps(sealed(values), indent=1) + "\n")
+        write_text(
+            folder / CARD,
+            model_card(values, imagenet=source.pretrained or source.config.data in sources.IMAGENET_SETS),
+        )
     return values
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as float16; norms and biases, which take little room and may be small numbers, as they are."""
+    return {name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in tensors.items()}
 
 
 def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *, onnx: bool = True) -> dict[str, Any]:
@@ -152,46 +179,45 @@ def _difference(name: str, found: list[Tensor], expected: list[Tensor]) -> float
     pairs = list(zip(found, expected, strict=True))
     difference = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
     if not difference <= TOLERANCE:
-        raise L2GError(
-            f"need the same embeddings from {name}, got a relative difference of {difference:.1e}; report it"
-        )
+        raise L2GError(f"need the same embeddings from {name}, got a difference of {difference:.1e}; report it")
     return difference
 
 
-def _calibrate(
-    model: nn.Module, config: Config, data: dict[str, Any], *, episodes: int, device: torch.device
-) -> Calibration:
-    """On episodes of five ways, or as many as the model and the splits have."""
-    most = min(len(data["validation"].index), len(data["test"].index))
-    ways = min(5, most, config.ways) if config.method in LEARNERS and isinstance(config.ways, int) else min(5, most)
-    smallest = min(len(rows) for split in ("validation", "test") for rows in data[split].index)
+def _measured(source: sources.Source, run: Path, checkpoint: str, episodes: int, root: str | None) -> dict[str, Any]:
+    """What a run's model is worth, and what a reader should know of its training, but for what one machine is."""
+    config = source.config
+    info, rows = read_info(run / f"{checkpoint}.safetensors"), read_log(run) if (run / "log.csv").is_file() else []
+    train, validation, test = (build_data(replace(config, root=root or config.root), split) for split in SPLITS)
+    most = min(len(validation.index), len(test.index))
+    learner = config.method in LEARNERS and isinstance(config.ways, int)
+    smallest = min(len(rows) for data in (validation, test) for rows in data.index)
     shots = tuple(k for k in (1, 5) if k < smallest)
-    shape: dict[str, Any] = {"ways": ways, "shots": shots, "queries": max(1, min(15, smallest - max(shots)))}
-    return calibrate(model, data["validation"], data["test"], **shape, episodes=episodes, device=device)
-
-
-def _training(run: Path, config: Config, info: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """What a reader should know of the training, without what belongs to one machine."""
-    rows = read_log(run) if (run / "log.csv").is_file() else []
-    return {
-        "checkpoint": checkpoint,
-        "iteration": info.get("iteration"),
-        "validation_accuracy": info.get("val_accuracy"),
-        "validation_ways": info.get("val_ways"),
-        "seconds": round(sum(float(row["seconds"] or 0) for row in rows), 1) if rows else None,
-        "config": {name: value for name, value in asdict(config).items() if name not in MACHINE},
+    options: dict[str, Any] = {"episodes": episodes, "device": build_device(config.device), "shots": shots}
+    options |= {"queries": max(1, min(15, smallest - max(shots))), "ways": min(5, most, *[config.ways] * learner)}
+    measured = calibrate(source.model, validation, test, **options)
+    values: dict[str, Any] = {"calibration": asdict(measured), "classes": list(train.class_names), "elsewhere": None}
+    if config.data in sources.IMAGENET_SETS and source.preparation is not None:  # how far from photos it is of use
+        drawn = open_data("glyphs", "test", source.preparation)
+        found = [evaluate(source.model, drawn, **(options | {"shots": k})) for k in shots]
+        values["elsewhere"] = {"glyphs": [
+            {"shots": e.shots, "accuracy": e.accuracy_mean, "accuracy_ci95": e.ci95_episodes} for e in found
+        ]}  # fmt: skip
+    return values | {
+        "training": {
+            "checkpoint": checkpoint,
+            "iteration": info.get("iteration"),
+            "validation_accuracy": info.get("val_accuracy"),
+            "validation_ways": info.get("val_ways"),
+            "seconds": round(sum(float(row["seconds"] or 0) for row in rows), 1) if rows else None,
+            "config": {name: value for name, value in asdict(config).items() if name not in MACHINE},
+        }
     }
 
 
 def _check_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise L2GError(
-            f'need onnx, onnxscript and onnxruntime to write ONNX, got: {error}; pip install "l2g-meta[export]" adds '
-            "them, --no-onnx leaves it out"
-        ) from error
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if util.find_spec(name) is None]:
+        what = 'got none; pip install "l2g-meta[export]" adds them, --no-onnx leaves it out'
+        raise L2GError(f"need {', '.join(missing)} to write ONNX, {what}")
 
 
 @contextmanager

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.photos import Preparation
+from l2g_meta.classify.source import Source
 from l2g_meta.data.images import FORMATS, files_by_class
-from l2g_meta.errors import DataError
+from l2g_meta.errors import DataError, L2GError
+from l2g_meta.evaluation.episodes import scores_from_embeddings
 
 # Pictures of formats that are not read: they are listed as skipped, where other files in a folder are passed over.
 OTHER = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
@@ -86,60 +91,42 @@ def query_files(queries: Sequence[Path]) -> list[str]:
         if query.is_dir():
             for folder, folders, names in os.walk(query):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
-                files += [os.path.join(folder, n) for n in sorted(names) if not n.startswith(".") and _is_picture(n)]
+                files += [os.path.join(folder, name) for name in sorted(names) if _is_picture(name)]
         elif query.exists():
             files.append(str(query))
         else:
-            raise DataError(f"need a file or folder to classify, there is no {query}; check --query")
+            raise DataError(f"need a file or folder of images, there is no {query}; check its path")
     if not files:
-        raise DataError(
-            f"need images *.{{jpg,jpeg,png}} to classify, got none in {', '.join(map(str, queries))}; check --query"
-        )
+        raise DataError(f"need images *.{{jpg,jpeg,png}}, got none in {', '.join(map(str, queries))}; check the path")
     return list(dict.fromkeys(files))
 
 
-def support_files(folder: Path) -> dict[str, list[str]]:
-    """Files of each class, ``folder/<class>/*``.
+def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path) -> list[str]:
+    """Fits on a folder of one folder per class; returns the files that were used, in the order of the examples.
+
+    Pictures beside the folders of classes are skipped.
 
     Raises:
-        DataError: if there is no class, or a class has no picture.
+        DataError: if there is no class, or a class has no readable image.
     """
     if not folder.is_dir():
         raise DataError(f"need a folder of one folder per class as --support, {folder} is none; check it")
     classes, lacks = files_by_class(folder, PICTURES)
     if lacks:
         raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {lacks} in {folder}; add some")
-    return classes
-
-
-def loose_files(folder: Path) -> list[str]:
-    """Pictures beside the folders of classes, of no class."""
-    with os.scandir(folder) as entries:
-        return sorted(e.path for e in entries if _is_picture(e.name) and not e.name.startswith(".") and e.is_file())
-
-
-def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path) -> list[str]:
-    """Fits on a folder of one folder per class; returns the files that were used, in the order of the examples.
-
-    Raises:
-        DataError: if a class has no readable image.
-    """
+    for path in sorted(folder.iterdir()):
+        if _is_picture(path.name) and path.is_file():
+            reader.skip(str(path), "it lies in no folder of a class; move it into one")
     files: list[str] = []
     labels: list[str] = []
     pixels: list[np.ndarray] = []
-    classes = support_files(folder)
-    for file in loose_files(folder):
-        reader.skip(file, "it lies in no folder of a class; move it into one")
     for name, paths in classes.items():
-        before = len(files)
         for part, read in reader.batches(paths):
             files += part
-            labels += [name] * len(part)
             pixels.append(read)
-        if len(files) == before:
-            raise DataError(
-                f"need a readable image of class {name!r} in {folder}, got none; add one, or remove the class"
-            )
+        labels += [name] * (len(files) - len(labels))
+        if labels[-1:] != [name]:
+            raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
     classifier.fit(np.concatenate(pixels), labels)
     return files
 
@@ -155,6 +142,28 @@ def classify_files(
             for file, label, p, at in zip(part, said.labels, said.probabilities, said.nearest, strict=True):
                 rows.append(Row(file, str(label), float(p.max()), supports[at] if at >= 0 else ""))
         yield rows
+
+
+def embed_files(
+    source: Source, reader: PhotoReader, photos: Sequence[Path], *, progress: bool = True
+) -> tuple[list[str], Tensor]:
+    """The files that can be read, and their embeddings, (n, d).
+
+    Raises:
+        L2GError: for a model that has none which hold for all tasks, or if no file can be read.
+    """
+    if not scores_from_embeddings(source.model):
+        raise L2GError("need a MetricModel, whose encoder gives embeddings, got a model that adapts; choose another")
+    files, parts, device = [], [], next(source.model.parameters()).device
+    with torch.no_grad(), tqdm(total=len(asked := query_files(photos)), disable=None if progress else True) as bar:
+        for part, pixels in reader.batches(asked):
+            files += part
+            if part:
+                parts.append(source.model.encoder(reader.preparation.normalised(pixels, device)).flatten(1).cpu())
+            bar.update(len(part))
+    if not files:
+        raise DataError("need an image that can be read, got none; the reason of each is above")
+    return files, torch.cat(parts)
 
 
 def right_of(rows: Sequence[Row], classes: Collection[str], supports: Collection[str] = ()) -> tuple[int, int] | None:
@@ -174,4 +183,4 @@ def right_of(rows: Sequence[Row], classes: Collection[str], supports: Collection
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in PICTURES
+    return os.path.splitext(name)[1].lower() in PICTURES and not name.startswith(".")

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from l2g_meta.data import dataset_module
 from l2g_meta.data.dataset import prepared
-from l2g_meta.data.images import FORMATS, IMAGENET_MEAN, IMAGENET_STD, is_deep, read_image, stretch
+from l2g_meta.data.images import FORMATS, IMAGENET_MEAN, IMAGENET_STD, is_deep, read_image
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.training.config import Config
 
 PREPARED = "pass preparation=Preparation(size, channels, mean, std), or a run or exported folder as model"
 MAX_SIDE = 2048  # of the network's input; a file that asks for more is damaged or hostile
+MAX_RATIO = 50  # of an image's sides, before its shorter one is resized: a line of pixels would fill the memory
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Preparation:
         mean: per channel, on the [0, 1] scale; subtracted.
         std: per channel, on the [0, 1] scale; divided by.
         square: crop to the central square before resizing (``--data folder``), instead of stretching (the others).
+        resize: the shorter side is resized to this, then the central square cropped, as torchvision and timm do.
+        interpolation: how pixels are resampled, with antialiasing.
 
     Example:
         >>> Preparation(28, 1, (0.5,), (0.5,)).pixels(Image.new("RGB", (60, 40))).shape
@@ -43,16 +47,20 @@ class Preparation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     square: bool = False
+    resize: int | None = None
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         numbers = (*self.mean, *self.std)
+        sides = [self.size] if self.resize is None else [self.size, self.resize]
         sound = (
-            type(self.size) is int
-            and 1 <= self.size <= MAX_SIDE
+            all(type(side) is int and self.size <= side <= MAX_SIDE for side in sides)
+            and self.size >= 1
             and self.channels in (1, 3)
             and {len(self.mean), len(self.std)} <= {1, self.channels}
             and all(type(value) in (int, float) and abs(value) < 1e6 for value in numbers)
             and all(value > 0 for value in self.std)
+            and self.interpolation in INTERPOLATIONS
         )
         if not sound:
             raise L2GError(f"need a size, 1 or 3 channels, and a mean and a positive std of each, got {self}")
@@ -61,13 +69,8 @@ class Preparation:
     def of_training(cls, config: Config, image_shape: Sequence[int]) -> Preparation:
         """What ``l2g train`` did to the images of a config's data set."""
         module = dataset_module(config.data)
-        return cls(
-            size=image_shape[1],
-            channels=image_shape[0],
-            mean=tuple(getattr(module, "MEAN", IMAGENET_MEAN)),
-            std=tuple(getattr(module, "STD", IMAGENET_STD)),
-            square=config.data == "folder",
-        )
+        mean, std = getattr(module, "MEAN", IMAGENET_MEAN), getattr(module, "STD", IMAGENET_STD)
+        return cls(image_shape[1], image_shape[0], tuple(mean), tuple(std), square=config.data == "folder")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preparation:
@@ -77,8 +80,7 @@ class Preparation:
             L2GError: if it is something else.
         """
         try:
-            tuples = {name: tuple(values[name]) for name in ("mean", "std")}
-            return cls(values["size"], values["channels"], **tuples, square=bool(values["square"]))
+            return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
         except (TypeError, KeyError) as error:
             raise L2GError(f"need how images are prepared, got: {error!r}; export the run again") from error
 
@@ -90,8 +92,17 @@ class Preparation:
     def pixels(self, image: Image.Image) -> np.ndarray:  # (size, size, channels) uint8
         """An image turned upright (Exif), in this many channels, at this size."""
         image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
-        side = (self.size, self.size)
-        image = ImageOps.fit(image, side, Image.Resampling.BILINEAR) if self.square else stretch(image, self.size)
+        side, how = (self.size, self.size), Image.Resampling[self.interpolation.upper()]
+        if self.resize is not None:
+            from torchvision.transforms import InterpolationMode, functional
+
+            most = MAX_RATIO * min(image.size)
+            if max(image.size) > most:
+                image = functional.center_crop(image, [min(image.height, most), min(image.width, most)])
+            image = functional.resize(image, self.resize, InterpolationMode(self.interpolation))
+            image = functional.center_crop(image, list(side))
+        else:
+            image = ImageOps.fit(image, side, how) if self.square else image.resize(side, how)
         return np.array(image).reshape(*side, self.channels)
 
     def read(self, path: str) -> np.ndarray:  # (size, size, channels) uint8
@@ -104,7 +115,7 @@ class Preparation:
             raise DataError(f"need a file *{', *'.join(FORMATS)}, got {path!r}; convert it")
         return self.pixels(read_image(path, upright=True))
 
-    def normalised(self, pixels: np.ndarray | Tensor, device: torch.device) -> Tensor:  # (n, C, H, W)
+    def normalised(self, pixels: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:  # (n, C, H, W)
         """Inputs from pixels (n, size, size, channels) uint8, as training normalised them."""
         x = torch.as_tensor(pixels).to(device)
         constants = [torch.tensor(t, device=device).view(-1, 1, 1) for t in (self.mean, self.std)]
@@ -117,21 +128,16 @@ def check_several(images: Any) -> None:
     Raises:
         DataError: if they are one image, one path, none, or an iterator.
     """
-    if isinstance(images, str | bytes | os.PathLike | Image.Image) or _is_one_image(images):
+    # Pixels (H, W, C) are one image: no grey images (n, H, W) are as narrow.
+    narrow = isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and images.shape[2] in (1, 3, 4)
+    one = narrow and images.dtype in (np.dtype("uint8"), torch.uint8)
+    if isinstance(images, str | bytes | os.PathLike | Image.Image) or one:
         what = f"the path {os.fspath(images)!r}" if isinstance(images, str | os.PathLike) else "one image"
         raise DataError(f"need a list of images or paths, or an array (n, ...), got {what}; pass [it], a list of one")
     if images is None or isinstance(images, Iterator | Set):
-        raise DataError(
-            f"need images that can be counted and have an order, got a {type(images).__name__}; pass a list"
-        )
+        raise DataError(f"need images with a number and an order, got a {type(images).__name__}; pass a list")
     if isinstance(images, list | tuple) and not images:
         raise DataError("need at least one image, got an empty list; check where the images are looked for")
-
-
-def _is_one_image(images: Any) -> bool:
-    """Whether this is pixels (H, W, C): no grey images (n, H, W) are as narrow."""
-    narrow = isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and images.shape[2] in (1, 3, 4)
-    return narrow and images.dtype in (np.dtype("uint8"), torch.uint8)
 
 
 def is_image_list(images: Any) -> bool:
@@ -141,9 +147,9 @@ def is_image_list(images: Any) -> bool:
     if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str | bytes) or len(images) == 0:
         return False
     first = images[0]
-    if isinstance(first, np.ndarray):
-        return first.ndim >= 2
-    return isinstance(first, str | os.PathLike | Image.Image | Tensor)
+    return isinstance(first, str | os.PathLike | Image.Image | Tensor) or (
+        isinstance(first, np.ndarray) and first.ndim >= 2
+    )
 
 
 def inputs(images: Any, preparation: Preparation | None, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -165,7 +171,8 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
         DataError: if they are something else, or a file cannot be read.
     """
     if is_image_list(images):
-        return _from_list(images, preparation, device).to(dtype)
+        single = (_pixels(image, preparation)[None] for image in images)
+        return torch.cat([inputs(one, preparation, device=device, dtype=dtype) for one in single])
     x = _as_tensor(images)
     if preparation is None:
         if x.dtype == torch.uint8:
@@ -176,7 +183,7 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
     if x.ndim == 2 and x.shape[1] == flat:
         x = x.reshape(len(x), *shape)
     if x.dtype == torch.uint8 and x.ndim in (3, 4):
-        return preparation.normalised(_resized(_channels_last(x), preparation), device).to(dtype)
+        return preparation.normalised(resized(_channels_last(x), preparation), device).to(dtype)
     if x.is_floating_point() and tuple(x.shape[1:]) == shape:
         return x.to(device, dtype)
     raise DataError(
@@ -185,32 +192,20 @@ def inputs(images: Any, preparation: Preparation | None, *, device: torch.device
     )
 
 
-def _from_list(images: Sequence[Any], preparation: Preparation | None, device: torch.device) -> Tensor:  # (n, ...)
-    """Inputs of images one by one, each of any kind."""
-    if preparation is None:
-        for image in images:
-            if not isinstance(image, np.ndarray | Tensor):
-                raise DataError(
-                    f"need arrays or tensors where only the module is known, got {type(image).__name__}; {PREPARED}"
-                )
-        return torch.stack([_as_tensor(image) for image in images]).to(device)
-    found = [_pixels(image, preparation) for image in images]
-    if all(isinstance(pixels, np.ndarray) for pixels in found):
-        return preparation.normalised(np.stack(found), device)
-    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-    return torch.cat([inputs(_as_tensor(one)[None], preparation, **options) for one in found])
-
-
-def _pixels(image: Any, preparation: Preparation) -> np.ndarray | Tensor:
+def _pixels(image: Any, preparation: Preparation | None) -> Tensor:
     """Pixels (size, size, channels) of a file or PIL image; an array or tensor as it is."""
+    if isinstance(image, np.ndarray | Tensor):
+        return _as_tensor(image)
+    if preparation is None:
+        raise DataError(f"need arrays or tensors for a module alone, got {type(image).__name__}; {PREPARED}")
     if isinstance(image, str | os.PathLike):
-        return preparation.read(os.fspath(image))
+        return torch.from_numpy(preparation.read(os.fspath(image)))
     if not isinstance(image, Image.Image):
         return _as_tensor(image)
     if is_deep(image):
         raise DataError(f"need 8-bit images, got one of mode {image.mode} with more; convert it")
     try:
-        return preparation.pixels(image)
+        return torch.from_numpy(preparation.pixels(image))
     except (OSError, SyntaxError) as error:  # Pillow reads a file's pixels when they are asked for
         raise DataError(f"need a readable image, got {image!r} ({error}); restore or remove it") from error
 
@@ -236,7 +231,7 @@ def _channels_last(x: Tensor) -> Tensor:  # (n, H, W), (n, H, W, C) or (n, C, H,
     return x
 
 
-def _resized(x: Tensor, preparation: Preparation) -> np.ndarray | Tensor:
+def resized(x: Tensor, preparation: Preparation) -> np.ndarray | Tensor:
     """Pixels (n, H, W, C) at the network's size and number of channels."""
     if tuple(x.shape[1:]) == (preparation.size, preparation.size, preparation.channels):
         return x

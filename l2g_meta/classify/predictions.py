@@ -11,9 +11,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from l2g_meta.classify.classifier import FewShotClassifier
 from l2g_meta.classify.photo_folder import PhotoReader, Row, classify_files, fit_folder, query_files, right_of
-from l2g_meta.classify.source import open_source
+from l2g_meta.classify.source import Source
 from l2g_meta.errors import L2GError
 from l2g_meta.files.names import cell, shown
 from l2g_meta.files.tensors import make_folder
@@ -22,8 +24,19 @@ from l2g_meta.files.writing import write_text
 COLUMNS = ("file", "class", "probability", "nearest")
 
 
+def photo_reader(source: Source, batch_size: int) -> PhotoReader:
+    """Reads images as a model takes them, and tells on standard error of those that it cannot.
+
+    Raises:
+        L2GError: for a module of which nothing is known.
+    """
+    if source.preparation is None:
+        raise L2GError("need a model by its folder or name, which says how images are prepared, got a module")
+    return PhotoReader(source.preparation, batch_size, lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr))
+
+
 def predict(
-    model: Path,
+    source: Source,
     support: Path,
     query: Sequence[Path],
     *,
@@ -33,13 +46,11 @@ def predict(
     progress: bool = True,
     reject_rate: float | None = None,
     batch_size: int = 64,
-    device: str = "auto",
-    trust: bool = False,
 ) -> int:
     """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
 
     Args:
-        model: a run directory or an exported folder.
+        source: the model, as ``open_source`` gives it.
         support: a folder of one folder per class.
         query: files, and folders of them.
         csv_file: write the rows there instead of printing them.
@@ -48,39 +59,26 @@ def predict(
         progress: show a progress bar.
         reject_rate: as of ``FewShotClassifier``.
         batch_size: images at a time.
-        device: as ``--device``.
-        trust: as of ``open_source``.
 
     Raises:
         L2GError: if the model, a folder or an option is unusable.
     """
-    from tqdm import tqdm
-
     if csv_file is not None:
         if str(csv_file) == "-":
-            raise L2GError(
-                "need a file for --csv, got -; name one, or take --json, which writes to the standard output"
-            )
+            raise L2GError("need a file for --csv, got -; name one, or take --json, for the standard output")
         make_folder(csv_file.parent, "a file to write for --csv", "choose another")
-    source = open_source(model, device, trust=trust)
-    if source.preparation is None:
-        raise L2GError("need a run directory or an exported folder as model, which say how images are prepared")
+    device = str(next(source.model.parameters()).device)
     classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
-    files = query_files(query)
-    tell = lambda line: tqdm.write(f"l2g: {shown(line)}", file=sys.stderr)  # noqa: E731
-    reader = PhotoReader(source.preparation, batch_size, tell)
+    reader, files = photo_reader(source, batch_size), query_files(query)
     supports = fit_folder(classifier, reader, support)
     began = time.perf_counter()
     rows: list[Row] = []  # a few short strings each: what grows with the number of images
-    hidden = None if progress else True  # None: hidden where there is no terminal
-    with tqdm(total=len(files), disable=hidden) as bar:
+    with tqdm(total=len(files), disable=None if progress else True) as bar:  # None: hidden where there is no terminal
         for start, batch in enumerate(classify_files(classifier, reader, files, supports)):
             rows += batch
             bar.update(min(batch_size, len(files) - start * batch_size))
     if not rows:
-        raise L2GError(
-            f"need an image that can be read to classify, got {len(files)} that cannot; the reason of each is above"
-        )
+        raise L2GError(f"need an image that can be read to classify, got {len(files)} that cannot; see above")
     if csv_file is not None:
         text = StringIO(newline="")
         lines = ([cell(r.file), cell(r.label), f"{r.probability:.4f}", cell(r.nearest)] for r in rows)
@@ -95,8 +93,7 @@ def predict(
     if table:
         _say(summary, csv_file)
     if emit is not None:
-        predictions = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        emit({"model": str(model), **summary, "predictions": predictions})
+        emit({**summary, "predictions": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})
     return 1 if reader.skipped else 0
 
 
@@ -117,20 +114,18 @@ def _summary(
     classifier: FewShotClassifier, rows: Sequence[Row], skipped: Sequence[tuple[str, str]], supports: Sequence[str]
 ) -> dict[str, Any]:
     classes = list(map(str, classifier.classes_))
-    right = right_of(rows, classes, supports)
+    right, labelled = right_of(rows, classes, supports) or (None, None)
+    fitted = ("temperature", "calibrated", "calibrated_shots", "threshold_from")
     return {
         "classes": classes,
         "examples": classifier.n_examples_,
-        "temperature": classifier.temperature_,
-        "calibrated": classifier.calibrated_,
-        "calibrated_shots": classifier.calibrated_shots_,
+        **{name: getattr(classifier, f"{name}_") for name in fitted},
         "reject_rate": classifier.reject_rate,
-        "threshold_from": classifier.threshold_from_,
         "classified": len(rows),
         "unknown": sum(row.label == classifier.unknown_label for row in rows),
-        "right": None if right is None else right[0],
-        "labelled": None if right is None else right[1],
-        "right_ci95": None if right is None else proportion_interval(*right),
+        "right": right,
+        "labelled": labelled,
+        "right_ci95": None if right is None or labelled is None else proportion_interval(right, labelled),
         "unreadable": [{"file": file, "reason": reason} for file, reason in skipped],
     }
 

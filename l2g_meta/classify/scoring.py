@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,8 @@ from l2g_meta.task import Task
 
 PAIRS = 2**22  # numbers in one table of differences, query by class by dimension
 MOST_LEFT_OUT = 200  # supports that are left out in turn; more make a threshold hardly finer
+CACHE = 2**26  # numbers that ``embed`` remembers, a quarter of a gigabyte
+_features: OrderedDict[bytes, Tensor] = OrderedDict()  # by encoder and image
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +46,20 @@ class Supports:
     n_way: int
 
     def scores(self, query: Tensor) -> Tensor:  # (n_query, ...) -> (n_query, n_way)
-        """Scores of queries, given as the supports are."""
-        return score(self.model, self.z, self.y, query, self.n_way)
+        """Scores of queries, given as the supports are, under running statistics and without gradients.
+
+        With unequal numbers of supports a class is not favoured for having more of them: see ``_balanced``.
+
+        Raises:
+            FitError: if the model does not take so many classes.
+        """
+        model, z, y = self.model, self.z, self.y
+        with torch.no_grad(), batchnorm_policy(model, "running"):
+            if not scores_from_embeddings(model):
+                zeros = torch.zeros(len(query), dtype=torch.long, device=y.device)
+                return model(Task(z, y, query, zeros, self.n_way))
+            rows = max(1, PAIRS // max(1, self.n_way * z[0].numel()))
+            return torch.cat([_balanced(model, z, y, part, self.n_way) for part in query.split(rows)])
 
     def nearest(self, query: Tensor) -> Tensor | None:  # (n_query, ...) -> (n_query,)
         """The support that scores highest for each query when each is a class of its own; ``None``: not known.
@@ -52,8 +68,8 @@ class Supports:
         """
         if not scores_from_embeddings(self.model):
             return None
-        n = len(self.z)
-        return score(self.model, self.z, torch.arange(n, device=self.y.device), query, n).argmax(-1)
+        each = torch.arange(len(self.z), device=self.y.device)
+        return replace(self, y=each, n_way=len(each)).scores(query).argmax(-1)
 
     def left_out(self) -> Tensor:  # (n,)
         """The highest score of each support when it is a query and the others are the supports.
@@ -93,9 +109,30 @@ class Supports:
         )
 
 
-def embed(model: nn.Module, x: Tensor) -> Tensor:
-    """What ``Supports`` keeps of inputs (n, ...): a ``MetricModel``'s features, else the inputs themselves."""
-    return model.encoder(x).to(x.dtype) if scores_from_embeddings(model) else x
+def embed(model: nn.Module, x: Tensor, token: bytes = b"") -> Tensor:
+    """What ``Supports`` keeps of inputs (n, ...): a ``MetricModel``'s features, else the inputs themselves.
+
+    Features of the last ``CACHE`` numbers are remembered, by the images' content, for each ``token``.
+
+    Args:
+        model: in evaluation mode.
+        x: inputs.
+        token: at most 64 bytes that stand for the encoder and its weights; without them nothing is remembered.
+    """
+    if not scores_from_embeddings(model):
+        return x
+    if not token:
+        return model.encoder(x).to(x.dtype)
+    token = hashlib.sha256(token + f"{x.dtype} {x.device}".encode()).digest()
+    keys = [hashlib.blake2b(row.tobytes(), digest_size=16, key=token).digest() for row in x.cpu().numpy()]
+    found = {key: _features[key] for key in keys if key in _features}
+    if new := [key for key in dict.fromkeys(keys) if key not in found]:
+        z = model.encoder(x[[keys.index(key) for key in new]]).to(x.dtype)
+        found |= zip(new, z.unbind(), strict=True)
+        _features.update((key, found[key]) for key in new)
+        while len(_features) * z[0].numel() > CACHE:
+            _features.popitem(last=False)
+    return torch.stack([found[key] for key in keys])
 
 
 def check_inductive(model: nn.Module) -> None:
@@ -112,28 +149,6 @@ def check_inductive(model: nn.Module) -> None:
             )
 
 
-def score(
-    model: nn.Module,
-    support: Tensor,  # (n_support, ...)
-    y: Tensor,  # (n_support,)
-    query: Tensor,  # (n_query, ...)
-    n_way: int,
-) -> Tensor:  # (n_query, n_way)
-    """Scores under running statistics, without gradients; supports and queries as ``embed`` gives them.
-
-    With unequal numbers of supports a class is not favoured for having more of them: see ``_balanced``.
-
-    Raises:
-        FitError: if the model does not take so many classes.
-    """
-    with torch.no_grad(), batchnorm_policy(model, "running"):
-        if not scores_from_embeddings(model):
-            zeros = torch.zeros(len(query), dtype=torch.long, device=y.device)
-            return model(Task(support, y, query, zeros, n_way))
-        rows = max(1, PAIRS // max(1, n_way * support[0].numel()))
-        return torch.cat([_balanced(model, support, y, part, n_way) for part in query.split(rows)])
-
-
 def _balanced(model: MetricModel, support: Tensor, y: Tensor, query: Tensor, n_way: int) -> Tensor:
     """A head's scores, as of equally many supports of each class where they are not.
 
@@ -141,13 +156,11 @@ def _balanced(model: MetricModel, support: Tensor, y: Tensor, query: Tensor, n_w
     average number. Matching Networks sum the attention to a class's supports: the mean is taken.
     """
     counts = torch.bincount(y, minlength=n_way)
-    if counts.max() == counts.min():
-        return model.score(support, y, query, n_way)
-    if isinstance(model.head, RelationHead):
+    if isinstance(model.head, RelationHead) and counts.max() > counts.min():
         average = counts.to(support.dtype).mean() / counts[:, None]
         maps = (f.class_sums(support, y, n_way).flatten(1) * average).view(n_way, *support.shape[1:])
         return model.score(maps, torch.arange(n_way, device=y.device), query, n_way)
     scores = model.score(support, y, query, n_way)
-    if isinstance(model.head, MatchingHead | FullContextMatchingHead):
+    if isinstance(model.head, MatchingHead | FullContextMatchingHead) and counts.max() > counts.min():
         return scores - counts.to(scores.dtype).log()
     return scores

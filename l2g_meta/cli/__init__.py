@@ -15,6 +15,7 @@ COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "pretrain": "train an encoder on the training classes, to begin with",
     "evaluate": "accuracy on unseen classes",
     "predict": "classify images of new classes from a few examples",
+    "embed": "embeddings of images as one file",
     "export": "a run as one folder to share",
     "report": "a page to look at, of one run or several",
     "bench": "what an exact meta-step costs",

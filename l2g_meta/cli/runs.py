@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from l2g_meta.cli.flags import Arguments, at_least, natural, positive
 from l2g_meta.data.images import SPLITS
 from l2g_meta.models.batchnorm_policy import POLICIES
 from l2g_meta.training.config import Config
+
+MODELS = (
+    "run directory, exported folder, timm:NAME, torchvision:NAME or package.module:Class (default: the model that "
+    "comes with the package)"
+)
 
 
 def add_run(parser: Arguments) -> None:
@@ -14,6 +21,16 @@ def add_run(parser: Arguments) -> None:
                         "after the last update, or the average of a run with --average (default: best)")  # fmt: skip
     parser.add_argument("--root", metavar="DIR", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, … (default: as trained)")
+
+
+def add_model(parser: Arguments, name: str | None = "--model") -> None:
+    """Which model, trained or pretrained; ``name=None``: the command has a place for it."""
+    add = parser.add_argument
+    if name is not None:
+        add(name, metavar="RUN|NAME", help=MODELS)
+    own = "timm:NAME, torchvision:NAME, package.module:Class"
+    add("--weights", metavar="FILE", help=f"{own}: a state dict instead of the library's pretrained weights")
+    add("--image-size", type=positive, metavar="N", help=f"{own}: pixels (default: its own)")
     add_trust(parser)
 
 
@@ -23,10 +40,10 @@ def add_trust(parser: Arguments) -> None:
                         "its head or backbone, package.module:Class, which runs it")  # fmt: skip
 
 
-def add_episodes(parser: Arguments, each: str) -> None:
+def add_episodes(parser: Arguments, each: str, splits: Sequence[str] = SPLITS) -> None:
     """Which episodes a run is tested on; ``each``: what ``--episodes`` counts."""
     add = parser.add_argument
-    add("--split", default="test", choices=SPLITS, help="default: test")
+    add("--split", default="test", choices=splits, help="default: test")
     add("--ways", type=at_least(2), metavar="N", help="classes per episode (default: as trained)")
     add("--shots", type=positive, metavar="N", help="supports per class (default: as trained)")
     add("--queries", type=positive, metavar="N", help="queries per class (default: as trained)")

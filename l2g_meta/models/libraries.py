@@ -1,12 +1,15 @@
 """Encoders of timm and torchvision by name: ``timm:NAME``, ``torchvision:NAME``.
 
-Features are the pooled embedding, what the library's own classification layer would get. Images are normalised as the
-data set says, not as the library's weights were trained. Both libraries are imported at first use.
+Features are the pooled embedding, what the library's own classification layer would get. ``preprocessing`` is how the
+library's weights want their images; a run normalises as its data set says. Both are imported at first use.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -86,6 +89,62 @@ LIBRARIES: dict[str, Callable[[str, int, Mapping[str, Any]], nn.Module]] = {
     "timm": timm_encoder,
     "torchvision": torchvision_encoder,
 }
+
+
+def preprocessing(backbone: str, encoder: nn.Module, image_size: int | None = None) -> dict[str, Any]:
+    """How a library prepares images for its weights, as the arguments of ``l2g_meta.classify.photos.Preparation``.
+
+    Args:
+        backbone: ``timm:NAME`` or ``torchvision:NAME``.
+        encoder: that model.
+        image_size: another size than the weights', in pixels; images are resized by the same factor before the crop.
+
+    Raises:
+        FitError: if it is none that ``Preparation`` knows.
+
+    Example:
+        >>> values = preprocessing("torchvision:resnet18", torchvision_encoder("resnet18", 3, {}))
+        >>> values["size"], values["resize"], values["interpolation"]
+        (224, 256, 'bilinear')
+    """
+    library, _, name = backbone.partition(":")
+    if library == "timm":
+        config = require_timm().data.resolve_model_data_config(encoder)
+        mode, how, (_, size, width) = config["crop_mode"], config["interpolation"], config["input_size"]
+        resize = math.floor((image_size or size) / config["crop_pct"])
+        if size != width or mode not in ("center", "squash") or (mode == "squash" and config["crop_pct"] != 1):
+            raise FitError(f"need {backbone} to take squares, cropped or stretched, got {config}; choose another")
+    else:
+        from torchvision.models import get_model_weights
+
+        config = vars(get_model_weights(name)["DEFAULT"].transforms())
+        mode, how = "center", config["interpolation"].value
+        (size,), (resize,) = config["crop_size"], config["resize_size"]
+        resize = round(resize * (image_size or size) / size)
+    values = {"size": image_size or size, "channels": 3, "mean": tuple(config["mean"]), "std": tuple(config["std"])}
+    return values | {"resize": None if mode == "squash" else resize, "interpolation": how}
+
+
+def size_option(backbone: str, encoder: nn.Module, image_size: int) -> tuple[str, ...]:
+    """The option, as ``--backbone-options`` has it, that a model of one image size takes for another; () without."""
+    if getattr(encoder, "pretrained_cfg", {}).get("fixed_input_size"):
+        return (f"img_size={image_size}",)
+    return (f"image_size={image_size}",) if hasattr(encoder, "image_size") else ()
+
+
+def resampled(tensors: Mapping[str, Tensor], encoder: nn.Module) -> Mapping[str, Tensor]:
+    """A library's state dict with its position embeddings resampled for the encoder's image size, as the library does.
+
+    Other state dicts are as they were.
+    """
+    own, home = encoder.state_dict(), sys.modules[type(encoder).__module__]
+    if all(n not in own or t.shape == own[n].shape for n, t in tensors.items()):
+        return tensors
+    if home.__name__.startswith("timm.") and hasattr(home, "checkpoint_filter_fn"):
+        return home.checkpoint_filter_fn(dict(tensors), encoder)
+    if home.__name__ == "torchvision.models.vision_transformer":
+        return home.interpolate_embeddings(encoder.image_size, encoder.patch_size, OrderedDict(tensors))
+    return tensors
 
 
 def library_weights(backbone: str, in_channels: int, options: Mapping[str, Any]) -> Mapping[str, Tensor]:

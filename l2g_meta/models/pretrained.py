@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from l2g_meta.errors import CheckpointError, L2GError
 from l2g_meta.files.reading import open_regular
 from l2g_meta.files.tensors import read_safetensors
+from l2g_meta.models.libraries import resampled
 
 PREFIXES = ("", "module.", "encoder.", "module.encoder.", "module.classifier.encoder.", "backbone.", "model.", "net.")
 NESTED = ("state_dict", "model", "params", "encoder")  # under which files of torch.save have a state dict
@@ -49,11 +51,12 @@ def put_encoder(tensors: Mapping[str, Tensor], encoder: nn.Module, source: str) 
         missing = sorted(wanted - tensors.keys())
         raise CheckpointError(
             f"need the weights of a {type(encoder).__name__}, {source} lacks {len(missing)} of {len(wanted)}: "
-            f"{', '.join(missing[:3])} …, and has {', '.join(sorted(tensors)[:3])} …; use the same --backbone and "
-            "--backbone-options"
+            f"{', '.join(missing[:3])} …, has {', '.join(sorted(tensors)[:3])} …; use the same --backbone and options"
         )
     left_out = tuple(getattr(encoder, "left_out", ()))
     kept = {n: t for n, t in found.items() if not any(n == layer or n.startswith(f"{layer}.") for layer in left_out)}
+    with suppress(Exception):  # tensors of any kind: they do not fit then, which is said next
+        kept = dict(resampled(kept, encoder))
     load_into(encoder, kept, source)
 
 
@@ -98,15 +101,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         name, got = other[0], tuple(tensors[other[0]].shape)
         raise CheckpointError(
             f"need the weights of this {type(module).__name__}, {source} has {name} of shape {got} where it takes "
-            f"{tuple(own[name].shape)}; use the same --backbone and --backbone-options, on images of as "
-            "many channels"
+            f"{tuple(own[name].shape)}; use the same --backbone and options, on images of as many channels"
         )
     counts = {n: t for n, t in own.items() if n.endswith("num_batches_tracked")}  # which older files lack
     try:
         module.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{source} belongs to another {type(module).__name__}: {reason}; use the same --backbone and "
-            "--backbone-options"
-        ) from error
+        name = type(module).__name__
+        raise CheckpointError(f"{source} belongs to another {name}: {reason}; use the same --backbone") from error

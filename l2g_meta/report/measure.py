@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
+from l2g_meta.errors import DataError
 from l2g_meta.evaluation.episodes import Evaluation, evaluate
+from l2g_meta.evaluation.frozen import HEADS, evaluate_heads
 from l2g_meta.models.batchnorm_policy import Policy
 from l2g_meta.training.build import build_device, load_run
 from l2g_meta.training.config import Config
@@ -80,6 +83,7 @@ class Measured:
     model: nn.Module
     data: ClassDataset
     shape: dict[str, Any]  # ways, shots and queries of the episodes
+    frozen: dict[str, Evaluation] = field(default_factory=dict)  # by heads that need no training, same episodes
 
     def ranked(self) -> list[int]:
         """Episodes from the worst to the best; among equals the earlier first."""
@@ -107,7 +111,12 @@ def measure(run: Path, options: ReportOptions, load: Callable[[Config, str], Cla
         "queries": options.queries or config.queries,
     }
     evaluation, predictions = _predict(wrapper, data, shape, options, device)
-    return Measured(evaluation, predictions, wrapper.module, data, shape)
+    base = None
+    with suppress(DataError):  # without it SimpleShot takes the mean of an episode's supports
+        base = load(data_alone, "train")
+    asked = {name: getattr(options, name) for name in ("episodes", "bn", "episode_seed")}
+    frozen = evaluate_heads(wrapper.module, data, heads=HEADS, base=base, device=device, **shape, **asked)
+    return Measured(evaluation, predictions, wrapper.module, data, shape, frozen)
 
 
 def predictions_among(measured: Measured, data: ClassDataset, options: ReportOptions) -> list[EpisodePredictions]:
