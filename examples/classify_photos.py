@@ -41,7 +41,7 @@ if not model.exists():
     size = {"iterations": 2, "eval_every": 2, "eval_episodes": 2} if smoke else {"iterations": 150}
     run = folder / "run"
     train(Config(method="episodic", shots=(1, 5), **size), run, resume=run.exists(), progress=False)
-    export(run, model, onnx=False, episodes=5 if smoke else 600)
+    export(run, model, episodes=5 if smoke else 600)
 
 # 4. Fit: the 25 examples are embedded once. Nothing is trained.
 examples = [(path, name) for name, paths in class_files(known).items() for path in paths]

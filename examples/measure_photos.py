@@ -41,7 +41,7 @@ def train_and_export(scratch: Path) -> Path:
     """A model of drawn characters, as a folder that can be copied to another machine."""
     size = {"iterations": 2, "pairs": 1, "eval_every": 2, "eval_episodes": 2} if args.smoke else {}
     train(Config(method="l2g", inner_lr=0.003, mix=0.5, shots=(1, 5), **size), scratch / "run", progress=False)
-    export(scratch / "run", scratch / "model", onnx=False, episodes=5 if args.smoke else 600)
+    export(scratch / "run", scratch / "model", episodes=5 if args.smoke else 600)
     return scratch / "model"
 
 

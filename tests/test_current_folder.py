@@ -144,7 +144,7 @@ def words_of(run: Path) -> list[list[str]]:
     data = str(run.parent / "data")
     return [
         ["evaluate", str(run), "--episodes", "2"],
-        ["export", str(run), str(run.parent / "model"), "--episodes", "2", "--no-onnx"],
+        ["export", str(run), str(run.parent / "model"), "--episodes", "2"],
         ["report", str(run), "--episodes", "2", "-o", str(run.parent / "report.html")],
         ["predict", "--model", str(run), "--support", data, "--query", data],
         ["train", "--resume", str(run)],

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from l2g_meta import Conv4, FewShotClassifier
+from l2g_meta import FewShotClassifier
 from l2g_meta.classify import exported as exporting
-from l2g_meta.classify.exported import export, export_encoder
+from l2g_meta.classify.exported import export
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import EMBEDDED, open_source
 from l2g_meta.cli.main import main
@@ -27,9 +26,9 @@ PREPARATION = Preparation(16, 1, (0.5,), (0.5,))
 
 @pytest.fixture(scope="module")
 def exported(blob_run, tmp_path_factory):
-    """The run as a folder, without ONNX."""
+    """The run as a folder."""
     out = tmp_path_factory.mktemp("exports") / "model"
-    export(blob_run, out, onnx=False, episodes=20)
+    export(blob_run, out, episodes=20)
     return out
 
 
@@ -65,7 +64,7 @@ def test_an_export_predicts_as_its_run(blob_run, exported):
 def test_whatever_was_trained_is_built_again(options, tmp_path):
     config = Config(image_size=20, iterations=1, eval_every=1, eval_episodes=2, device="cpu", **options)
     model = train(config, tmp_path / "run", progress=False).module.eval()
-    export(tmp_path / "run", tmp_path / "model", onnx=False, episodes=2)
+    export(tmp_path / "run", tmp_path / "model", episodes=2)
     found = FewShotClassifier.load(tmp_path / "model", device="cpu").fit(np.zeros((2, 20, 20, 1), np.uint8), [0, 1])
     assert found.source_.model.state_dict().keys() == model.state_dict().keys()
     x = torch.randn(2, 1, 20, 20)
@@ -95,11 +94,10 @@ def test_the_model_in_the_package_is_small_and_says_what_it_is(tmp_path, capsys)
     assert weights.stat().st_size <= 8e6
     for text in ("research", "licence of l2g-meta's code, MIT, does not change that", "l2g pretrain", "95% interval"):
         assert text in card
-    assert main(["export", str(tmp_path / "model"), "--no-onnx"]) == 0
+    assert main(["export", str(tmp_path / "model")]) == 0
     assert "1-shot: test" in capsys.readouterr().out
     found, own = (json.loads((folder / "model.json").read_text()) for folder in (tmp_path / "model", EMBEDDED))
     assert found["calibration"] == own["calibration"] and found["weights"] == "float32"
-    assert (tmp_path / "model" / "encoder.pt2").exists()
 
 
 def test_an_encoder_by_its_name_is_exported_and_read_again(tmp_path):
@@ -108,7 +106,7 @@ def test_an_encoder_by_its_name_is_exported_and_read_again(tmp_path):
     net = torchvision.models.mobilenet_v3_small(weights=None)
     torch.save(net.state_dict(), tmp_path / "a.pt")
     name, options = "torchvision:mobilenet_v3_small", {"weights": tmp_path / "a.pt", "image_size": 32}
-    values = export(name, tmp_path / "model", onnx=False, **options)
+    values = export(name, tmp_path / "model", **options)
     assert values["calibration"] is None and values["preparation"]["resize"] == 37
     assert "ImageNet" in (tmp_path / "model" / "README.md").read_text()
     x, y = np.random.default_rng(0).integers(0, 256, (6, 40, 50, 3), np.uint8), [0, 0, 1, 1, 2, 2]
@@ -138,13 +136,9 @@ def test_it_is_read_elsewhere_without_the_run(copied, tmp_path):
 
 
 def test_the_command_writes_all_files_and_a_card(blob_run, tmp_path, capsys):
-    pytest.importorskip("onnxruntime", reason="l2g-meta[export] is not installed")
-    pytest.importorskip("onnxscript", reason="l2g-meta[export] is not installed")
     out = tmp_path / "deep" / "model"
     assert main(["export", str(blob_run), str(out), "--episodes", "10"]) == 0
-    assert {p.name for p in out.iterdir()} == {
-        "README.md", "encoder.onnx", "encoder.pt2", "model.json", "model.safetensors",
-    }  # fmt: skip
+    assert {p.name for p in out.iterdir()} == {"README.md", "model.json", "model.safetensors"}
     assert [p.name for p in out.parent.iterdir()] == ["model"]
     values, card = json.loads((out / "model.json").read_text()), (out / "README.md").read_text()
     for entry in values["calibration"]["shots"]:
@@ -155,49 +149,12 @@ def test_the_command_writes_all_files_and_a_card(blob_run, tmp_path, capsys):
     assert values["classes"] == [f"class{c:02d}" for c in range(6)] and "class05" in card
     assert not any(str(blob_run.parent) in text for text in (card, json.dumps(values)))  # nothing of this machine
     printed = capsys.readouterr().out
-    assert "encoder.onnx: read back" in printed and "5-shot: test" in printed
-
-    import onnxruntime
-
-    x = torch.randn(4, 3, 16, 16)
-    session = onnxruntime.InferenceSession(out / "encoder.onnx", providers=["CPUExecutionProvider"])
-    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "n"
-    encoder = load_run(blob_run, device="cpu")[0].module.encoder
-    with torch.no_grad():
-        torch.testing.assert_close(
-            torch.tensor(session.run(None, {"images": x.numpy()})[0]), encoder(x), atol=1e-4, rtol=0
-        )
-
-
-def test_a_file_with_other_embeddings_is_not_delivered(blob_run, tmp_path, monkeypatch):
-    torch_export = torch.export.export
-    other = Conv4(3)
-    monkeypatch.setattr(
-        torch.export, "export", lambda encoder, *rest, **options: torch_export(other.eval(), *rest, **options)
-    )
-    with pytest.raises(L2GError, match="need the same embeddings from encoder.pt2"):
-        export(blob_run, tmp_path / "model", onnx=False, episodes=2)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_encoder_that_cannot_be_traced(tmp_path):
-    class Odd(nn.Module):
-        def forward(self, x):
-            return x * float(x.sum() > 0)  # depends on values
-
-    with pytest.raises(L2GError, match="cannot export Odd"):
-        export_encoder(Odd(), PREPARATION, tmp_path, onnx=False)
+    assert "5-shot: test" in printed
 
 
 def test_an_occupied_folder_is_refused(blob_run, tmp_path, capsys):
-    assert main(["export", str(blob_run), str(tmp_path), "--no-onnx"]) == 2
+    assert main(["export", str(blob_run), str(tmp_path)]) == 2
     assert "remove it or choose another" in capsys.readouterr().err
-
-
-def test_onnx_without_its_packages(blob_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert main(["export", str(blob_run), str(tmp_path / "model")]) == 2
-    assert 'pip install "l2g-meta[export]" adds' in capsys.readouterr().err
 
 
 def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
@@ -206,7 +163,7 @@ def test_an_interrupted_export_leaves_nothing(blob_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "model_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export(blob_run, tmp_path / "model", onnx=False, episodes=2)
+        export(blob_run, tmp_path / "model", episodes=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,7 +219,7 @@ def test_a_method_that_adapts_is_exported_without_its_encoder(blob_run, tmp_path
         eval_episodes=2, device="cpu", method="maml-softmax", inner_steps=1,
     )  # fmt: skip
     train(adapting, tmp_path / "run", progress=False)
-    values = export(tmp_path / "run", tmp_path / "model", onnx=False, episodes=2)
+    values = export(tmp_path / "run", tmp_path / "model", episodes=2)
     assert values["encoder"] is None and values["calibration"]["ways"] == 3
     x, y = images(blob_run)
     few = y < 3
@@ -274,9 +231,9 @@ def test_a_run_given_its_data_from_python_says_so(blob_run, tmp_path):
     config = Config(ways=3, queries=2, pairs=1, iterations=1, eval_every=1, eval_episodes=2, device="cpu")
     train(config, tmp_path / "run", data=data, validation=data, progress=False)
     with pytest.raises(L2GError, match="belong to the name of an encoder"):
-        export(tmp_path / "run", tmp_path / "model", weights="a.pt", onnx=False)
+        export(tmp_path / "run", tmp_path / "model", weights="a.pt")
     with pytest.raises(L2GError, match="was given its data from Python"):
-        export(tmp_path / "run", tmp_path / "model", onnx=False)
+        export(tmp_path / "run", tmp_path / "model")
     with pytest.raises(L2GError, match="was given its data from Python"):
         FewShotClassifier.load(tmp_path / "run", device="cpu")
     wrapper, _ = load_run(tmp_path / "run", device="cpu")

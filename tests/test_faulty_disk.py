@@ -82,7 +82,7 @@ def commands(blob_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         "train": ["train", "--data", "folder", "--root", data, "--out", str(base / "run"), "--device", "cpu",
                   "--backbone", "conv4-32", "--average", *small.split()],
         "resume": ["train", "--resume", str(base / "trained"), "--iterations", "3", "--force", "--quiet"],
-        "export": ["export", str(base / "trained"), str(base / "model"), "--episodes", "2", "--no-onnx"],
+        "export": ["export", str(base / "trained"), str(base / "model"), "--episodes", "2"],
         "predict": [*predict, "--csv", str(base / "rows.csv"), "--json", str(base / "rows.json")],
         "report": ["report", str(base / "trained"), "-o", str(base / "page.html"), "--episodes", "2"],
         "reproduce": ["reproduce", "table1", "--scale", "smoke", "--rows", "l2g-proto", "proto-time", "--out",

@@ -75,7 +75,7 @@ class TestLog:
         cells[1] = cells[1][:3] + damage + cells[1][3:]
         (run / "log.csv").write_text("\r\n".join([lines[0], ",".join(cells), lines[2], ""]), encoding="utf-8")
         with pytest.warns(UserWarning, match="1 damaged rows are left out"):
-            assert main(["export", str(run), str(run.parent / "model"), "--episodes", "2", "--no-onnx"]) == 0
+            assert main(["export", str(run), str(run.parent / "model"), "--episodes", "2"]) == 0
         with pytest.warns(UserWarning, match="lacks 1 of the 2 updates before this one"):
             assert main(["train", "--resume", str(run), "--iterations", "3", "--force", "--quiet"]) == 0
         assert [row["iteration"] for row in read_log(run)] == ["2", "3"]
@@ -129,7 +129,7 @@ def test_classes_whose_names_are_no_text(run, capsys):
     for split in ("train", "test"):
         (data / split / "class00").rename(data / split / name)
     model = run.parent / "model"
-    assert main(["export", str(run), str(model), "--episodes", "2", "--no-onnx", "--root", str(data)]) == 0
+    assert main(["export", str(run), str(model), "--episodes", "2", "--root", str(data)]) == 0
     assert name in json.loads((model / "model.json").read_text())["classes"]
     card = (model / "README.md").read_text(encoding="utf-8")
     assert r"caf\udce9\x1b\[2J" in card and "\x1b" not in card
@@ -149,10 +149,10 @@ class TestExports:
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(exporting, "write_text", lambda *_: sys.exit("killed"))
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody is left to do so
-            exporting.export(run, out, onnx=False, episodes=2)
+            exporting.export(run, out, episodes=2)
         (run.parent / ".a[b].mine").mkdir()
         assert len(list(run.parent.glob(".a*"))) == 2 and not out.exists()
-        exporting.export(run, out, onnx=False, episodes=2)
+        exporting.export(run, out, episodes=2)
         assert [path.name for path in run.parent.glob(".a*")] == [".a[b].mine"] and out.is_dir()
 
     def test_one_at_a_time(self, tmp_path):

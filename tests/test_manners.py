@@ -123,7 +123,7 @@ def test_typos(line, message, capsys):
         ),
         ("train --json {0}", "need a file to write for --json, got the folder"),
         ("evaluate {0}/file", "need a run's config in .*, got: Not a directory"),
-        ("export {0} {0}/out --no-onnx", "need a run's config in"),
+        ("export {0} {0}/out", "need a run's config in"),
         ("reproduce table1 --rows prto --data-root {0}", "got prto; did you mean proto\\?"),
     ],
 )
@@ -158,7 +158,7 @@ def test_quiet_and_json(blob_run, tmp_path, capsys):
     code, out, err = said(capsys, f"{predict} --json --quiet")
     assert (code, err, json.loads(out)["classified"]) == (0, "", 12)
 
-    code, out, err = said(capsys, f"export {blob_run} {tmp_path / 'model'} --no-onnx --episodes 2 --json --quiet")
+    code, out, err = said(capsys, f"export {blob_run} {tmp_path / 'model'} --episodes 2 --json --quiet")
     assert code == 0 and json.loads(out)["out"] == str(tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""A trained run as one folder to share: weights, how to build and use them, what they are worth, the encoder alone."""
+"""A trained run as one folder to share: weights, how to build and use them, what they are worth."""
 
 from __future__ import annotations
 
@@ -9,41 +9,35 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib import util
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2g_meta.classify import source as sources
 from l2g_meta.classify.calibration import calibrate
 from l2g_meta.classify.card import model_card
-from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.prepared_data import open_data
 from l2g_meta.data.images import SPLITS
-from l2g_meta.errors import CheckpointError, L2GError
+from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import evaluate
 from l2g_meta.files.locks import claim
 from l2g_meta.files.sealed import sealed
 from l2g_meta.files.tensors import make_folder, read_info, save_tensors
-from l2g_meta.files.writing import PARTIAL, new_file, sync, write_bytes, write_text
+from l2g_meta.files.writing import PARTIAL, sync, write_text
 from l2g_meta.models.linear_head import LinearHead
-from l2g_meta.models.metric import MetricModel
 from l2g_meta.training.build import build_data, build_device
 from l2g_meta.training.checks import LEARNERS
 from l2g_meta.training.config import MACHINE
 from l2g_meta.training.log import read_log
 
-TOLERANCE = 1e-4  # largest difference of an exported encoder's embeddings, relative to their largest magnitude
-CARD, PROGRAM, ONNX = "README.md", "encoder.pt2", "encoder.onnx"
+CARD = "README.md"
 
 
 def export(
     model: Any,
     out: Path | str,
     *,
-    onnx: bool = True,
     half: bool = False,
     episodes: int = 600,
     root: str | None = None,
@@ -56,15 +50,12 @@ def export(
     """Writes a model as a folder that ``FewShotClassifier`` reads on another machine; returns ``model.json``'s values.
 
     Of a run, temperatures are fitted on episodes of its validation split, and checked on its test split; other models
-    keep what is known of them. The encoder is written as a ``torch.export`` program and as ONNX, each with any number
-    of images, and each read back and compared. The folder appears when all is well.
+    keep what is known of them. The folder appears when all is well.
 
     Args:
         model: folder made by ``l2g train``, or what ``open_source`` takes.
         out: folder to make.
-        onnx: also write the ONNX file, which takes the extra ``l2g-meta[export]``.
-        half: store weights as float16, and leave the encoder's own files out; what is measured is what they give,
-            read back as float32.
+        half: store weights as float16; what is measured is what they give, read back as float32.
         episodes: for each number of shots, on each split.
         root: folder of the data, if it has moved since training.
         checkpoint: of a run: ``"best"`` on validation, ``"last"`` or ``"average"``.
@@ -74,12 +65,9 @@ def export(
         image_size: of an encoder by its name.
 
     Raises:
-        L2GError: if the model or its data cannot be used, ``out`` is there, or an encoder does not give the same
-            embeddings.
+        L2GError: if the model or its data cannot be used, or ``out`` is there.
     """
     out = Path(out)
-    if onnx and not half:
-        _check_onnx()
     if out.exists() or out.is_symlink():
         raise L2GError(f"need a folder that is not there yet to export to, got {out}; remove it or choose another")
     if (run := sources.run_of(model)) and (weights or image_size):
@@ -102,11 +90,8 @@ def export(
         "preparation": asdict(preparation),
         "parameters": sum(p.numel() for p in net.parameters()),
         "weights": "float16" if half else "float32",
-        "encoder": None,
     }
     with _appears(out) as folder:
-        if isinstance(net, MetricModel) and not half:
-            values["encoder"] = export_encoder(net.encoder, preparation, folder, onnx=onnx)
         head = getattr(net, "head", None)
         n_classes = head.linear.out_features if isinstance(head, LinearHead) else None
         header: dict[str, Any] = {"image_shape": preparation.image_shape, "given": [], "n_classes": n_classes}
@@ -122,65 +107,6 @@ def export(
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as float16; norms and biases, which take little room and may be small numbers, as they are."""
     return {name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in tensors.items()}
-
-
-def export_encoder(encoder: nn.Module, preparation: Preparation, folder: Path, *, onnx: bool = True) -> dict[str, Any]:
-    """Writes an encoder as ``encoder.pt2`` and ``encoder.onnx``, images (n, C, H, W) normalised to features (n, ...).
-
-    Both are read back and must give the same embeddings for 1, 2 and 7 images of noise.
-
-    Raises:
-        L2GError: if the encoder cannot be exported, or a file gives other embeddings.
-    """
-    encoder = encoder.cpu().eval()
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(n, *preparation.image_shape, generator=generator) for n in (1, 2, 7)]
-    with torch.no_grad():
-        expected = [encoder(x) for x in images]
-        try:
-            program = torch.export.export(encoder, (images[1],), dynamic_shapes=({0: torch.export.Dim("n")},))
-            with new_file(folder / PROGRAM) as file:
-                torch.export.save(program, file)
-            read_back = torch.export.load(folder / PROGRAM).module()  # our own file, just written
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever an encoder of one's own makes the tracer raise
-            raise L2GError(f"cannot export {type(encoder).__name__} with torch.export: {error}") from error
-        found = {PROGRAM: _difference(PROGRAM, [read_back(x) for x in images], expected)}
-        if onnx:
-            found[ONNX] = _difference(ONNX, _through_onnx(program, images, folder / ONNX), expected)
-    return {"input": list(preparation.image_shape), "output": list(expected[0].shape[1:]), "largest_difference": found}
-
-
-def _through_onnx(program: Any, images: list[Tensor], path: Path) -> list[Tensor]:
-    """Embeddings by onnxruntime, from a program written as ONNX."""
-    import onnxruntime
-
-    try:
-        written: Any = torch.onnx.export(
-            program, (), dynamo=True, input_names=["images"], output_names=["features"], dynamic_shapes=({0: "n"},),
-            verbose=False,
-        )  # fmt: skip
-        write_bytes(path, written.model_proto.SerializeToString())
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except CheckpointError:
-        raise
-    except Exception as error:  # the exporter's own errors are many
-        raise L2GError(f"cannot write the encoder as ONNX: {error}; --no-onnx leaves it out") from error
-    return [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in images]
-
-
-def _difference(name: str, found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of embeddings, relative to their largest magnitude.
-
-    Raises:
-        L2GError: if it is above ``TOLERANCE``.
-    """
-    pairs = list(zip(found, expected, strict=True))
-    difference = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
-    if not difference <= TOLERANCE:
-        raise L2GError(f"need the same embeddings from {name}, got a difference of {difference:.1e}; report it")
-    return difference
 
 
 def _measured(source: sources.Source, run: Path, checkpoint: str, episodes: int, root: str | None) -> dict[str, Any]:
@@ -212,12 +138,6 @@ def _measured(source: sources.Source, run: Path, checkpoint: str, episodes: int,
             "config": {name: value for name, value in asdict(config).items() if name not in MACHINE},
         }
     }
-
-
-def _check_onnx() -> None:
-    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if util.find_spec(name) is None]:
-        what = 'got none; pip install "l2g-meta[export]" adds them, --no-onnx leaves it out'
-        raise L2GError(f"need {', '.join(missing)} to write ONNX, {what}")
 
 
 @contextmanager
