@@ -62,8 +62,3 @@ sixth = glyphs.images[glyphs.index[5], :, :, 0].numpy()  # (30, 28, 28), as imag
 classifier.partial_fit(list(sixth[:2]), ["sixth"] * 2)
 print(f"the sixth class: {(classifier.predict(list(sixth[2:])) == 'sixth').sum()} of {len(sixth) - 2} found, "
       f"{(classifier.predict(files) == 'sixth').sum()} of {len(files)} others taken for it")  # fmt: skip
-
-# 7. "None of these": at most about one in ten of the known classes' images may be lost for it.
-careful = FewShotClassifier(model, reject_rate=0.1).fit(paths, names)
-print(f"called unknown: {100 * careful.classify(files).rejected.mean():.0f} % of the five classes' images, "
-      f"{100 * careful.classify(list(sixth)).rejected.mean():.0f} % of the sixth class's")  # fmt: skip

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from l2g_meta.cli.main import main
-from l2g_meta.data.augment import Augment, Draws, PerImage
+from l2g_meta.data.augment import Augment, Draws
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.errors import DataError
@@ -46,30 +45,6 @@ def test_crop_and_flip_are_torchvisions(shift, flip):
     torch.testing.assert_close(found, expected / 255)
 
 
-def test_a_transform_of_torchvision_sees_one_image_after_the_other_and_follows_the_stream():
-    data = ClassDataset(images(60), np.repeat(np.arange(10), 6))
-    transform = v2.Compose([v2.RandomResizedCrop(12, scale=(0.3, 1.0)), v2.RandAugment(), v2.RandomErasing(0.5)])
-    shape = {"ways": 3, "shots": 1, "queries": 2, "seed": 4}
-    plain, pairs = TaskPairs(data, **shape), TaskPairs(data, **shape, augment=transform)
-    state = torch.get_rng_state()
-    first = pairs.batch([3, 8])
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(99)  # another place of the process's own generator
-    for found, again, other in zip(first, [pairs[3], pairs[8]], [plain[3], plain[8]], strict=True):
-        for f, a, p in zip(found, again, other, strict=True):
-            assert torch.equal(f.query_x, a.query_x) and torch.equal(f.support_x, a.support_x)
-            assert not torch.equal(f.query_x, p.query_x) and torch.equal(f.query_y, p.query_y)
-    with pytest.raises(DataError, match=r"keeps the shape \(3, 12, 12\), got \(3, 5, 5\)"):
-        TaskPairs(data, **shape, augment=v2.RandomCrop(5))[0]
-
-
-def test_each_image_has_its_own_draws():
-    x = images(1)
-    vary = PerImage(v2.RandomErasing(1.0))
-    found = vary.gather(x, torch.zeros(2, dtype=torch.long), vary.draw(np.random.default_rng(0), 2, (12, 12)))
-    assert not torch.equal(found[0], found[1])
-
-
 @pytest.mark.parametrize("factor", [(0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.6), (1.4, 0.7, 1.3)])
 def test_colours_are_torchvisions_and_pillows(factor):
     x = images(1)
@@ -94,11 +69,10 @@ def test_one_channel_and_other_rows():
     torch.testing.assert_close(found, torch.stack([x[4].flip(1), x[1]]) / 255)
 
 
-@pytest.mark.parametrize("how", [Augment(2), v2.RandomResizedCrop(12, scale=(0.1, 1))], ids=["shifted", "resized"])
-def test_pairs_are_the_same_pairs_varied_reproducibly(how):
+def test_pairs_are_the_same_pairs_varied_reproducibly():
     data = ClassDataset(images(60), np.repeat(np.arange(10), 6))
     shape = {"ways": 3, "shots": 1, "queries": 2, "seed": 4}
-    plain, varied, again = TaskPairs(data, **shape), *(TaskPairs(data, **shape, augment=how) for _ in range(2))
+    plain, varied, again = TaskPairs(data, **shape), *(TaskPairs(data, **shape, augment=Augment(2)) for _ in range(2))
     for k in (5, 0):
         for p, v, a in zip(plain[k], varied[k], again.batch([7, k])[1], strict=True):
             assert torch.equal(v.support_x, a.support_x) and torch.equal(v.query_x, a.query_x)

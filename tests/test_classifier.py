@@ -1,4 +1,3 @@
-import math
 import subprocess
 import sys
 
@@ -218,26 +217,9 @@ def test_nearest_example():
     assert fitted.classify([[0.9], [8.0], [3.0]]).nearest.tolist() == [2, 3, 1]
 
 
-def test_rejection_of_what_is_like_no_class():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 2)) + 20 * (np.arange(40) % 2)[:, None], np.arange(40) % 2
-    fitted = classifier(VECTORS, reject_rate=0.1, unknown_label=-1).fit(x, y)
-    assert fitted.threshold_from_ == "examples" and fitted.predict([[500.0, 500.0]]).tolist() == [-1]
-    assert fitted.predict(x).dtype == y.dtype
-    known = rng.normal(size=(2000, 2)) + 20 * (np.arange(2000) % 2)[:, None]
-    assert np.mean(fitted.predict(known) == -1) < 0.2
-    named = classifier(VECTORS, reject_rate=0.1).fit(x, y)
-    assert named.predict([[500.0, 500.0], x[0]]).tolist() == ["unknown", 0]
-    assert named.score([[500.0, 500.0]], ["unknown"]) == 1
-    assert named.predict_proba([[500.0, 500.0]]).sum() == pytest.approx(1)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reject_rate": 0.1}, "need 9 examples in classes of two or more to reject 10% .* got 0"),
-        ({"reject_rate": 1.0}, "above 0 and below 1"),
-        ({"reject_rate": 0.6, "unknown_label": "a"}, "unknown_label that is no class"),
         ({"temperature": 0.0}, "temperature above 0"),
         ({"batch_size": 0}, "batch_size of at least 1"),
         ({"device": "abacus"}, "cannot use --device abacus"),
@@ -367,15 +349,6 @@ def test_calibration_error_of_a_calibrated_forecast_is_small():
     assert c.expected_calibration_error(torch.ones(10), torch.zeros(10, dtype=torch.bool)) == 1
     # Two bins that err in opposite directions do not cancel.
     assert c.expected_calibration_error(torch.tensor([0.9, 0.1]), torch.tensor([False, True])) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
-@pytest.mark.parametrize("n", [5, 25, 99])
-def test_a_known_image_is_rejected_as_often_as_asked_at_most(rate, n):
-    torch.manual_seed(0)
-    scores = torch.randn(20_000, n + 1)
-    rejected = np.mean([row[-1].item() < c.rejection_threshold(row[:-1], rate) for row in scores[:4000]])
-    assert rejected == pytest.approx(math.floor(rate * (n + 1)) / (n + 1), abs=0.01) and rejected <= rate + 0.01
 
 
 @pytest.mark.parametrize(

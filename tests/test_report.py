@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2g_meta.classify.calibration import expected_calibration_error, reliability
+from l2g_meta.classify.calibration import expected_calibration_error
 from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
 from l2g_meta.errors import L2GError
@@ -103,7 +103,7 @@ def test_what_the_page_says(page, report):
     parsed = Parsed(page)
     assert parsed.open == []
     assert [values["id"] for tag, values in parsed.tags if tag == "section"] == [
-        "summary", "accuracy", "settings", "curves", "confusion", "embeddings", "reliability", "episodes",
+        "summary", "accuracy", "settings", "curves", "confusion", "embeddings", "episodes",
     ]  # fmt: skip
     for tag, values in parsed.tags:
         if tag == "a":
@@ -266,7 +266,7 @@ def test_confusion_counts_each_query_once_and_divides_by_the_meetings():
         predicted = np.where(classes[y] == 5, 0, y)  # class 5 is taken for the episode's first; the others are right
         from l2g_meta.data.sources import TaskRows
 
-        answers.append(EpisodePredictions(TaskRows(classes, np.arange(3), y, y, classes), predicted, np.ones(12)))
+        answers.append(EpisodePredictions(TaskRows(classes, np.arange(3), y, y, classes), predicted))
     found = confusion(answers, 6)
     assert found.taken.sum() == 40 * 12 and np.diag(found.offered).sum() == 40 * 12
     assert hardest([found], 1) == [5] and (np.diag(found.rates)[:5] == 1).all()
@@ -279,9 +279,6 @@ def test_calibration_of_predictions_that_are_right_as_often_as_they_say():
     correct = torch.arange(2000) % 4 < torch.tensor([1, 3]).repeat_interleave(1000)
     assert expected_calibration_error(confidence, correct) == pytest.approx(0)
     assert expected_calibration_error(confidence, ~correct) == pytest.approx(0.5)
-    found = reliability(confidence, correct)
-    assert sum(found.count) == 2000 and found.count[3] == 1000 and found.accuracy[11] == 0.75
-    assert reliability(torch.tensor([1.0, 0.0]), torch.tensor([True, True])).count[-1] == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])

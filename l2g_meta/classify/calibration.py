@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted: temperature, calibration error, and a threshold for unknown classes.
+"""How far probabilities can be trusted: temperature and calibration error.
 
 Pure functions of scores; ``calibrate`` applies them to a model's held-out episodes, fitted on one split and checked on
 another.
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +19,6 @@ from l2g_meta.errors import L2GError
 from l2g_meta.evaluation.episodes import Evaluation, evaluate
 
 BINS = 15  # of the calibration error, as Guo et al. (2017)
-QUANTILES = 200  # kept of the scores of known images: steps of half a per cent
 TEMPERATURES = (1e-3, 1e3)  # least and largest that are tried
 
 
@@ -66,70 +64,9 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
         >>> round(expected_calibration_error(torch.tensor([0.9, 0.9]), torch.tensor([True, False])), 6)
         0.4
     """
-    gaps = torch.bincount(bin_of(confidence, bins), correct.double() - confidence.double(), bins)
+    at = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1  # open at the left, as published
+    gaps = torch.bincount(at, correct.double() - confidence.double(), bins)
     return gaps.abs().sum().item() / len(confidence)
-
-
-def bin_of(confidence: Tensor, bins: int = BINS) -> Tensor:  # (n,) -> (n,)
-    """The bin of each probability, of bins of equal width, open at the left as published.
-
-    Example:
-        >>> bin_of(torch.tensor([0.0, 0.5, 0.51, 1.0]), 2)
-        tensor([0, 0, 1, 1])
-    """
-    return (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Predictions in bins of equal width by their probability.
-
-    Args:
-        count: predictions, (bins,).
-        confidence: their mean probability, (bins,); NaN in an empty bin.
-        accuracy: share that is right, (bins,); NaN in an empty bin.
-    """
-
-    count: list[int]
-    confidence: list[float]
-    accuracy: list[float]
-
-
-def reliability(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Reliability:  # (n,), (n,)
-    """Bins of a reliability diagram, open at the left.
-
-    Shapes: confidence (n,), correct (n,) booleans -> three lists of length ``bins``.
-
-    Source:
-        Guo et al. (2017), section 2.
-
-    Example:
-        >>> reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, True]), bins=2).accuracy
-        [1.0, 0.5]
-    """
-    at = bin_of(confidence, bins)
-    count = torch.bincount(at, minlength=bins)
-    means = (torch.bincount(at, values.double(), bins) / count for values in (confidence, correct))
-    return Reliability(count.tolist(), *(mean.tolist() for mean in means))
-
-
-def rejection_threshold(known: Tensor, rate: float) -> float:
-    r"""The score below which an image is called unknown, so that at most ``rate`` of the known ones are.
-
-    It is the k-th smallest of n scores of known images, with :math:`k = \lfloor \mathrm{rate} (n + 1) \rfloor`. For a
-    further image whose score is exchangeable with them, the probability of a lower one is at most k / (n + 1) (split
-    conformal prediction). Minus infinity, which rejects nothing, where n is too small (k = 0).
-
-    Args:
-        known: scores of known images, (n,).
-        rate: in (0, 1).
-
-    Example:
-        >>> rejection_threshold(torch.arange(19.0), 0.1), rejection_threshold(torch.arange(8.0), 0.1)
-        (1.0, -inf)
-    """
-    k = math.floor(round(rate * (len(known) + 1), 9))
-    return float(known.double().sort().values[k - 1]) if k else -math.inf
 
 
 def probabilities(scores: Tensor, temperature: float) -> Tensor:  # (n, n_way) -> (n, n_way)
@@ -149,7 +86,6 @@ class AtShots:
     Args:
         shots: supports per class.
         temperature: fitted on validation episodes.
-        known: quantiles 0, 0.5, … 100 % of the highest score of their queries.
         ece_before: expected calibration error on test episodes with temperature 1, in [0, 1]; ``None``: not measured.
         ece_after: the same with ``temperature``.
         accuracy: on the same test episodes, in per cent.
@@ -158,7 +94,6 @@ class AtShots:
 
     shots: int
     temperature: float
-    known: tuple[float, ...]
     ece_before: float | None = None
     ece_after: float | None = None
     accuracy: float | None = None
@@ -167,7 +102,7 @@ class AtShots:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model's temperature and scores of known images, from held-out episodes.
+    """A model's temperatures, from held-out episodes.
 
     Args:
         ways: classes of those episodes.
@@ -183,7 +118,7 @@ class Calibration:
         """The entry for the number of supports per class that is nearest by ratio.
 
         Example:
-            >>> both = Calibration(5, 100, (AtShots(1, 2.0, ()), AtShots(5, 3.0, ())))
+            >>> both = Calibration(5, 100, (AtShots(1, 2.0), AtShots(5, 3.0)))
             >>> [both.at(n).shots for n in (1, 2, 3, 20)]
             [1, 1, 5, 5]
         """
@@ -197,7 +132,8 @@ class Calibration:
             L2GError: if it is something else.
         """
         try:
-            entries = tuple(AtShots(**{**e, "known": tuple(map(float, e["known"]))}) for e in values["shots"])
+            kept = [{k: v for k, v in entry.items() if k != "known"} for entry in values["shots"]]  # of older folders
+            entries = tuple(AtShots(**entry) for entry in kept)
             found = cls(int(values["ways"]), int(values["episodes"]), entries)
             sound = all(1 <= e.shots < 2**31 and 0 < e.temperature < math.inf for e in entries) and entries
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -218,7 +154,7 @@ def calibrate(
     episodes: int = 600,
     device: torch.device | str | None = None,
 ) -> Calibration:
-    """Temperature and scores of known images on episodes of validation classes, and the calibration error on test's.
+    """Temperatures on episodes of validation classes, and the calibration error on test's.
 
     Nothing of the test split is fitted. Running statistics are used, as ``FewShotClassifier`` does.
 
@@ -240,8 +176,6 @@ def calibrate(
     for k in shots:
         _, scores, y = _evaluated(model, validation, shots=k, **options)
         entry: dict[str, Any] = {"shots": k, "temperature": fit_temperature(scores, y)}
-        highest = scores.max(-1).values.double().numpy()
-        entry["known"] = tuple(np.quantile(highest, np.linspace(0, 1, QUANTILES + 1)).tolist())
         if test is not None:
             result, scores, y = _evaluated(model, test, shots=k, **options)
             entry |= {"accuracy": result.accuracy_mean, "accuracy_ci95": result.ci95_episodes}

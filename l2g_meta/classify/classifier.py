@@ -26,17 +26,13 @@ class Predictions(NamedTuple):
     """What is said of n images.
 
     Args:
-        labels: the predicted class, or ``unknown_label``, (n,).
-        classes: the most probable class, whether rejected or not, (n,).
+        labels: the most probable class, (n,).
         probabilities: of each of ``classes_``, (n, n_classes).
-        rejected: whether the image is taken to be of no class, (n,).
         nearest: position of the nearest support among all examples in the order given, (n,); −1 where not known.
     """
 
     labels: np.ndarray
-    classes: np.ndarray
     probabilities: np.ndarray
-    rejected: np.ndarray
     nearest: np.ndarray
 
 
@@ -59,9 +55,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
             or by ``l2g export``; ``timm:NAME``, ``torchvision:NAME`` or ``package.module:Class``; what ``open_source``
             made of one; or ``model(task) -> scores``, or its ``L2GWrapper``, of which a copy is used.
         weights: of an encoder by its name, a file with its state dict; the library's pretrained ones by default.
-        reject_rate: share of images of the known classes that may be called unknown, in (0, 1); ``None`` rejects
-            nothing. An image is unknown if its highest score is below a threshold, see ``threshold_``.
-        unknown_label: what ``predict`` says of such images.
         temperature: scores are divided by it before the softmax; ``None`` takes that of the exported folder for the
             number of examples per class, and 1 where none is known: then probabilities are not calibrated.
         preparation: how images become inputs, for a module of which nothing is known; a folder brings its own.
@@ -74,18 +67,11 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         temperature_: the temperature in use.
         calibrated_: whether it was fitted on held-out episodes, or given.
         calibrated_shots_: examples per class of these episodes, of those there are the nearest; ``None`` without.
-        threshold_: the score below which an image is unknown; −inf without ``reject_rate``. It is a quantile of the
-            examples' own scores, each left out in turn (``rejection_threshold``), so that of further images of these
-            classes at most ``reject_rate`` are rejected if they are like the examples. Where that takes more examples
-            than there are in classes of two or more, as with one of each, it is the same quantile of the scores of
-            known images in the validation episodes of an exported folder.
-        threshold_from_: ``"examples"``, ``"episodes"``, or ``None``.
         n_examples_: number of examples, all calls together.
         n_features_in_: of arrays (n, features) alone.
 
     Raises:
-        L2GError: on ``fit``, for a model that cannot be used, images that cannot be read, or a ``reject_rate`` that
-            there are too few examples for.
+        L2GError: on ``fit``, for a model that cannot be used, or images that cannot be read.
 
     Example:
         >>> from l2g_meta import FewShotClassifier, MetricModel, PrototypicalHead
@@ -103,8 +89,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         model: Any = None,
         *,
         weights: Path | str | None = None,
-        reject_rate: float | None = None,
-        unknown_label: Any = "unknown",
         temperature: float | None = None,
         preparation: Preparation | None = None,
         batch_size: int = 64,
@@ -113,8 +97,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     ):
         self.model = model
         self.weights = weights
-        self.reject_rate = reject_rate
-        self.unknown_label = unknown_label
         self.temperature = temperature
         self.preparation = preparation
         self.batch_size = batch_size
@@ -160,7 +142,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         return self._keep(torch.cat([*kept, *self._embedded(X)]), index)
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
-        """The label of each image, or ``unknown_label``, (n,)."""
+        """The label of each image, (n,)."""
         return self.classify(X, nearest=False).labels
 
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
@@ -178,11 +160,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
             raise L2GError("need a MetricModel, whose encoder gives embeddings, got a model that adapts; use predict")
         X = self._checked(X, reset=False)
         return torch.cat([z.flatten(1).cpu() for z in self._embedded(X)]).numpy()
-
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
-        """Share of images whose label is predicted; an image called unknown counts as wrong unless y says so."""
-        right = self.predict(X) == np.asarray(y)
-        return float(np.average(right, weights=sample_weight))
 
     def classify(self, X: Any, *, nearest: bool = True) -> Predictions:  # noqa: N803
         """All that is said of images, at once.
@@ -204,26 +181,11 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         p = np.zeros((len(z), len(self.classes_)))
         p[:, self.seen_] = c.probabilities(scores, self.temperature_).numpy()
         classes = self.classes_[self.seen_[scores.argmax(-1).numpy()]]
-        rejected = (scores.max(-1).values.double() < self.threshold_).numpy()
         found = self.supports_.nearest(z) if nearest else None
         at = np.full(len(z), -1) if found is None else found.cpu().numpy()
-        return Predictions(self._with_unknown(classes, rejected), classes, p, rejected, at)
-
-    def _with_unknown(self, classes: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-        """Labels in the classes' own type; where unknown images may occur and their label is of another, objects."""
-        if self.reject_rate is None:
-            return classes
-        unknown = np.asarray(self.unknown_label)
-        if unknown.ndim or unknown.dtype.kind != classes.dtype.kind:
-            labels = classes.astype(object)
-            labels[rejected] = self.unknown_label
-            return labels
-        return np.where(rejected, unknown, classes)
+        return Predictions(classes, p, at)
 
     def _open(self) -> Source:
-        rate = self.reject_rate
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1):
-            raise L2GError(f"need a share of known images that may be rejected, above 0 and below 1, got {rate!r}")
         if self.temperature is not None and not 0 < self.temperature < np.inf:
             raise L2GError(f"need a temperature above 0 and finite, got {self.temperature!r}")
         if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
@@ -234,8 +196,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     def _keep(self, z: Tensor, index: np.ndarray) -> FewShotClassifier:
         """Takes all examples, old and new, as features (n, ...) and places in ``classes_`` (n,)."""
-        if self.reject_rate is not None and self.unknown_label in self.classes_.tolist():
-            raise L2GError(f"need an unknown_label that is no class, got {self.unknown_label!r}; choose another")
         self._index = index
         self.seen_, y = np.unique(index, return_inverse=True)
         labels = torch.as_tensor(y, device=z.device)
@@ -246,10 +206,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         self.calibrated_ = self.temperature is not None or fitted is not None
         self.calibrated_shots_ = None if self.temperature is not None or fitted is None else fitted.shots
         self.temperature_ = self.temperature or (1.0 if fitted is None else fitted.temperature)
-        self.threshold_, self.threshold_from_ = -np.inf, None
-        if self.reject_rate is not None:
-            known_scores = None if fitted is None else fitted.known
-            self.threshold_, self.threshold_from_ = self.supports_.threshold(self.reject_rate, known_scores)
         return self
 
     def _embedded(self, X: Any) -> Iterator[Tensor]:  # noqa: N803

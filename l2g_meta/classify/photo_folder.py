@@ -28,7 +28,7 @@ READERS = 4  # threads that decode
 
 
 class Row(NamedTuple):
-    """What is said of one file: the class, or that it is unknown; its probability; the nearest support's file."""
+    """What is said of one file: the class; its probability; the nearest support's file."""
 
     file: str
     label: str

@@ -44,7 +44,6 @@ def predict(
     table: bool = True,
     emit: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
-    reject_rate: float | None = None,
     batch_size: int = 64,
 ) -> int:
     """Classifies files, printing or writing a row for each; returns 1 if some could not be read, else 0.
@@ -57,7 +56,6 @@ def predict(
         table: print the rows, if no file takes them, and a summary.
         emit: is given all rows and the summary as one dictionary, in the end.
         progress: show a progress bar.
-        reject_rate: as of ``FewShotClassifier``.
         batch_size: images at a time.
 
     Raises:
@@ -68,7 +66,7 @@ def predict(
             raise L2GError("need a file for --csv, got -; name one, or take --json, for the standard output")
         make_folder(csv_file.parent, "a file to write for --csv", "choose another")
     device = str(next(source.model.parameters()).device)
-    classifier = FewShotClassifier(source, reject_rate=reject_rate, batch_size=batch_size, device=device)
+    classifier = FewShotClassifier(source, batch_size=batch_size, device=device)
     reader, files = photo_reader(source, batch_size), query_files(query)
     supports = fit_folder(classifier, reader, support)
     began = time.perf_counter()
@@ -97,35 +95,19 @@ def predict(
     return 1 if reader.skipped else 0
 
 
-def proportion_interval(right: int, n: int) -> tuple[float, float]:
-    """95% interval of a share, in per cent: Wilson (1927), which holds for few images and shares near 0 or 1.
-
-    Example:
-        >>> [round(end, 1) for end in proportion_interval(8, 10)]
-        [49.0, 94.3]
-    """
-    from scipy.stats import binomtest  # which scikit-learn brings
-
-    interval = binomtest(right, n).proportion_ci(method="wilson")
-    return 100 * interval.low, 100 * interval.high
-
-
 def _summary(
     classifier: FewShotClassifier, rows: Sequence[Row], skipped: Sequence[tuple[str, str]], supports: Sequence[str]
 ) -> dict[str, Any]:
     classes = list(map(str, classifier.classes_))
     right, labelled = right_of(rows, classes, supports) or (None, None)
-    fitted = ("temperature", "calibrated", "calibrated_shots", "threshold_from")
+    fitted = ("temperature", "calibrated", "calibrated_shots")
     return {
         "classes": classes,
         "examples": classifier.n_examples_,
         **{name: getattr(classifier, f"{name}_") for name in fitted},
-        "reject_rate": classifier.reject_rate,
         "classified": len(rows),
-        "unknown": sum(row.label == classifier.unknown_label for row in rows),
         "right": right,
         "labelled": labelled,
-        "right_ci95": None if right is None or labelled is None else proportion_interval(right, labelled),
         "unreadable": [{"file": file, "reason": reason} for file, reason in skipped],
     }
 
@@ -140,13 +122,8 @@ def _say(summary: dict[str, Any], csv_file: Path | None) -> None:
     said = "1 image" if images == 1 else f"{images} images"
     print(f"{said} classified from {examples} examples of {classes} classes{where}{note}")
     print(f"{1000 * summary['seconds'] / images:.1f} ms per image, reading it included")
-    if summary["reject_rate"] is not None:
-        print(f"{summary['unknown']} called unknown (threshold from {summary['threshold_from']})")
     if summary["labelled"]:
-        share, (low, high) = 100 * summary["right"] / summary["labelled"], summary["right_ci95"]
-        print(
-            f"{share:.1f} % right of the {summary['labelled']} in folders named as a class (95 %: {low:.1f} to "
-            f"{high:.1f}, for other images and these examples)"
-        )
+        share = 100 * summary["right"] / summary["labelled"]
+        print(f"{share:.1f} % right of the {summary['labelled']} in folders named as a class")
     if summary["unreadable"]:
         print(f"{len(summary['unreadable'])} skipped; listed on the error output, with the reason")

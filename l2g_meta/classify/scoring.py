@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2g_meta.classify.calibration import rejection_threshold
-from l2g_meta.errors import FitError, L2GError
+from l2g_meta.errors import FitError
 from l2g_meta.evaluation.episodes import scores_from_embeddings
 from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
@@ -24,7 +20,6 @@ from l2g_meta.models.relation_network import RelationHead
 from l2g_meta.task import Task
 
 PAIRS = 2**22  # numbers in one table of differences, query by class by dimension
-MOST_LEFT_OUT = 200  # supports that are left out in turn; more make a threshold hardly finer
 CACHE = 2**26  # numbers that ``embed`` remembers, a quarter of a gigabyte
 _features: OrderedDict[bytes, Tensor] = OrderedDict()  # by encoder and image
 
@@ -70,43 +65,6 @@ class Supports:
             return None
         each = torch.arange(len(self.z), device=self.y.device)
         return replace(self, y=each, n_way=len(each)).scores(query).argmax(-1)
-
-    def left_out(self) -> Tensor:  # (n,)
-        """The highest score of each support when it is a query and the others are the supports.
-
-        Of classes with two supports or more; where these are more than ``MOST_LEFT_OUT``, of so many, evenly spaced.
-        """
-        counts = torch.bincount(self.y, minlength=self.n_way)
-        rows = torch.nonzero(counts[self.y] > 1)[:, 0]
-        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), MOST_LEFT_OUT)).round().long()]
-        best = []
-        for row in rows.tolist():
-            others = torch.arange(len(self.y), device=self.y.device) != row
-            rest = replace(self, z=self.z[others], y=self.y[others])
-            best.append(rest.scores(self.z[row : row + 1]).max())
-        return torch.stack(best) if best else torch.empty(0)
-
-    def threshold(self, rate: float, known: Sequence[float] | None) -> tuple[float, str]:
-        """The score below which an image is unknown, and what says so: ``"examples"``, or ``"episodes"``.
-
-        Args:
-            rate: share of known images that may be rejected.
-            known: quantiles of known images' scores in held-out episodes, for too few examples.
-
-        Raises:
-            L2GError: if there are too few examples, and no held-out episodes.
-        """
-        left_out = self.left_out().cpu()
-        threshold = rejection_threshold(left_out, rate)
-        if threshold > -math.inf:
-            return threshold, "examples"
-        if known is not None:
-            return float(np.quantile(known, rate)), "episodes"
-        raise L2GError(
-            f"need {math.ceil(round(1 / rate, 9)) - 1} examples in classes of two or more to reject {rate:.0%} of "
-            f"known images, got {len(left_out)}; add examples, raise reject_rate, or use a model exported with `l2g "
-            "export`, which has the scores of held-out episodes"
-        )
 
 
 def embed(model: nn.Module, x: Tensor, token: bytes = b"") -> Tensor:

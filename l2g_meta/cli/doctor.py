@@ -19,7 +19,7 @@ l2g doctor
 l2g doctor --json                                    # for a bug report or a script
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
-EXTRAS = ("learn2learn", "export", "timm", "bench")  # whose packages are looked at
+EXTRAS = ("learn2learn", "timm")  # whose packages are looked at
 MODULES = {
     "Pillow": "PIL.Image",
     "safetensors": "safetensors.torch",

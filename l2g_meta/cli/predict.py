@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from l2g_meta.cli.flags import number, positive
+from l2g_meta.cli.flags import positive
 from l2g_meta.cli.output import STDOUT, add_output, emit
 from l2g_meta.cli.runs import add_model
 
@@ -16,7 +16,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 l2g predict --support known --query photos           # known/<class>/*.jpg; with the embedded model
-l2g predict --model runs/a --support known --query a.jpg b.jpg --unknown 0.1
+l2g predict --model runs/a --support known --query a.jpg b.jpg
 l2g predict --model timm:vit_small_patch14_dinov2.lvd142m --support known --query photos --csv out.csv"""
 
 
@@ -26,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--support", type=Path, required=True, metavar="DIR", help="a folder of one folder per class")
     add("--query", type=Path, required=True, nargs="+", metavar="DIR|FILE", help="what to classify: "
                          "images, and folders of them at any depth")  # fmt: skip
-    add("--unknown", type=number, metavar="RATE", help="call images unknown that are like no class, "
-                         "at the price of this share of known ones, for example 0.1")  # fmt: skip
     add("--csv", type=Path, metavar="FILE", help="write the rows there instead of printing them")
     add_model(parser)
     add_batches(parser)
@@ -54,6 +52,5 @@ def run(args: argparse.Namespace) -> int:
         table=args.json != STDOUT,
         emit=None if args.json is None else lambda values: emit(args, {"model": args.model, **values}),
         progress=not args.quiet,
-        reject_rate=args.unknown,
         batch_size=args.batch_size,
     )

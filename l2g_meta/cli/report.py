@@ -12,7 +12,7 @@ from l2g_meta.cli.runs import add_episodes, add_trust
 INTERRUPTED = "no page was written; run it again"
 DESCRIPTION = (
     "Tests trained runs and writes one HTML file: accuracies with intervals, settings, learning curves, confusions, "
-    "t-SNE, reliability, and episodes as pictures. It needs no network."
+    "t-SNE, and episodes as pictures. It needs no network."
 )
 EXAMPLES = """\
 l2g report runs/a                                    # report.html: open it in a browser

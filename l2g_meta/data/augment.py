@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,21 +12,6 @@ from torch import Tensor
 from l2g_meta.errors import DataError
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in Pillow and torchvision
-
-
-Drawn = Sequence[Any]  # arrays or tensors with a row for each image
-
-
-class Variation(Protocol):
-    """A way to vary images: what is drawn is apart from what is done, so that any device does the same."""
-
-    def draw(self, rng: np.random.Generator, n: int, size: tuple[int, int]) -> Drawn:
-        """Arrays with a row for each of n images of this height and width."""
-        ...
-
-    def gather(self, images: Tensor, rows: Tensor, draws: Drawn) -> Tensor:
-        """Varied images of the given rows: (N, H, W, C) uint8 and (n,) -> (n, H, W, C), float in 0 … 1."""
-        ...
 
 
 class Draws(NamedTuple):
@@ -73,7 +57,7 @@ class Augment:
             rng.uniform(1 - self.jitter, 1 + self.jitter, (n, 3)).astype(np.float32),
         )
 
-    def gather(self, images: Tensor, rows: Tensor, draws: Drawn) -> Tensor:
+    def gather(self, images: Tensor, rows: Tensor, draws: Draws) -> Tensor:
         """Varied images of the given rows.
 
         Shapes: images (N, H, W, C) uint8, rows (n,) -> (n, H, W, C), float in 0 … 1.
@@ -90,58 +74,6 @@ class Augment:
         x = (x * brightness).clamp_(0, 1)
         x = _blend(x, _grey(x).mean((1, 2), keepdim=True), contrast)
         return _blend(x, _grey(x), saturation) if images.shape[3] == 3 else x
-
-
-@dataclass(frozen=True)
-class PerImage:
-    """Any transform of torchvision v2, on one image after the other: slower than ``Augment``, but yours.
-
-    What it draws depends on the stream's seed and position alone, as PyTorch's CPU generator is seeded for each image;
-    a transform that draws on the device of the image, as ``GaussianNoise`` does, is not reproducible on a GPU.
-
-    Args:
-        transform: (C, H, W) uint8 -> (C, H, W), uint8 or float in 0 … 1.
-
-    Example:
-        >>> from torchvision.transforms import v2
-        >>> vary, images = PerImage(v2.RandomHorizontalFlip(1.0)), torch.arange(2, dtype=torch.uint8).view(1, 1, 2, 1)
-        >>> draws = vary.draw(np.random.default_rng(0), 1, (1, 2))
-        >>> (vary.gather(images, torch.tensor([0]), draws) * 255).flatten().tolist()
-        [1.0, 0.0]
-    """
-
-    transform: Callable[[Tensor], Tensor]
-
-    def draw(self, rng: np.random.Generator, n: int, size: tuple[int, int]) -> tuple[np.ndarray]:
-        """A seed for each of n images."""
-        return (rng.integers(0, 2**63, n),)
-
-    def gather(self, images: Tensor, rows: Tensor, draws: Drawn) -> Tensor:
-        """Varied images of the given rows.
-
-        Shapes: images (N, H, W, C) uint8, rows (n,) -> (n, H, W, C), float in 0 … 1.
-
-        Raises:
-            DataError: if the transform changes the shape.
-        """
-        planes = images[rows].permute(0, 3, 1, 2)
-        varied = []
-        with torch.random.fork_rng(devices=[]):
-            for plane, seed in zip(planes, draws[0].tolist(), strict=True):
-                torch.default_generator.manual_seed(seed)
-                x = self.transform(plane)
-                if x.shape != plane.shape:
-                    raise DataError(
-                        f"need a transform that keeps the shape {tuple(plane.shape)}, got {tuple(x.shape)}; give it "
-                        "that size"
-                    )
-                varied.append(x if x.is_floating_point() else x.float() / 255)
-        return torch.stack(varied).permute(0, 2, 3, 1)
-
-
-def variation(augment: Any) -> Variation | None:
-    """What varies the images: ``augment`` itself, or a transform made to."""
-    return augment if augment is None or hasattr(augment, "gather") else PerImage(augment)
 
 
 def _shifted(images: Tensor, rows: Tensor, shift: Tensor, flip: Tensor) -> Tensor:

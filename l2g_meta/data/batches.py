@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from l2g_meta.data.augment import Variation
+from l2g_meta.data.augment import Augment
 from l2g_meta.data.pairs import checked_seed
 from l2g_meta.data.sources import indexed, task_source
 from l2g_meta.data.stream import generator
@@ -54,7 +54,7 @@ class Batches:
         size: int,
         *,
         seed: int = 0,
-        augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        augment: Augment | None = None,
         device: torch.device | str | None = None,
     ):
         self.source = indexed(task_source(dataset, device, augment))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from l2g_meta.data.augment import Variation
+from l2g_meta.data.augment import Augment
 from l2g_meta.data.sources import TaskRows, TaskSource, task_source
 from l2g_meta.data.stream import Stream, checked_length
 from l2g_meta.errors import DataError
@@ -61,8 +61,7 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         outer_queries: queries per class of T_j.
         seed: of the stream of pairs.
         length: pairs of an epoch; by default there is no end. ``pairs[k]`` is the same with and without.
-        augment: vary the images, supports and queries alike: an ``Augment`` (crop, flip, colours), or a transform of
-            torchvision v2, which gets one image (C, H, W) at a time; for uint8 ``ClassDataset``.
+        augment: vary the images, supports and queries alike (crop, flip, colours); for uint8 ``ClassDataset``.
         device: where the tasks are wanted; a ``ClassDataset`` is moved there once, if it fits (see
             ``l2g_meta.data.host``). By default, where the data is.
 
@@ -89,7 +88,7 @@ class TaskPairs(Stream[tuple[Task, Task]]):
         outer_queries: Choice | None = None,
         seed: int = 0,
         length: int | None = None,
-        augment: Variation | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        augment: Augment | None = None,
         device: torch.device | str | None = None,
     ):
         inner = TaskShape(ways, shots, queries).checked("")

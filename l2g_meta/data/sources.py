@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2g_meta.data.augment import Drawn, Variation, variation
+from l2g_meta.data.augment import Augment, Draws
 from l2g_meta.data.dataset import ClassDataset, MapDataset
 from l2g_meta.data.host import placed
 from l2g_meta.errors import DataError
@@ -46,7 +46,7 @@ def disjoint_classes(rng: np.random.Generator, n_classes: int, ways: Sequence[in
 class IndexedSource:
     """Tasks from a class-indexed data set: rows first, then one gather for all tasks."""
 
-    def __init__(self, dataset: Any, augment: Variation | None = None):
+    def __init__(self, dataset: Any, augment: Augment | None = None):
         self.dataset, self.augment = dataset, augment
 
     def rows(self, rng: np.random.Generator, shapes: Shapes) -> tuple[TaskRows, ...]:
@@ -66,7 +66,7 @@ class IndexedSource:
             )
         return tuple(tasks)
 
-    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Drawn | None]:
+    def draw_all(self, shapes: Sequence[tuple[np.random.Generator, Shapes]]) -> tuple[list[TaskRows], Draws | None]:
         """From each generator one task for each of its (ways, shots, queries), and how their images are varied."""
         drawn: list[TaskRows] = []
         images = []
@@ -76,19 +76,19 @@ class IndexedSource:
             images.append((rng, sum(len(r.support) + len(r.query) for r in rows)))
         return drawn, self.variations(images)  # after the rows, which are the same with and without
 
-    def variations(self, images: Sequence[tuple[np.random.Generator, int]]) -> Drawn | None:
+    def variations(self, images: Sequence[tuple[np.random.Generator, int]]) -> Draws | None:
         """How images are varied, from each generator so many; ``None`` if they are not."""
         if self.augment is None:
             return None
         size = self.dataset.image_shape[1:]
         drawn = [self.augment.draw(rng, n, size) for rng, n in images]
-        return tuple(map(np.concatenate, zip(*drawn, strict=True)))
+        return Draws(*map(np.concatenate, zip(*drawn, strict=True)))
 
     def class_sizes(self) -> np.ndarray:
         """Examples of each class, (n_classes,)."""
         return np.array([len(rows) for rows in self.dataset.index])
 
-    def load(self, drawn: Sequence[TaskRows], draws: Drawn | None = None) -> list[Task]:
+    def load(self, drawn: Sequence[TaskRows], draws: Draws | None = None) -> list[Task]:
         """The tasks of these rows, all images in one gather, varied by ``draws``."""
         parts = [part for rows in drawn for part in (rows.support, rows.query)]
         labels = [y for rows in drawn for y in (rows.support_y, rows.query_y)]
@@ -98,7 +98,7 @@ class IndexedSource:
         ways = [len(rows.classes) for rows in drawn]
         return [Task(*part) for part in zip(xs[0::2], ys[0::2], xs[1::2], ys[1::2], ways, strict=True)]
 
-    def gather(self, rows: Tensor, draws: Drawn | None = None) -> Tensor:
+    def gather(self, rows: Tensor, draws: Draws | None = None) -> Tensor:
         """Inputs of the rows (n,), varied by ``draws``: (n, ...)."""
         if self.augment is None or draws is None:
             return self.dataset.gather(rows)
@@ -111,7 +111,7 @@ TaskSource: TypeAlias = "IndexedSource | MetaDatasetSource | TasksetSource"
 def task_source(
     dataset: Any,
     device: torch.device | str | None = None,
-    augment: Variation | Callable[[Tensor], Tensor] | None = None,
+    augment: Augment | None = None,
 ) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
@@ -124,7 +124,7 @@ def task_source(
             "them in your data set's own transform"
         )
     if isinstance(dataset, ClassDataset):
-        return IndexedSource(placed(dataset, device), variation(augment))
+        return IndexedSource(placed(dataset, device), augment)
     if hasattr(dataset, "index") and hasattr(dataset, "gather"):
         return IndexedSource(dataset)
     if hasattr(dataset, "labels_to_indices") or hasattr(dataset, "sample_task_description"):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from l2g_meta.data.augment import Drawn
+from l2g_meta.data.augment import Draws
 from l2g_meta.data.sources import IndexedSource, Shapes, TaskRows, TaskSource, indexed
 from l2g_meta.errors import DataError
 from l2g_meta.task import Task
@@ -40,7 +40,7 @@ class Stream(ABC, Generic[T_co]):
         generators = [generator(self.seed, k) for k in positions]
         return [(rng, tuple(shape.draw(rng) for shape in self.shapes)) for rng in generators]
 
-    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Drawn | None]:
+    def draw(self, positions: Sequence[int]) -> tuple[list[TaskRows], Draws | None]:
         """The tasks of these positions as rows of a class-indexed data set, and how their images are varied."""
         return indexed(self.source).draw_all(self._shapes(positions))
 

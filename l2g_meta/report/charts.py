@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2g_meta.classify.calibration import Reliability
 from l2g_meta.report.experiments import Experiment, Report
 from l2g_meta.report.reported_run import ReportedRun
 
@@ -39,7 +38,6 @@ class Chart:
         height: in units.
         ynames: names at y = 0, 1, … instead of numbers.
         yfirst: least number on the vertical axis.
-        bars: style, horizontal range, vertical range, title.
         areas: style, x and y of their corners.
         lines: style, x and y of their points.
         whiskers: style, least and largest x, y.
@@ -54,7 +52,6 @@ class Chart:
     height: int = HEIGHT
     ynames: Sequence[str] = ()
     yfirst: float = -math.inf
-    bars: Sequence[tuple[str, tuple[float, float], tuple[float, float], str]] = ()
     areas: Sequence[tuple[str, Sequence[float], Sequence[float]]] = ()
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]] = ()
     whiskers: Sequence[tuple[str, float, float, float]] = ()
@@ -209,24 +206,6 @@ def accuracy_chart(group: Sequence[Experiment], split: str) -> Chart:
             (style, mean, y, 4.5, f"{name}: {mean:.2f} ± {half:.2f} %, 95% over {over}")
             for y, (name, mean, half, style, over) in enumerate(found)
         ],
-    )  # fmt: skip
-
-
-def reliability_chart(found: Reliability, style: str, name: str) -> Chart:
-    """Accuracy in each bin of confidence, the diagonal, and the share of predictions in each bin below."""
-    bins, total, most = len(found.count), sum(found.count), max(found.count)
-    bars = []
-    for b, (n, accuracy, mean) in enumerate(zip(found.count, found.accuracy, found.confidence, strict=True)):
-        if n:
-            x = (100 * b / bins + 0.6, 100 * (b + 1) / bins - 0.6)
-            title = f"{n:,} of {total:,} predictions: {100 * mean:.1f} % probable, {100 * accuracy:.1f} % right"
-            low, high = sorted((100 * accuracy, 100 * mean))
-            bars.append((style, x, (0.0, 100 * accuracy), title))
-            bars += [("gap", x, (low, high), title), ("count", x, (-26.0, -26 + 20 * n / most), title)]
-    return Chart(
-        (0, 100), (-26, 100), description=f"Reliability of {name}: accuracy against probability in {bins} bins",
-        xlabel="probability of the prediction (%)", ylabel="right (%)", height=330, yfirst=0, bars=bars,
-        lines=[("ideal", (0, 100), (0, 100))],
     )  # fmt: skip
 
 

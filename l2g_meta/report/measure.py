@@ -61,12 +61,10 @@ class EpisodePredictions:
     Args:
         rows: of the episode's images.
         predicted: position of the predicted class among the episode's, (n_query,).
-        confidence: its probability, softmax of the scores, (n_query,).
     """
 
     rows: TaskRows
     predicted: np.ndarray
-    confidence: np.ndarray
 
     @property
     def correct(self) -> np.ndarray:
@@ -130,15 +128,14 @@ def predictions_among(measured: Measured, data: ClassDataset, options: ReportOpt
 def _predict(
     model: nn.Module, data: ClassDataset, shape: dict[str, Any], options: ReportOptions, device: torch.device
 ) -> tuple[Evaluation, list[EpisodePredictions]]:
-    observed: list[tuple[np.ndarray, np.ndarray]] = []
+    observed: list[np.ndarray] = []
 
     def observe(scores: Tensor, y: Tensor) -> None:
-        confidence, predicted = scores.double().softmax(-1).max(-1)
-        observed.append((predicted.cpu().numpy(), confidence.cpu().numpy()))
+        observed.append(scores.argmax(-1).cpu().numpy())
 
     evaluation = evaluate(
         model, data, **shape, episodes=options.episodes, bn=options.bn, episode_seed=options.episode_seed,
         device=device, observe=observe,
     )  # fmt: skip
     stream = Episodes(data, **shape, seed=(options.episode_seed, 0), device=torch.device("cpu"))
-    return evaluation, [EpisodePredictions(stream.rows(k), *both) for k, both in enumerate(observed)]
+    return evaluation, [EpisodePredictions(stream.rows(k), predicted) for k, predicted in enumerate(observed)]

@@ -5,21 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from l2g_meta.classify.calibration import expected_calibration_error, reliability
 from l2g_meta.data.pairs import listed
 from l2g_meta.files.writing import write_text
-from l2g_meta.report.charts import accuracy_chart, colour, loss_chart, reliability_chart, validation_chart
-from l2g_meta.report.experiments import Experiment, Report, differences
+from l2g_meta.report.charts import accuracy_chart, loss_chart, validation_chart
+from l2g_meta.report.experiments import Report, differences
 from l2g_meta.report.image_section import DETAILED, image_sections
 from l2g_meta.report.projection import POINTS
 from l2g_meta.report.thumbnails import SIZES
@@ -59,7 +55,6 @@ def render(report: Report) -> str:
         images=images,
         left_out=sum(bool(experiment.measured) for experiment in report.experiments) - DETAILED,
         points=POINTS,
-        reliabilities=list(reliabilities(report)),
     )
     page = templates.get_template("page.html")
     source, _, _ = loader.get_source(templates, "page.html")
@@ -105,22 +100,3 @@ def settings(report: Report) -> dict[str, Any] | None:
 
 def _text(value: Any) -> str:
     return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def reliabilities(report: Report) -> Iterator[tuple[Experiment, dict[str, Any]]]:
-    """How far probabilities can be trusted, of each experiment over its trained seeds; in per cent."""
-    for experiment in report.experiments:
-        episodes = [episode for measured in experiment.measured for episode in measured.predictions]
-        if not episodes:
-            continue
-        confidence = torch.from_numpy(np.concatenate([episode.confidence for episode in episodes]))
-        correct = torch.from_numpy(np.concatenate([episode.correct for episode in episodes]))
-        bins = reliability(confidence, correct)
-        yield experiment, {
-            "bins": bins,
-            "queries": len(confidence),
-            "error": 100 * expected_calibration_error(confidence, correct),
-            "confidence": 100 * confidence.mean().item(),
-            "right": 100 * correct.double().mean().item(),
-            "chart": reliability_chart(bins, colour(experiment.number), experiment.letter),
-        }  # fmt: skip
