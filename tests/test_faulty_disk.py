@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from l2g_meta.classify import exported
 from l2g_meta.cli.main import main
 from l2g_meta.data import cache, download
 from l2g_meta.files import writing
@@ -131,7 +130,6 @@ QUICK = [("train", "curve.png", "rename"), ("train", "config.json", "open"), ("t
 @pytest.fixture
 def place(commands: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, list[str]]]:
     monkeypatch.setenv("L2G_CACHE", str(commands[0] / "cache"))
-    monkeypatch.setattr(exported, "export_encoder", lambda *_, **__: None)
     return commands
 
 

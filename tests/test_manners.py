@@ -201,7 +201,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
         main(["evaluate", "run"])
 
 
-NEEDED = [("torch", ""), ("no-such-package", "bench"), ("not-looked-at", "dev")]
+NEEDED = [("torch", ""), ("no-such-package", "timm"), ("not-looked-at", "dev")]
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def few_parts(monkeypatch):
 def test_doctor(capsys):
     code, out, err = said(capsys, "doctor")
     assert (code, err) == (0, "") and "all that is required works" in out and "not-looked-at" not in out
-    assert re.search('no-such-package  missing: pip install "l2g-meta\\[bench]"', out)
+    assert re.search('no-such-package  missing: pip install "l2g-meta\\[timm]"', out)
     code, out, err = said(capsys, "doctor --json")
     found = json.loads(out)
     assert code == 0 and found["works"] and "threads" in found["machine"]["CPU"] and "self test" in err
