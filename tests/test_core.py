@@ -130,6 +130,17 @@ class TestModels:
         assert all(m.training for m in encoder.modules())
         assert L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.1)(*tasks).isfinite()
 
+    @pytest.mark.parametrize(
+        "x", [torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, 1, 8, 8)], ids=["uint8", "grey"]
+    )
+    @pytest.mark.parametrize(
+        "encoder", [Conv4(3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())], ids=["Conv4", "stock"]
+    )
+    def test_a_bare_encoder_whose_images_do_not_fit(self, encoder, x):
+        task = Task(x, torch.arange(6) % 2, x, torch.arange(6) % 2, 2)
+        with pytest.raises(FitError, match=r"forward takes images; wrap it: MetricModel\(encoder, Prototypical"):
+            L2GWrapper(encoder, 0.1)(task, task)
+
     @pytest.mark.parametrize("error", [AssertionError, ValueError, RuntimeError, KeyError])
     def test_whatever_a_bare_encoder_raises(self, error, tasks):
         class Strict(nn.Module):

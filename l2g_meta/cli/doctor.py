@@ -20,11 +20,7 @@ l2g doctor --json                                    # for a bug report or a scr
 l2g doctor --quiet && l2g train                      # only if all that is required works"""
 
 EXTRAS = ("learn2learn", "timm")  # whose packages are looked at
-MODULES = {
-    "Pillow": "PIL.Image",
-    "safetensors": "safetensors.torch",
-    "scikit-learn": "sklearn",
-}  # that are imported, of other names
+MODULES = {"Pillow": "PIL.Image", "safetensors": "safetensors.torch", "scikit-learn": "sklearn"}  # of other names
 MISSING, BROKEN = "missing", "does not work"
 DESCRIPTION = (
     "Prints versions, devices and which optional parts are there, with the command that adds each missing one, and "

@@ -57,7 +57,8 @@ def evaluated(model: nn.Module, task: TaskLike, autocast: torch.dtype | None = N
         try:
             scores = scores_of(model, task)
         except Exception as error:  # whatever a forward raises that is given another thing than it takes
-            if not hasattr(model, "process_support_set") and _takes_images(model, task.query_x):
+            bare = not hasattr(model, "process_support_set")
+            if bare and (_wants_a_tensor(error) or _takes_images(model, task.query_x)):
                 raise FitError(
                     f"need a model whose forward takes a task, {type(model).__name__}'s forward takes images; wrap it: "
                     "MetricModel(encoder, PrototypicalHead())"
@@ -85,6 +86,13 @@ def scores_of(model: nn.Module, task: Task) -> Any:
         return model(task)
     process_support_set(task.support_x, task.support_y)
     return model(task.query_x)
+
+
+def _wants_a_tensor(error: Exception) -> bool:
+    """Whether a forward failed because it was given a task in the place of a tensor."""
+    if isinstance(error, AttributeError):
+        return isinstance(error.obj, Task) and hasattr(Tensor, error.name)
+    return isinstance(error, TypeError) and Task.__name__ in str(error)
 
 
 def _takes_images(model: nn.Module, x: Tensor) -> bool:

@@ -9,13 +9,7 @@ from typing import Any
 
 from l2g_meta.errors import L2GError, did_you_mean
 
-SMALL: dict[str, Any] = {
-    "queries": 10,
-    "pairs": 2,
-    "iterations": 1000,
-    "eval_every": 100,
-    "eval_episodes": 200,
-}
+SMALL: dict[str, Any] = {"queries": 10, "pairs": 2, "iterations": 1000, "eval_every": 100, "eval_episodes": 200}
 MINI_28 = SMALL | {"data": "mini-imagenet", "image_size": 28}
 GLYPHS = SMALL | {"data": "glyphs"}
 L2G: dict[str, Any] = {"method": "l2g", "inner_lr": 0.01, "mix": 0.0}  # Algorithm 1
