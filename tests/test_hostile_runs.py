@@ -165,6 +165,14 @@ class TestExports:
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("how", [["--resume", "RUN"], ["--out", "RUN", "--resume"]], ids=" ".join)
+def test_a_config_nested_without_end(how, run, capsys):
+    (run / "config.json").write_text('{"x":' + 100_000 * "[" + 100_000 * "]" + "}", encoding="utf-8")
+    code = main(["train", *(str(run) if word == "RUN" else word for word in how)])
+    err = capsys.readouterr().err
+    assert code in (0, 2) and "config.json" in err and "Traceback" not in err
+
+
 def test_warnings_do_not_steer_the_terminal(run, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     plain_warnings()

@@ -354,6 +354,15 @@ def test_folder_splits_classes_by_seed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded["test"].images[1].numpy(), np.asarray(Image.open(file)))
 
 
+def test_names_of_classes_are_any_bytes(tmp_path: Path) -> None:
+    for name in ["a", "b\udcff", *"cdefghij"]:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("L", (6, 6)).save(tmp_path / "data" / name / f"{k}.png")
+    parts = [folder.load(split, root=tmp_path / "data", image_size=6).class_names for split in SPLITS]
+    assert "b\udcff" in sum(map(list, parts), [])
+
+
 def test_split_classes() -> None:
     splits = folder.split_classes([f"c{i}" for i in range(100)], 3)
     assert {split: len(names) for split, names in splits.items()} == {"train": 64, "validation": 16, "test": 20}

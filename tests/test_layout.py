@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchvision.transforms import v2
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead
 from l2g_meta.data import DATASETS, ClassDataset, Episodes, MapDataset, TaskPairs, load
@@ -22,7 +21,6 @@ SHAPE = {"ways": 2, "shots": 1, "queries": 1}
 VARIATIONS = {
     "plain": None,
     "crop": Augment(2),
-    "torchvision": v2.RandomHorizontalFlip(),
 }
 
 

@@ -258,7 +258,7 @@ def test_broken_packages_are_told(text, found, tmp_path, monkeypatch):
 
 def test_the_doctor_looks_at_what_the_project_needs(monkeypatch):
     found = doctor.needed()
-    assert {("torch", ""), ("scikit-learn", "classify")} <= set(found)
+    assert {("torch", ""), ("scikit-learn", ""), ("timm", "timm")} <= set(found)
     assert set(doctor.EXTRAS) <= {extra for _, extra in found}
     assert all(doctor.look(name, "", module=module)[0].isdigit() for name, module in doctor.MODULES.items())
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: doctor.metadata.distribution("no-such-package"))

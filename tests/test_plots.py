@@ -24,6 +24,12 @@ def test_learning_curves_of_several_runs(tmp_path):
         assert image.width > 1000 and {(31, 119, 180), (255, 127, 14)} <= colours  # both lines are drawn
 
 
+@pytest.mark.parametrize("name", ["a\udcff", "$\\nothing$", "_hidden", "line\nbreak"], ids=repr)
+def test_a_run_of_any_name(name, tmp_path, recwarn):
+    learning_curve([write_log(tmp_path / name, 10, every=5)], tmp_path / "curve.png")
+    assert not recwarn.list and (tmp_path / "curve.png").stat().st_size > 10_000
+
+
 def test_a_run_without_a_log_is_named(tmp_path):
     with pytest.raises(L2GError, match="need a run's log in .*nothing.*log.csv"):
         learning_curve([tmp_path / "nothing"], tmp_path / "curve.png")

@@ -188,7 +188,7 @@ def test_a_head_of_the_same_kind_comes_along_and_another_encoder_is_refused(pret
     other = ["train", *SMALL, "--backbone", "conv4-32", "--weights", str(pretrained), "--out", str(tmp_path / "third")]
     assert main(other) == 2
     err = capsys.readouterr().err
-    assert "a run with --backbone conv4, has" in err and "use the same --backbone and --backbone-options" in err
+    assert "a run with --backbone conv4, has" in err and "use the same --backbone and options" in err
     assert not (tmp_path / "third").exists()
 
 

@@ -129,5 +129,5 @@ def new_run(args: argparse.Namespace) -> tuple[Config, Path]:
 def _is_json(path: Path) -> bool:
     try:
         return isinstance(json.loads(read_text(path)), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

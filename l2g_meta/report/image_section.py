@@ -48,7 +48,7 @@ def confusion(predictions: Sequence[EpisodePredictions], n_classes: int) -> Conf
         >>> from l2g_meta.data.sources import TaskRows
         >>> y = np.array([0, 0, 1])
         >>> rows = TaskRows(np.array([4, 8]), np.array([0, 1]), np.array([5, 6, 9]), y, np.array([2, 0]))
-        >>> found = confusion([EpisodePredictions(rows, np.array([0, 1, 1]), np.ones(3))], 3)
+        >>> found = confusion([EpisodePredictions(rows, np.array([0, 1, 1]))], 3)
         >>> found.taken.tolist(), found.offered.tolist()
         ([[1, 0, 0], [0, 0, 0], [1, 0, 1]], [[1, 0, 1], [0, 0, 0], [2, 0, 2]])
     """

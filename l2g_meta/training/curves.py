@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from l2g_meta.files.names import shown
 from l2g_meta.files.writing import new_file
 from l2g_meta.training.log import read_log
 
@@ -24,10 +25,11 @@ def learning_curve(runs: Sequence[Path | str], path: Path | str, *, labels: Sequ
         labels: one per run; their folders' names by default.
     """
     figure, (left, right) = subplots(1, 2)
-    for run, label in zip(runs, labels or [Path(run).name for run in runs], strict=True):
+    for run, label in zip(runs, labels or [Path(run).resolve().name for run in runs], strict=True):
         rows = read_log(Path(run))
         if not rows:  # lost; a run that goes on says so
             continue
+        label = shown(label).replace("$", r"\$").lstrip("_") or "run"  # Matplotlib sets $...$ as a formula, hides _...
         k = np.array([int(row["iteration"]) for row in rows])
         loss = np.array([float(row["loss"] or "nan") for row in rows])
         window = max(1, len(loss) // 50)

@@ -141,7 +141,7 @@ def split_classes(names: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
     n = len(names)
     if n < 6:
         raise DataError(f"need 6 classes, two each to train, validate and test, got {n}: {list(names)}; add classes")
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
+    order = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{name}")).hexdigest())
     n_test, n_validation = max(2, round(0.20 * n)), max(2, round(0.16 * n))
     parts = order[n_test + n_validation :], order[n_test : n_test + n_validation], order[:n_test]
     return {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
