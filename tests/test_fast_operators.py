@@ -429,9 +429,13 @@ class TestConv:
 
 
 class TestSelection:
-    """Max-pooling: PyTorch's values and derivatives to third order, to the bit."""
+    """ReLU and max-pooling: PyTorch's values and derivatives to third order, to the bit."""
 
     CALLS = {
+        "relu": lambda x: F.relu(x),
+        "in place": lambda x: F.relu(x * 2, inplace=True),
+        "method": lambda x: (x * 2).relu_().relu(),
+        "leaky": lambda x: F.leaky_relu(x, 0.1) + F.leaky_relu(x * 2, 0.2, inplace=True),
         "pool": lambda x: F.max_pool2d(x, 2),
         "overlapping": lambda x: F.max_pool2d(x, 3, 2, 1),
         "dilated": lambda x: F.max_pool2d(x, 2, 1, 0, 2, ceil_mode=True),

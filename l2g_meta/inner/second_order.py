@@ -3,7 +3,7 @@
 An exact inner step differentiates the backward pass of T_i. PyTorch's double backward of batch norm takes some fifty
 element-wise passes, that of convolution copies channels-last maps, fused attention has none. While a pass runs under
 ``twice_differentiable()``, these operators are replaced by those of ``l2g_meta.operators``: the same values, the same
-derivatives of any order. Max-pooling is among them: PyTorch's second derivative of it adds maps of zeros.
+derivatives of any order. ReLU and max-pooling are among them: PyTorch's second derivative of both adds maps of zeros.
 Every map keeps the layout that it has with PyTorch's operators: views, and writes through them, are the network's own.
 """
 
@@ -25,7 +25,7 @@ from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
-from l2g_meta.operators.selection import max_pool2d
+from l2g_meta.operators.selection import max_pool2d, relu
 
 Pair = int | tuple[int, ...]
 
@@ -182,6 +182,19 @@ def _conv2d(
     return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
 
 
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _leaky_relu(input, 0.0, inplace)
+
+
+def _relu_(input: Tensor) -> Tensor:
+    return _leaky_relu(input, 0.0, True)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    fits = _taken(input) and negative_slope >= 0 and not (inplace and input._is_view())
+    return relu(input, negative_slope, inplace=inplace) if fits else NotImplemented
+
+
 def _max_pool2d(
     input: Tensor,
     kernel_size: Pair,
@@ -220,6 +233,9 @@ FAST: Table = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.max_pool2d: _max_pool2d,
+    F.leaky_relu: _leaky_relu,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
 }
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,

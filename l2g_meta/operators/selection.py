@@ -1,6 +1,9 @@
-"""Max-pooling as an operator: it selects values, and its second derivative selects the same ones.
+"""ReLU and max-pooling as operators: they select values, and their second derivative selects the same ones.
 
-PyTorch's double backward also hands back a map of zeros for the input, which is written, read and added.
+PyTorch's double backward of both also hands back a map of zeros for the input, which is written, read and added.
+
+Shapes:
+    (n, c, H, W) -> (n, c, H', W') for pooling, any shape -> the same for ReLU.
 """
 
 from __future__ import annotations
@@ -14,6 +17,16 @@ from torch.autograd import Function
 from l2g_meta.operators.norm_passes import take
 
 aten = torch.ops.aten
+
+
+def relu(x: Tensor, slope: float = 0.0, *, inplace: bool = False) -> Tensor:
+    """The input where it is positive, elsewhere ``slope`` times it, with a slope of at least 0; of the same shape.
+
+    Example:
+        >>> relu(torch.tensor([-2.0, 3.0])).tolist(), relu(torch.tensor([-2.0, 3.0]), 0.5).tolist()
+        ([0.0, 3.0], [-1.0, 3.0])
+    """
+    return _ReLU.apply(x, slope, inplace)
 
 
 def max_pool2d(
@@ -31,6 +44,37 @@ def max_pool2d(
         [5.0, 7.0, 13.0, 15.0]
     """
     return _MaxPool.apply(x, (size, stride, padding, dilation, ceil_mode))[0]
+
+
+class _ReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+            y = x.relu_() if slope == 0 else torch.nn.functional.leaky_relu_(x, slope)
+        else:
+            y = x.relu() if slope == 0 else torch.nn.functional.leaky_relu(x, slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Selected.apply(g, *ctx.saved_tensors, ctx.slope), None, None
+
+
+class _Selected(Function):
+    """g where y is positive, elsewhere ``slope`` g: linear in g, and its derivative by y is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return aten.threshold_backward(g, y, 0) if slope == 0 else aten.leaky_relu_backward(g, y, slope, True)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        return _Selected.apply(v, *ctx.saved_tensors, ctx.slope), None, None
 
 
 class _MaxPool(Function):
