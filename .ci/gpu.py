@@ -111,7 +111,7 @@ def _bench(
     if tiny:
         how = "--device cpu --image-size 20 --ways 2 --queries 1 --repeats 1".split()
     command = ["-m", "l2g_meta", "bench", "--backbone", backbone, "--pairs", str(pairs), *how, "--variants", *rows]
-    command += ["--json", str(out / f"{name}.json"), *(["--no-memory"] if large or tiny else [])]
+    command += ["--json", str(out / f"{name}.json")]
     return Step(name, 90 if large else 60, command)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from l2g_meta import ResNet12
 from l2g_meta.bench import comparison as run
 from l2g_meta.bench.case import Case, build, task_stream
-from l2g_meta.bench.comparison import bench, gradient_errors, peak_memory
+from l2g_meta.bench.comparison import bench
 from l2g_meta.bench.variants import VARIANTS, available, prepare
 from l2g_meta.cli.main import main
 from l2g_meta.models.blocks import BatchNormReLU2d
@@ -20,41 +20,43 @@ from l2g_meta.models.blocks import BatchNormReLU2d
 SMALL = Case(image_size=20, ways=2, queries=2, device="cpu")
 
 
-def test_every_exact_variant_computes_the_same_gradient():
-    same = [name for name, row in available(SMALL).items() if row.exact]
-    errors = gradient_errors(SMALL, same)
-    assert set(errors) >= {
-        "l2g",
-        "l2g, own network",
-        "l2g, own network, stock operators",
-    }
-    assert all(0 < error < 1e-4 for error in errors.values()), errors
+def gradient(case, name, dtype):
+    pairs = [
+        tuple(t._replace(support_x=t.support_x.to(dtype), query_x=t.query_x.to(dtype)) for t in task_stream(case)[0])
+    ]
+    model = build(case, layers=VARIANTS[name].layers).to(dtype)
+    prepare(name, case, model)(pairs)
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def test_first_order_and_episodic_do_not():
-    errors = gradient_errors(replace(SMALL, inner_lr=0.1), ["l2g", "l2g, first order", "episodic"])
-    assert errors["l2g"] < 1e-3 < min(errors["l2g, first order"], errors["episodic"])
+def errors_of(case, names):
+    """Relative to float64 on PyTorch's operators."""
+    exact = gradient(case, "l2g, own network, stock operators", torch.float64)
+    found = {name: gradient(case, name, torch.float32) for name in names}
+    return {name: ((g - exact).norm() / exact.norm()).item() for name, g in found.items()}
+
+
+def test_exact_rows_compute_the_same_gradient_and_others_do_not():
+    other = [name for name in VARIANTS if "episodic" in name or "mix" in name or "first" in name]
+    errors = errors_of(replace(SMALL, inner_lr=0.1), [*available(SMALL)])
+    assert len(other) == 5 and all((errors[name] > 1e-3) == (name in other) for name in errors), errors
 
 
 @pytest.mark.parametrize("change", [{"head": "relation"}, {"backbone": "resnet12"}, {"pairs": 2}], ids=str)
 def test_other_cases(change):
-    result = bench(
-        replace(SMALL, **change), variants=["episodic", "l2g"], repeats=1, memory=False, say=lambda line: None
-    )
+    result = bench(replace(SMALL, **change), variants=["episodic", "l2g"], repeats=1, say=lambda line: None)
     by_name = {row["name"]: row for row in result["rows"]}
     assert by_name["episodic"]["ratio"] == 1.0
     assert by_name["l2g"]["ratio"] == by_name["l2g"]["seconds"] / by_name["episodic"]["seconds"]
-    assert by_name["l2g"]["gradient_error"] < 1e-2  # float32, and a deep network on maps of one pixel
 
 
 def test_an_encoder_of_a_library_has_the_rows_of_ones_own_network():
     case, lines = Case("torchvision:resnet18", image_size=32, ways=2, queries=2, device="cpu"), []
     names = ["episodic, own network", "l2g, own network"]
-    result = bench(case, variants=names, repeats=1, memory=False, say=lines.append)
+    result = bench(case, variants=names, repeats=1, say=lines.append)
     episodic, l2g_row = result["rows"]
     assert [episodic["name"], l2g_row["name"]] == names
     assert l2g_row["ratio"] == l2g_row["ratio_to_fastest"] == l2g_row["seconds"] / episodic["seconds"]
-    assert 0 < l2g_row["gradient_error"] < 1
 
 
 def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
@@ -64,7 +66,7 @@ def test_command_prints_the_table_and_writes_json(tmp_path, capsys):
     result, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert [row["name"] for row in result["rows"]] == ["episodic", "l2g"]
     for row in result["rows"]:
-        assert row["seconds"] > 0 and row["peak_bytes"] > 0 and f"{row['seconds']:.4f}" in printed
+        assert row["seconds"] > 0 and f"{row['seconds']:.4f}" in printed
 
 
 def test_errors_say_what_there_is(capsys):
@@ -98,12 +100,12 @@ def test_unusable_cases_are_told_in_one_line(flags, message, capsys):
 
 
 def test_json_has_null_where_a_number_is_unknown(tmp_path, monkeypatch):
-    """An inner step that overshoots: the gradient and its error are not finite."""
+    """Ratios, where no episodes were timed."""
     path = tmp_path / "bench.json"
-    flags = "--image-size 20 --ways 2 --queries 1 --repeats 1 --device cpu --no-memory --inner-lr 1e38".split()
+    flags = "--image-size 20 --ways 2 --queries 1 --repeats 1 --device cpu".split()
     assert main(["bench", *flags, "--variants", "l2g", "--json", str(path)]) == 0
     (row,) = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))["rows"]
-    assert row["gradient_error"] is None and row["seconds"] > 0
+    assert row["ratio"] is None and row["seconds"] > 0
 
 
 def test_rows_that_cannot_be_timed_are_left_out_unless_named(monkeypatch):
@@ -113,9 +115,9 @@ def test_rows_that_cannot_be_timed_are_left_out_unless_named(monkeypatch):
     lines, rows = [], {"l2g": VARIANTS["l2g"], "fails": VARIANTS["l2g"]._replace(make=fails)}
     monkeypatch.setitem(VARIANTS, "fails", rows["fails"])
     monkeypatch.setattr(run, "available", lambda *_, **__: rows)
-    result = bench(SMALL, repeats=1, memory=False, say=lines.append)
+    result = bench(SMALL, repeats=1, say=lines.append)
     with pytest.raises(NotImplementedError, match="the derivative"):
-        bench(SMALL, variants=list(rows), repeats=1, memory=False, say=lines.append)
+        bench(SMALL, variants=list(rows), repeats=1, say=lines.append)
     assert [row["name"] for row in result["rows"]] == ["l2g"]
     assert "left out: fails: the derivative of an operator" in lines
 
@@ -130,13 +132,12 @@ def test_rows_stand_against_episodes_of_their_own_layers(monkeypatch):
         "l2g, own network, channels-last": "episodic, own network, channels-last",
     }
     names = [*dict.fromkeys(bases.values()), *bases]
-    rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, memory=False, say=str)["rows"]}
+    rows = {r["name"]: r for r in bench(SMALL, variants=names, repeats=1, say=str)["rows"]}
     seconds = {name: row["seconds"] for name, row in rows.items()}
     fastest = min(seconds[base] for base in bases.values())
     for name, base in bases.items():
         assert rows[name]["ratio"] == seconds[name] / seconds[base]
         assert rows[name]["ratio_to_fastest"] == seconds[name] / fastest
-    assert rows["l2g, mix 0.5"]["gradient_error"] is None and rows["l2g"]["gradient_error"] < 1e-4
 
 
 def test_each_row_has_the_layers_and_the_memory_format_that_it_names():
@@ -168,20 +169,10 @@ def test_precision_is_the_cases():
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     plain, bf16 = gradients
     assert 1e-4 * plain.norm() < (bf16 - plain).norm() < 0.5 * plain.norm()  # last maps of one pixel: noisy
-    bench(replace(SMALL, precision="tf32"), variants=["l2g"], repeats=1, memory=False, say=str)
+    bench(replace(SMALL, precision="tf32"), variants=["l2g"], repeats=1, say=str)
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    bench(SMALL, variants=["l2g"], repeats=1, memory=False, say=str)
+    bench(SMALL, variants=["l2g"], repeats=1, say=str)
     assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
-
-
-def test_memory_of_a_step_counts_the_graph_of_both_tasks():
-    small, large = (replace(SMALL, image_size=size) for size in (28, 84))
-    peaks = {name: peak_memory(large, name) for name in ("episodic", "l2g", "l2g, own network, stock operators")}
-    if None in peaks.values():
-        pytest.skip("memory cannot be measured on this system")
-    images = 84 * 84 * 64 * 4 * 6  # bytes of the first map of one task
-    assert images < peaks["episodic"] < peaks["l2g"] < peaks["l2g, own network, stock operators"]
-    assert peak_memory(small, "l2g") < peaks["l2g"] / 2
 
 
 def test_resnet12_is_the_published_one_and_fused_changes_nothing():

@@ -441,7 +441,8 @@ class TestSignals:
         script.write_text(re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.S)[1])
         calls = tmp_path / "calls"
         stand_ins = {
-            "torchrun": f"trap 'echo saved >> {calls}; exit 1' USR1\necho began >> {calls}\nwhile sleep 0.1; do :; done",
+            "torchrun": f"trap 'echo saved >> {calls}; exit 1' USR1\n"
+            f"echo began >> {calls}\nwhile sleep 0.1; do :; done",
             "scontrol": f'echo "$@" >> {calls}',
         }
         for name, body in stand_ins.items():

@@ -33,7 +33,6 @@ class Variant(NamedTuple):
     make: Make
     layers: Layers = "stock"
     channels_last: bool = False  # the memory format of the weights
-    exact: bool = True  # the exact meta-gradient of Algorithm 1
     needs: str | None = None  # package
     base: str = "episodic, own network"  # two plain episodes on the same layers
 
@@ -80,12 +79,12 @@ def learn2learn(model: MetricModel, case: Case) -> Step:
 _fused = partial(Variant, layers="fused", base="episodic")
 _channels_last = partial(Variant, channels_last=True, base="episodic, own network, channels-last")
 VARIANTS: dict[str, Variant] = {
-    "episodic": _fused(ours(episodic), exact=False),
-    "episodic, own network": Variant(ours(episodic), exact=False),
-    "episodic, own network, channels-last": _channels_last(ours(episodic), exact=False),
+    "episodic": _fused(ours(episodic)),
+    "episodic, own network": Variant(ours(episodic)),
+    "episodic, own network, channels-last": _channels_last(ours(episodic)),
     "l2g": _fused(ours(l2g)),
-    "l2g, mix 0.5": _fused(ours(l2g, mix=0.5), exact=False),
-    "l2g, first order": _fused(ours(l2g, first_order=True), exact=False),
+    "l2g, mix 0.5": _fused(ours(l2g, mix=0.5)),
+    "l2g, first order": _fused(ours(l2g, first_order=True)),
     "l2g, own network": Variant(ours(l2g)),
     "l2g, own network, channels-last": _channels_last(ours(l2g)),
     "l2g, own network, stock operators": Variant(ours(l2g, fast=False)),

@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how").add_argument
     add("--variants", nargs="+", metavar="NAME", help="rows of the table (default: all installed)")
     add("--repeats", type=positive, metavar="N", default=5, help="timed steps of each (default: 5)")
-    add("--no-memory", action="store_true", help="leave peak memory out")
     add_output(parser, json="the results")
 
 
@@ -35,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     case = Case(**given(args, Case))
     case = replace(case, device=str(build_device(case.device)))
     options: dict[str, Any] = {"repeats": args.repeats, "variants": args.variants}
-    emit(args, bench(case, memory=not args.no_memory, **options))
+    emit(args, bench(case, **options))
     return 0

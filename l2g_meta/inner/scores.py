@@ -91,7 +91,7 @@ def scores_of(model: nn.Module, task: Task) -> Any:
 def _wants_a_tensor(error: Exception) -> bool:
     """Whether a forward failed because it was given a task in the place of a tensor."""
     if isinstance(error, AttributeError):
-        return isinstance(error.obj, Task) and hasattr(Tensor, error.name)
+        return isinstance(error.obj, Task) and hasattr(Tensor, str(error.name))
     return isinstance(error, TypeError) and Task.__name__ in str(error)
 
 
