@@ -131,6 +131,18 @@ class TestModels:
         assert L2GWrapper(MetricModel(encoder, PrototypicalHead()), 0.1)(*tasks).isfinite()
 
     @pytest.mark.parametrize(
+        "first", [lambda x: 2 * x - 1, lambda x: x + 0.5, lambda x: x[:, :1]], ids=["2x", "x+", "x[]"]
+    )
+    def test_a_bare_encoder_that_begins_with_arithmetic(self, first):
+        class Scaled(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(first(x)).flatten(1)
+
+        x, y = torch.zeros(6, 3, 8, 8), torch.arange(6) % 2  # which do not fit
+        with pytest.raises(FitError, match="forward takes images; wrap it"):
+            L2GWrapper(Scaled(7, 4, 3), 0.1)(Task(x, y, x, y, 2), Task(x, y, x, y, 2))
+
+    @pytest.mark.parametrize(
         "x", [torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, 1, 8, 8)], ids=["uint8", "grey"]
     )
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, check_head
+from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task, check_head
 from l2g_meta import algorithm as core
 from l2g_meta.errors import FitError
 from l2g_meta.models.maml import SoftmaxMAML
@@ -242,3 +242,34 @@ def test_scripted_parts_are_told():
     ):
         with pytest.raises(FitError, match="got the scripted Sequential; wrap it before it is scripted"):
             wrap()
+
+
+class Growing(nn.Module):
+    """Registers a table of positions again when it meets more of them, as rotary embeddings do."""
+
+    def __init__(self, *, part: bool = False):
+        super().__init__()
+        self.layer, self.part, self.n = nn.Linear(4, 3), part, 0
+
+    def forward(self, x):
+        if x.shape[1] > self.n:
+            self.n = x.shape[1]
+            self.register_buffer("at", torch.arange(self.n).to(x)[:, None], persistent=False)
+        if self.part and not hasattr(self, "late"):
+            self.late = nn.LayerNorm(3).to(x)
+        return torch.tanh(self.layer(x + self.at[: x.shape[1]])).flatten(1)
+
+
+def test_buffers_registered_in_a_forward(either_backend):
+    torch.manual_seed(0)
+    model = MetricModel(Growing().double(), PrototypicalHead())
+    warm = copy.deepcopy(model)
+    y = torch.arange(6) % 3
+    short, long = (Task(*(torch.randn(6, n, 4).double() if k % 2 == 0 else y for k in range(4)), 3) for n in (2, 5))
+    warm(long)
+    found = [torch.autograd.grad(L2GWrapper(m, 0.1)(short, short), list(m.parameters())) for m in (model, warm)]
+    torch.testing.assert_close(*found)
+    assert model.encoder.at.shape == (2, 1) and not model.encoder.state_dict().keys() & {"at"}
+    L2GWrapper(model, 0.1)(long, long).backward()
+    with pytest.raises(FitError, match=r"got encoder.late, made in a forward; call model\(task\) first"):
+        L2GWrapper(MetricModel(Growing(part=True).double(), PrototypicalHead()), 0.1)(short, short)

@@ -63,15 +63,19 @@ def own_buffers(source: nn.Module, clone: nn.Module) -> None:
     """Gives a clone private copies of its buffers; what its passes wrote so far goes to the module it was cloned from.
 
     Called at the first step θ → θ', it keeps running statistics those under θ, written once per task.
+
+    Raises:
+        FitError: if a forward has made a new part, whose parameters the module itself lacks.
     """
     originals = dict(source.named_modules(remove_duplicate=False))
     private: dict[int, Tensor] = {}  # one copy of a buffer that several modules share
     for path, child in clone.named_modules(remove_duplicate=False):
-        original = originals[path]
+        if (original := originals.get(path)) is None:
+            raise FitError(f"need all parts before the step, got {path}, made in a forward; call model(task) first")
         for name, buffer in child._buffers.items():
             if buffer is None:
                 continue
-            if original._buffers[name] is not buffer:  # a module that assigns new buffers instead of writing
+            if original._buffers.get(name) is not buffer:  # a module that assigns or registers new ones
                 original._buffers[name] = buffer.detach()
             child._buffers[name] = private.setdefault(id(buffer), buffer.clone())
 
