@@ -91,7 +91,8 @@ def _statistics(
     wide = [t.to(x.dtype) for t in running or ()]  # themselves, if of that precision
     found = aten.batch_norm_update_stats(x, *(wide or (None, None)), momentum)
     for t, value in zip(running or (), wide, strict=True):
-        t.copy_(value)
+        if t is not value:
+            t.copy_(value)
     return found
 
 
