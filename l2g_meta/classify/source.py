@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ class Source:
         calibration: from held-out episodes; ``None``: not known.
         values: an exported folder's ``model.json``.
         config: the ``Config`` that it is built from; ``None``: not known.
-        token: stands for the encoder and its weights.
     """
 
     model: nn.Module
@@ -56,7 +56,17 @@ class Source:
     calibration: Calibration | None = None
     values: dict[str, Any] = field(default_factory=dict)
     config: Any = None
-    token: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    @cached_property
+    def token(self) -> bytes:
+        """Stands for the encoder and its weights: equal for equal ones that a config builds."""
+        if self.config is None:
+            return secrets.token_bytes(32)
+        digest = hashlib.sha256(repr(sorted(architecture(self.config).items())).encode())
+        for name, t in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
 
     @property
     def pretrained(self) -> bool:
@@ -107,7 +117,7 @@ def open_source(
     if isinstance(model, Source):
         model.model.to(place)
         return model
-    if isinstance(model, str) and ":" in model and not Path(model).exists():
+    if _is_name(model):
         return _open_encoder(model, place, weights, image_size)
     if weights is not None or image_size is not None:
         raise L2GError(f"weights and image_size belong to timm:NAME and other encoders by name, got {model}")
@@ -128,8 +138,12 @@ def open_source(
 
 def run_of(model: Any) -> Path | None:
     """The run directory that a command's argument names, or ``None``: nothing, an exported folder, or an encoder."""
-    named = model is None or (isinstance(model, str) and ":" in model and not Path(model).exists())
-    return None if named or (Path(model) / MODEL).is_file() else Path(model)
+    return None if model is None or _is_name(model) or (Path(model) / MODEL).is_file() else Path(model)
+
+
+def _is_name(model: Any) -> bool:
+    """Whether it names an encoder, as ``timm:NAME`` or ``package.module:Class``, and no folder."""
+    return isinstance(model, str) and ":" in model and not Path(model).exists()
 
 
 def open_run(run: Path, device: str | None, *, checkpoint: str = "best", trust: bool = False) -> Source:
@@ -141,21 +155,12 @@ def open_run(run: Path, device: str | None, *, checkpoint: str = "best", trust: 
     wrapper, config = build.load_run(run, checkpoint=checkpoint, device=device, trust=trust)
     info = read_info(run / f"{checkpoint}.safetensors")
     refuse_given(info, run, "fit a FewShotClassifier around its model, l2g_meta.load_run(run)[0], with inputs as then")
-    return _built(wrapper.module, config, Preparation.of_training(config, info["image_shape"]))
+    return Source(wrapper.module, Preparation.of_training(config, info["image_shape"]), config=config)
 
 
 def architecture(config: Config) -> dict[str, Any]:
     """What of a config it takes to build its model again."""
     return {name: value for name, value in vars(config).items() if name not in NOT_BUILT}
-
-
-def _built(model: nn.Module, config: Config, preparation: Preparation, **known: Any) -> Source:
-    """The source of a model that its config builds: equal weights have an equal token."""
-    digest = hashlib.sha256(repr(sorted(architecture(config).items())).encode())
-    for name, t in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return Source(model, preparation, config=config, token=digest.digest(), **known)
 
 
 def _open_encoder(name: str, device: torch.device, weights: Path | str | None, image_size: int | None) -> Source:
@@ -177,7 +182,7 @@ def _open_encoder(name: str, device: torch.device, weights: Path | str | None, i
         put_encoder(tensors, encoder, str(weights or f"the pretrained weights of {name}"))
     head = PrototypicalHead(distance="cosine")
     model = MetricModel(encoder, head, image_shape=preparation.image_shape).eval().to(device)
-    return _built(model, config, preparation)
+    return Source(model, preparation, config=config)
 
 
 def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
@@ -196,7 +201,7 @@ def _open_export(folder: Path, device: torch.device, trust: bool) -> Source:
     model = build.build_stored(config, preparation.image_shape, build.n_classes_of(info), tensors, folder / WEIGHTS)
     put({n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}, model, folder / WEIGHTS)
     build.set_precision(config.precision)
-    return _built(model.eval().to(device), config, preparation, calibration=calibration, values=values)
+    return Source(model.eval().to(device), preparation, calibration, values, config)
 
 
 def read_values(folder: Path) -> dict[str, Any]:
