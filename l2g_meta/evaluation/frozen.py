@@ -119,6 +119,7 @@ def evaluate_heads(
     base: Any = None,
     bn: Any = "running",
     device: torch.device | str | None = None,
+    observe: Any = None,
     **options: Any,
 ) -> dict[str, Evaluation]:
     """``evaluate`` with several heads on the same features and episodes, so that differences can be paired.
@@ -133,6 +134,7 @@ def evaluate_heads(
         base: training classes, whose mean feature SimpleShot subtracts; without them that of an episode's supports.
         bn: as of ``evaluate``, and so for the others.
         device: where the model is.
+        observe: as of ``evaluate``, of the trained head.
         options: of ``evaluate``.
 
     Raises:
@@ -145,7 +147,8 @@ def evaluate_heads(
         ['trained', 'nearest', 'simpleshot', 'logistic']
     """
     if bn != "running" or not scores_from_embeddings(model):
-        return {TRAINED: evaluate(model, dataset, bn=bn, device=device, **options)} if TRAINED in heads else {}
+        alone = {"bn": bn, "device": device, "observe": observe}
+        return {TRAINED: evaluate(model, dataset, **alone, **options)} if TRAINED in heads else {}
     features, found = Features(model.encoder, dataset, device), {}
     for name in heads:
         head: nn.Module = PrototypicalHead(distance="squared") if name == "nearest" else model.head
@@ -153,5 +156,6 @@ def evaluate_heads(
             head = SimpleShotHead(None if base is None else Features(model.encoder, base, device).mean())
         elif name == "logistic":
             head = LogisticHead()
-        found[name] = evaluate(MetricModel(nn.Identity(), head), features, device=device, **options)
+        seen = observe if name == TRAINED else None
+        found[name] = evaluate(MetricModel(nn.Identity(), head), features, device=device, observe=seen, **options)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import Choice, Episodes, values
 from l2g_meta.data.sources import TaskRows
 from l2g_meta.errors import DataError
-from l2g_meta.evaluation.episodes import Evaluation, evaluate
-from l2g_meta.evaluation.frozen import HEADS, evaluate_heads
+from l2g_meta.evaluation.episodes import Evaluation
+from l2g_meta.evaluation.frozen import HEADS, TRAINED, evaluate_heads
 from l2g_meta.models.batchnorm_policy import Policy
 from l2g_meta.training.build import build_device, load_run
 from l2g_meta.training.config import Config
@@ -108,13 +108,11 @@ def measure(run: Path, options: ReportOptions, load: Callable[[Config, str], Cla
         "shots": options.shots or config.outer_shots,
         "queries": options.queries or config.queries,
     }
-    evaluation, predictions = _predict(wrapper, data, shape, options, device)
     base = None
     with suppress(DataError):  # without it SimpleShot takes the mean of an episode's supports
         base = load(data_alone, "train")
-    asked = {name: getattr(options, name) for name in ("episodes", "bn", "episode_seed")}
-    frozen = evaluate_heads(wrapper.module, data, heads=HEADS, base=base, device=device, **shape, **asked)
-    return Measured(evaluation, predictions, wrapper.module, data, shape, frozen)
+    found, predictions = _predict(wrapper.module, data, shape, options, device, (TRAINED, *HEADS), base)
+    return Measured(found.pop(TRAINED), predictions, wrapper.module, data, shape, found)
 
 
 def predictions_among(measured: Measured, data: ClassDataset, options: ReportOptions) -> list[EpisodePredictions]:
@@ -126,16 +124,23 @@ def predictions_among(measured: Measured, data: ClassDataset, options: ReportOpt
 
 
 def _predict(
-    model: nn.Module, data: ClassDataset, shape: dict[str, Any], options: ReportOptions, device: torch.device
-) -> tuple[Evaluation, list[EpisodePredictions]]:
+    model: nn.Module,
+    data: ClassDataset,
+    shape: dict[str, Any],
+    options: ReportOptions,
+    device: torch.device,
+    heads: Collection[str] = (TRAINED,),
+    base: ClassDataset | None = None,
+) -> tuple[dict[str, Evaluation], list[EpisodePredictions]]:
+    """Results by head, and what the trained one said."""
     observed: list[np.ndarray] = []
 
     def observe(scores: Tensor, y: Tensor) -> None:
         observed.append(scores.argmax(-1).cpu().numpy())
 
-    evaluation = evaluate(
-        model, data, **shape, episodes=options.episodes, bn=options.bn, episode_seed=options.episode_seed,
-        device=device, observe=observe,
+    found = evaluate_heads(
+        model, data, heads=heads, base=base, **shape, episodes=options.episodes, bn=options.bn,
+        episode_seed=options.episode_seed, device=device, observe=observe,
     )  # fmt: skip
     stream = Episodes(data, **shape, seed=(options.episode_seed, 0), device=torch.device("cpu"))
-    return evaluation, [EpisodePredictions(stream.rows(k), predicted) for k, predicted in enumerate(observed)]
+    return found, [EpisodePredictions(stream.rows(k), predicted) for k, predicted in enumerate(observed)]
