@@ -43,7 +43,7 @@ audit: .venv/installed
 
 # Needs no installation: where .venv was not made, the machine's own Python, with PyTorch, runs it.
 gpu:
-	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) .ci/gpu.py --out $(or $(OUT),gpu-results) $(if $(CPU),--cpu) $(if $(ONLY),--only $(ONLY))
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) .ci/gpu.py --out '$(or $(OUT),gpu-results)' $(if $(CPU),--cpu) $(if $(ONLY),--only $(patsubst %,'%',$(ONLY)))
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

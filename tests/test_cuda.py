@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from l2g_meta import Conv4, L2GWrapper, MetricModel, PrototypicalHead, operators
 from l2g_meta.data import host as placement
@@ -17,12 +18,14 @@ from l2g_meta.data.augment import Augment
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.pairs import TaskPairs
 from l2g_meta.evaluation.world import join, shutdown
+from l2g_meta.inner.second_order import twice_differentiable
 from l2g_meta.models.heads import HEADS
 from l2g_meta.models.libraries import torchvision_encoder
 from l2g_meta.models.metric import build_head, feature_shape
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
+from l2g_meta.operators.selection import max_pool2d, relu
 from l2g_meta.testing import random_task
 from l2g_meta.training.objectives import l2g, meta_gradient
 
@@ -86,7 +89,8 @@ def stock_norm(x, w, b, relu=False, pool=False):
 
 
 STRIDED = Geometry((2, 1), (0, 1), (1, 2), groups=2)
-OPERATORS = {  # ours, PyTorch's, shapes of its weights
+OVERLAPPING = [3, 3], [2, 2], [1, 1], [1, 1]  # ResNet's
+OPERATORS = {  # ours, PyTorch's, shape of its weights; the name up to a comma is PyTorch's
     "conv2d": (lambda *t: conv2d(*t, Geometry(padding=(1, 1))), lambda *t: F.conv2d(*t, padding=1), (8, 6, 3, 3)),
     "conv2d, strided": (lambda *t: conv2d(*t, STRIDED), lambda *t: F.conv2d(*t, *STRIDED), (8, 3, 3, 3)),
     "batch_norm": (batch_norm, stock_norm, (6,)),
@@ -95,7 +99,21 @@ OPERATORS = {  # ours, PyTorch's, shapes of its weights
         lambda *t: batch_norm(*t, relu=True, pool=True), lambda *t: stock_norm(*t, relu=True, pool=True), (6,),
     ),
     "group_norm": (lambda x, w, b: group_norm(x, 3, w, b), lambda x, w, b: F.group_norm(x, 3, w, b), (6,)),
+    "relu": (relu, torch.relu, None),
+    "relu_": (lambda x: relu(1 * x, inplace=True), torch.relu, None),
+    "leaky_relu": (lambda x: relu(x, 0.1), lambda x: F.leaky_relu(x, 0.1), None),
+    "leaky_relu, in place": (lambda x: relu(1 * x, 0.1, inplace=True), lambda x: F.leaky_relu(x, 0.1), None),
+    "max_pool2d": (lambda x: max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1]), lambda x: F.max_pool2d(x, 2), None),
+    "max_pool2d, overlapping": (
+        lambda x: max_pool2d(x, *OVERLAPPING, True), lambda x: F.max_pool2d(x, 3, 2, 1, 1, True), None,
+    ),
 }  # fmt: skip
+
+
+def inputs(shape):
+    """Maps, and weights of that shape with a bias, if any."""
+    weights = [] if shape is None else [torch.randn(shape), torch.randn(shape[0])]
+    return [t.double() for t in (torch.randn(4, 6, 9, 8), *weights)]
 
 
 class TestOperators:
@@ -104,10 +122,10 @@ class TestOperators:
     @pytest.mark.parametrize("name", OPERATORS)
     def test_equal_to_pytorchs_on_the_cpu_to_second_order(self, name, layout, dtype, most):
         ours, stock, shape = OPERATORS[name]
-        x, w, b = torch.randn(4, 6, 9, 8).double(), torch.randn(shape).double(), torch.randn(shape[0]).double()
-        x = x.contiguous(memory_format=FORMATS[layout])
-        expected = derivatives(stock, [t.clone().requires_grad_() for t in (x, w, b)])
-        found = derivatives(ours, [t.to(DEVICE, dtype).requires_grad_() for t in (x, w, b)])
+        given = inputs(shape)
+        given[0] = given[0].contiguous(memory_format=FORMATS[layout])
+        expected = derivatives(stock, [t.clone().requires_grad_() for t in given])
+        found = derivatives(ours, [t.to(DEVICE, dtype, copy=True).requires_grad_() for t in given])
         for f, e in zip(found, expected, strict=True):
             assert f.device.type == DEVICE and error([f], [e]) < most
 
@@ -152,15 +170,83 @@ class TestMetaGradient:
             model.to(memory_format=torch.channels_last)
         assert error(gradient(model, tasks, DEVICE, fast=way != "stock"), expected) < 1e-7
 
-    def test_by_default_on_pytorchs_operators(self, monkeypatch):
-        monkeypatch.setattr(operators, "DEVICES", ())
-        model, tasks = MetricModel(Conv4(3, 8), PrototypicalHead()), [random_task((3, 28, 28), n_way=3) for _ in "ij"]
-        assert error(gradient(model, tasks, DEVICE), gradient(model, tasks, "cpu")) < 1e-9
-
     @pytest.mark.parametrize("options", [{"inner_steps": 2}, {"mix": 0.5}, {"learn_inner_lr": "element"}], ids=str)
     def test_options(self, options):
         model, tasks = MetricModel(Conv4(3, 8), PrototypicalHead()), [random_task((3, 28, 28), n_way=3) for _ in "ij"]
         assert error(gradient(model, tasks, DEVICE, **options), gradient(model, tasks, "cpu", **options)) < 1e-9
+
+
+class Attention(nn.Module):
+    """Attention over pixels, weight norm and hardsigmoid: what is replaced whatever ``DEVICES`` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = weight_norm(nn.Conv2d(3, 24, 4, stride=4))
+
+    def forward(self, x):
+        q, k, v = self.conv(x).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (n, 1, pixels, 8) each
+        return F.hardsigmoid(F.scaled_dot_product_attention(q, k, v)).flatten(1)
+
+
+REPLACED = {  # in the mode; as elementary operations; shapes
+    "hardsigmoid": (F.hardsigmoid, lambda x: (x + 3).clamp(0, 6) / 6, [(4, 6, 9, 8)]),
+    "hardsigmoid, in place": (
+        lambda x: F.hardsigmoid(1 * x, inplace=True), lambda x: (x + 3).clamp(0, 6) / 6, [(4, 6, 9, 8)],
+    ),
+    "weight norm": (
+        lambda v, g: torch._weight_norm(v, g, 0),
+        lambda v, g: v * g / v.square().sum((1, 2, 3), keepdim=True).sqrt(),
+        [(6, 4, 3, 3), (6, 1, 1, 1)],
+    ),
+    "attention": (
+        F.scaled_dot_product_attention,
+        lambda q, k, v: (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v,
+        [(2, 4, 16, 32)] * 3,
+    ),
+}  # fmt: skip
+
+
+class TestByDefault:
+    """As on CUDA without ``L2G_FAST_CUDA=1``: PyTorch's operators, but for second derivatives that it lacks."""
+
+    @pytest.fixture(autouse=True)
+    def _default(self, monkeypatch):
+        monkeypatch.setattr(operators, "DEVICES", ())
+
+    @pytest.mark.parametrize("layout", FORMATS)
+    @pytest.mark.parametrize("head", HEADS)
+    def test_meta_gradients_of_all_heads(self, head, layout):
+        encoder, shape = network("Conv4", head)
+        model = MetricModel(encoder, build_head(HEADS[head], feature_shape(encoder, shape)))
+        tasks = [random_task(shape, n_way=3, queries=2) for _ in "ij"]
+        expected = gradient(model, tasks, "cpu", fast=False)
+        assert error(gradient(model.to(memory_format=FORMATS[layout]), tasks, DEVICE), expected) < 1e-7
+
+    @pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["float64", "float32"])
+    @pytest.mark.parametrize("name", REPLACED)
+    def test_what_is_replaced_to_second_order(self, name, dtype, most):
+        function, elementary, shapes = REPLACED[name]
+        given = [2 * torch.randn(shape).double() for shape in shapes]
+        expected = derivatives(elementary, [t.clone().requires_grad_() for t in given])
+        before = kernels()
+        with twice_differentiable():
+            assert kernels() == {"flash": False, "mem_efficient": False, "cudnn": False, "math": True}
+            found = derivatives(function, [t.to(DEVICE, dtype, copy=True).requires_grad_() for t in given])
+        assert kernels() == before and before["flash"]
+        for f, e in zip(found, expected, strict=True):
+            assert f.device.type == DEVICE and error([f], [e]) < most
+
+    @pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=["float64", "float32"])
+    def test_meta_gradient_of_a_network_of_them(self, dtype, most):
+        model, tasks = MetricModel(Attention(), PrototypicalHead()), [random_task((3, 28, 28), n_way=3) for _ in "ij"]
+        expected = gradient(model, tasks, "cpu")
+        assert error(gradient(model, tasks, DEVICE, dtype=dtype), expected) < most
+
+
+def kernels():
+    """Which kernels attention may take."""
+    kinds = "flash", "mem_efficient", "cudnn", "math"
+    return {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds}
 
 
 class TestPrecision:

@@ -90,18 +90,13 @@ def peak_memory(case: Case, name: str) -> int | None:
     """Bytes beyond model and data at the peak of a step on a GPU; elsewhere ``None``."""
     if not case.device.startswith("cuda"):
         return None
-    step, before = _ready(case, name), torch.cuda.memory_allocated()
+    stream = task_stream(case)
+    step, before = partial(prepare(name, case), [stream[k] for k in range(case.pairs)]), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _ready(case: Case, name: str) -> Callable[[], Any]:
-    """A row's step, its model and data in place."""
-    stream = task_stream(case)
-    return partial(prepare(name, case), [stream[k] for k in range(case.pairs)])
 
 
 COLUMNS = {  # of the table: what of a row, in which unit, and how it is written

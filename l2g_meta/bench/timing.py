@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from l2g_meta import operators
+
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call; all functions once untimed, then in turn, ``repeats`` times."""
@@ -33,9 +35,10 @@ def _now() -> float:
 
 
 def describe_machine(device: torch.device | str) -> str:
-    """Processor, threads, version of PyTorch."""
+    """Processor, threads, version of PyTorch; of a GPU, whose operators run there."""
     if str(device).startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+        whose = "ours (L2G_FAST_CUDA=1)" if "cuda" in operators.DEVICES else "PyTorch's own (no L2G_FAST_CUDA=1)"
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, operators: {whose}"
     level, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"{_cpu_model()} ({level}), {threads} thread{'s' if threads > 1 else ''}, PyTorch {torch.__version__}"
 

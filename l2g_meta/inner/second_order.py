@@ -39,7 +39,8 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
     ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
     forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
-    operators run. So they do on CUDA, where ours have not run yet: ``L2G_FAST_CUDA=1`` takes ours there as well.
+    operators run. So they do on CUDA, where ours have not run yet: ``L2G_FAST_CUDA=1`` takes ours there as well,
+    if it is set before this package is imported.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
