@@ -230,10 +230,11 @@ def look(k):
 
 def band(axis, k, row, seeds, x, y):
     """The mean over the seeds that have come to each point, and their range."""
-    every = sorted({u for points in seeds.values() for u in points[0]})
-    there = [[points[:, points[0] == u][:, 0] for points in seeds.values() if u in points[0]] for u in every]
-    at, mean = (np.array([np.mean([p[i] for p in points]) for points in there]) for i in (x, y))
-    low, high = (np.array([f([p[y] for p in points]) for points in there]) for f in (min, max))
+    updates = np.unique(np.concatenate([points[0] for points in seeds.values()]))
+    inside = {"left": np.nan, "right": np.nan}
+    of_seeds = [[np.interp(updates, p[0], p[at], **inside) for at in (x, y)] for p in seeds.values()]
+    at, mean = np.nanmean(of_seeds, axis=0)
+    low, high = (f([values for _, values in of_seeds], axis=0) for f in (np.nanmin, np.nanmax))
     n = len(seeds)
     axis.plot(at, mean, **look(k), lw=1.6, label=f"{row} ({n} seed{'s' * (n > 1)})")
     axis.fill_between(at, low, high, color=SERIES[k % len(SERIES)][0], alpha=0.18, lw=0)

@@ -28,17 +28,19 @@ from l2g_meta.training.log import read_log
 def write_tables(plan: Plan) -> Path:
     """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one.
 
-    Also of rows and columns that an earlier command for this folder brought to an end.
+    Also of rows, columns and seeds that an earlier command for this folder brought to an end.
     """
     spec = EXPERIMENTS[plan.experiment]
     known = (*spec.rows, *plan.rows, *(PAPER if plan.experiment.startswith("table") else ()))
-    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns)
+    seeds = max(plan.seeds, SCALES[plan.scale].seeds)
+    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns, seeds=seeds)
     found = [cell for cell in everything.cells if cell.done]
     rows, columns = {*plan.rows, *(cell.row for cell in found)}, {*plan.columns, *(cell.column for cell in found)}
     plan = replace(
         plan,
         rows=tuple(row for row in everything.rows if row in rows),
         columns=tuple(column for column in spec.columns if column in columns),
+        seeds=max([plan.seeds, *(cell.seed + 1 for cell in found)]),
     )
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
