@@ -84,13 +84,13 @@ def difference(found, *, each=False):
 
 
 def task_time(file, row):
-    """Seconds of an L2G task / of a base's, from updates timed in turn for this row: in its file, or in ``TIMED``."""
-    for timed in (file, TIMED):
+    """Seconds of an L2G task / of a base's, from updates timed in turn for this row, in its file or ``TIMED``, or none."""
+    for timed in (file,) if file == PRE else (file, TIMED):  # TIMED has another encoder
         for part in load(timed)["tables"]:
             seeds = [seed for other in part["rows"] for seed in other.get("equal_time") or () if seed is not None]
             if found := [seed["ratio"] for seed in seeds if seed["of"] == row]:
                 return mean(found)
-    raise KeyError(f"need updates of {row} timed in turn, got none in {file} and {TIMED}; add its row -time")
+    return None
 
 
 def cost(file, row, base):
@@ -100,10 +100,10 @@ def cost(file, row, base):
     """
     if not any(base["updates"]):
         return f"{mean(row['seconds']) / 3600:.1f} h"
-    if file == PRE:
-        return f"≈ {mean(row['seconds']) / mean(base['seconds']):.1f}×"
     head = "relation" if "relation" in row["row"] else "proto"
-    ratio = task_time(file, f"l2g-{head}") * mean(row["tasks"]) / mean(base["tasks"])
+    if (of_task := task_time(file, f"l2g-{head}")) is None:
+        return f"≈ {mean(row['seconds']) / mean(base['seconds']):.1f}×"
+    ratio = of_task * mean(row["tasks"]) / mean(base["tasks"])
     return f"{ratio:.{0 if ratio >= 9.5 else 1}f}×"
 
 

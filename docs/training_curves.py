@@ -187,32 +187,28 @@ def state(args, cell, n, data):
     return found
 
 
-def at_equal_loss(rows, n=5):
+def at_equal_loss(rows, n=8):
     """A table: what each row's loss on test classes is where that on training classes first reaches a level."""
-    curves_of = {row: [points for points in seeds.values() if points.shape[1] > 1] for row, seeds in rows.items()}
-    every = [points[1] for found in curves_of.values() for points in found]
-    high, low = min((p[0] for p in every), default=0), max((p.min() for p in every), default=0)
-    if high <= low:
-        print("No level that all have reached.\n")
-        return
-    levels = np.linspace(high, low, n)
+    found = [points[1] for seeds in rows.values() for points in seeds.values()]
+    levels = np.linspace(max(map(np.max, found)), min(map(np.min, found)), n + 2)[1:-1]
     lines = []
-    for row, found in curves_of.items():
-        reached = np.array([[reaching(level, points[1], points[2]) for level in levels] for points in found])
-        lines.append([f"`{row}`", *(f"{r.mean():.3f} [{r.min():.3f}, {r.max():.3f}]" for r in reached.T)])
+    for row, seeds in rows.items():
+        reached = np.array([[reaching(level, p[1], p[2]) for level in levels] for p in seeds.values()])
+        cells = (f"{r.mean():.3f} [{r.min():.3f}, {r.max():.3f}]" if np.isfinite(r).all() else "" for r in reached.T)
+        lines.append([f"`{row}`", *cells])
     table(["row", *(f"{level:.3f}" for level in levels)], lines)
 
 
 def reaching(level, falls, other):
-    """``other`` where ``falls`` first is at a level.
+    """``other`` where ``falls`` first is at a level, or NaN.
 
     Example:
         >>> reaching(1.5, np.array([2.0, 1.0, 1.8, 0.5]), np.array([3.0, 2.0, 9.0, 1.0]))
         2.5
     """
-    k = int(np.argmax(falls <= level + 1e-12))
-    if k == 0:
-        return float(other[0])
+    k = int(np.argmax(falls <= level))
+    if k == 0:  # it begins below, or never comes there
+        return float("nan")
     return float(np.interp(level, [falls[k], falls[k - 1]], [other[k], other[k - 1]]))
 
 
