@@ -84,7 +84,7 @@ def difference(found, *, each=False):
 
 
 def task_time(file, row):
-    """Seconds of an L2G task / of a base's, from updates timed in turn for this row, in its file or ``TIMED``, or none."""
+    """Seconds of an L2G task / of a base's, from updates timed in turn, in its file or ``TIMED``; or none."""
     for timed in (file,) if file == PRE else (file, TIMED):  # TIMED has another encoder
         for part in load(timed)["tables"]:
             seeds = [seed for other in part["rows"] for seed in other.get("equal_time") or () if seed is not None]
