@@ -3,8 +3,9 @@
     python docs/results_table.py
 
 A marker is ``<!-- KIND … -->``; the table reaches to the next ``<!-- end -->``. ``glance`` has a row for each line of
-``GLANCE``, ``glance 5`` for the first five. ``systems FILE COLUMN`` and ``differences FILE COLUMN`` show a table of the
-paper, ``study FILE COLUMN`` a study. ``tests/test_docs.py`` holds pages and JSON together.
+``GLANCE`` whose JSON file is there and has that row, ``glance 5`` the first five. ``systems FILE COLUMN`` and
+``differences FILE COLUMN`` show a table of the paper, ``study FILE COLUMN`` a study. ``tests/test_docs.py`` holds pages
+and JSON together.
 """
 
 import json
@@ -19,15 +20,28 @@ PAGES = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "paper-tables.md
 TABLE = re.compile(r"<!-- ((?:glance|systems|differences|study)[^\n]*) -->\n(.*?)<!-- end -->", re.DOTALL)
 TIMED = "table1-small-time.json"  # has updates of L2G and of each base, timed in turn
 
-SAME = "same tasks"
+SAME, ONE = "same tasks", "one task per update, as in the paper"
+LONG, PRE = "length-long.json", "finetune-finetune.json"
 
 # (what L2G is, what its base gets, file, column, row, base)
 GLANCE = (
+    ("Algorithm 1, 8,000 updates", ONE, LONG, "5w1s", "l2g-proto", "proto"),
+    ("Algorithm 1, 8,000 updates", SAME, LONG, "5w1s", "l2g-proto", "proto-tasks"),
+    ("Algorithm 1, 8,000 updates", "same time", LONG, "5w1s", "l2g-proto", "proto-time"),
+    ("mix 0.5, α = 0.003, 8,000 updates", SAME, LONG, "5w1s", "l2g-mix-0.5-0.003", "proto-tasks"),
+    ("Algorithm 1, 8,000 updates, 5-shot", SAME, LONG, "5w5s", "l2g-proto", "proto-tasks"),
+    ("mix 0.5, α = 0.003, 8,000 updates, 5-shot", SAME, LONG, "5w5s", "l2g-mix-0.5-0.003", "proto-tasks"),
+    *(
+        (f"{what}, from a pre-trained encoder{shots}", base_gets, PRE, column, row, base)
+        for column, shots in (("5w1s", ""), ("5w5s", ", 5-shot"))
+        for base_gets, base in ((SAME, "proto-tasks"), ("no training", "start"))
+        for what, row in (("Algorithm 1", "l2g-proto"), ("mix 0.5, α = 0.003", "l2g-mix-0.5-0.003"))
+    ),
     ("Algorithm 1", SAME, "parts-confirm.json", "5w1s", "l2g-proto", "proto-tasks"),
     ("mix 0.5", SAME, "parts-confirm.json", "5w1s", "l2g-mix-0.5", "proto-tasks"),
     ("mix 0.5, α = 0.003", SAME, "parts-confirm.json", "5w1s", "l2g-mix-0.5-0.003", "proto-tasks"),
     ("Algorithm 1", "same time", TIMED, "5w1s", "l2g-proto", "proto-time"),
-    ("Algorithm 1", "one task per update, as in the paper", "table1-small.json", "5w1s", "l2g-proto", "proto"),
+    ("Algorithm 1", ONE, "table1-small.json", "5w1s", "l2g-proto", "proto"),
     ("Algorithm 1, Relation Network", SAME, "table1-small.json", "5w1s", "l2g-relation", "relation-tasks"),
     ("mix 0.5, 5-shot", SAME, "tasks-confirm.json", "5w5s", "l2g-mix-0.5", "proto-tasks"),
     ("mix 0.5, α = 0.003, glyphs", SAME, "far-classes-confirm.json", "5w1s", "l2g-mix-0.5-0.003", "proto-tasks"),
@@ -70,13 +84,35 @@ def difference(found, *, each=False):
 
 
 def task_time(file, row):
-    """Seconds of an L2G task / of a base's, from updates timed in turn for this row: in its file, or in ``TIMED``."""
-    for timed in (file, TIMED):
+    """Seconds of an L2G task / of a base's, from updates timed in turn, in its file or ``TIMED``; or none."""
+    for timed in (file,) if file == PRE else (file, TIMED):  # TIMED has another encoder
         for part in load(timed)["tables"]:
             seeds = [seed for other in part["rows"] for seed in other.get("equal_time") or () if seed is not None]
             if found := [seed["ratio"] for seed in seeds if seed["of"] == row]:
                 return mean(found)
-    raise KeyError(f"need updates of {row} timed in turn, got none in {file} and {TIMED}; add its row -time")
+    return None
+
+
+def cost(file, row, base):
+    """Time of training divided by the base's; the time itself where the base has no training.
+
+    From updates timed in turn, or for other encoders than were timed, ``≈``, from the logs.
+    """
+    if not any(base["updates"]):
+        return f"{mean(row['seconds']) / 3600:.1f} h"
+    head = "relation" if "relation" in row["row"] else "proto"
+    if (of_task := task_time(file, f"l2g-{head}")) is None:
+        return f"≈ {mean(row['seconds']) / mean(base['seconds']):.1f}×"
+    ratio = of_task * mean(row["tasks"]) / mean(base["tasks"])
+    return f"{ratio:.{0 if ratio >= 9.5 else 1}f}×"
+
+
+def known(line):
+    """Whether its row and base were trained, and tested with a common seed."""
+    *_, file, column, row, base = line
+    if not (DOCS / "results" / file).exists() or column not in {part["column"] for part in load(file)["tables"]}:
+        return False
+    return base in part_of(file, column)[1].get(row, {}).get("against", ())
 
 
 def published(data, column, row):
@@ -89,16 +125,15 @@ def published(data, column, row):
 
 def glance(count="99"):
     lines = []
-    for what, against, file, column, name, base_name in GLANCE[: int(count)]:
+    for what, against, file, column, name, base_name in list(filter(known, GLANCE))[: int(count)]:
         data, rows = part_of(file, column)
         row, base, bn = rows[name], rows[base_name], rows[name]["published_bn"]
         head = "relation" if "relation" in name else "proto"
-        cost = task_time(file, f"l2g-{head}") * mean(row["tasks"]) / mean(base["tasks"])
-        paper, paper_base = (published(data, column, of) for of in (name, head))
+        paper, paper_base = (None if file == PRE else published(data, column, of) for of in (name, head))
         ahead = "" if paper is None or paper_base is None else f"{paper:.2f} ({number(paper - paper_base, sign='+')})"
         gain = difference(row["against"][base_name][bn])
         accuracies = [number(of[bn]["accuracy_mean"]) for of in (row, base)]
-        lines.append([what, against, *accuracies, gain, f"{cost:.{0 if cost >= 9.5 else 1}f}×", ahead])
+        lines.append([what, against, *accuracies, gain, cost(file, row, base), ahead])
     return table(["L2G", "base gets", "L2G, %", "base, %", "L2G − base", "time", "paper (its lead)"], lines)
 
 

@@ -25,6 +25,7 @@ from l2g_meta.paper.published import COLUMNS
 from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 from l2g_meta.paper.tables import curve, difference, markdown, tables, write_tables
 from l2g_meta.training import update as updates
+from l2g_meta.training.build import load_run
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import learning_rate
@@ -67,7 +68,7 @@ def test_the_published_numbers_have_a_row_and_a_column():
 
 def test_studies_can_be_run_and_a_screen_has_at_most_40_cells():
     own = {"spread": ("spread", 600), "length": ("long", 8000)}  # scales
-    screened = {name: study for name, study in STUDIES.items() if name not in own}
+    screened = {name: study for name, study in STUDIES.items() if name not in (*own, "finetune")}
     for name, (scale, length) in own.items():
         configs = [cell.config() for cell in everything(scale, {name: STUDIES[name]})]
         assert {(c.iterations, c.image_size, c.pairs, c.average) for c in configs if c.method == "l2g"} == {
@@ -256,6 +257,38 @@ def test_tasks_of_varying_ways_and_shots_are_trained_on(tmp_path, tiny, monkeypa
         assert all(math.isfinite(float(row["loss"])) for row in read_log(cell.folder))
 
 
+def test_rows_begin_with_given_weights_and_the_first_are_tested_as_they_are(tmp_path, tiny):
+    """A start of no updates keeps and tests the encoder that was given; all rows are compared with it."""
+    (given,) = smoke(tmp_path / "given", "proto").cells
+    assert work([given], quiet=True) == []
+    what = plan("finetune", "smoke", tmp_path / "out", weights=str(given.folder), device="cpu")
+    assert work(what.cells, quiet=True) == []
+    theirs, _ = load_run(given.folder)
+    by_row = {cell.row: cell for cell in what.cells}
+    for row, distance in (("start", "cosine"), ("start-euclidean", "euclidean")):
+        ours, config = load_run(by_row[row].folder)
+        assert config.distance == distance and config.iterations == 0 and config.weights == str(given.folder)
+        tensors = theirs.state_dict()
+        assert all(torch.equal(t, tensors[name]) for name, t in ours.state_dict().items())
+        assert by_row[row].result["updates"] == by_row[row].result["tasks"] == 0
+    assert by_row["start-euclidean"].result["tests"]["running"] == given.result["tests"]["running"]
+    rows = {row["row"]: row for row in tables(what)["tables"][0]["rows"]}
+    assert set(rows["proto-tasks"]["against"]) == {"start", "start-euclidean"}
+    assert set(rows["start"]["against"]) == {"start-euclidean"}
+    assert rows["l2g-proto"]["config"]["weights"] == str(given.folder) and rows["l2g-proto"]["updates"] == [2]
+    assert "| The start, not trained | " in markdown(tables(what))
+
+
+def test_fine_tuning_says_what_it_needs(tmp_path):
+    with pytest.raises(L2GError, match=r"need --weights RUN\|FILE, .* --scale finetune begins with"):
+        plan("finetune", "finetune", tmp_path, root="data")
+    what = plan("finetune", "finetune", tmp_path, root="data", weights="w", rows=["l2g-mix-0.5-0.003"])
+    configs = [cell.config() for cell in what.cells]
+    assert len(configs) == 2 * 3 and {(c.iterations, c.lr, c.pairs, c.image_size, c.inner_lr) for c in configs} == {
+        (500, 3e-4, 2, 42, 0.003)
+    }
+
+
 def test_a_failure_is_named_and_the_others_go_on(tmp_path, tiny, monkeypatch):
     what, config = smoke(tmp_path, "proto-tasks", "l2g-proto", "proto"), Cell.config
     broken = {"lr": math.nan}
@@ -273,10 +306,11 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path, tiny, monkeypatch):
     assert "| L2G + Prototypical | – | – |" in markdown(values)
 
 
-def test_a_smaller_command_leaves_the_larger_table(done):
+def test_a_smaller_command_leaves_the_larger_table(done, monkeypatch):
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], seeds=2))
     path = write_tables(done)
     before = path.read_text()
-    write_tables(replace(done, rows=("proto",)))
+    write_tables(replace(done, rows=("proto",), seeds=1))
     assert path.read_text() == before and before.count("| Prototypical Network |") >= 2
 
 

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            "and results (default: runs/reproduce)")  # fmt: skip
     add("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: the table's)")
     add("--columns", nargs="+", metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    add("--weights", metavar="RUN|FILE", help="initial weights of the encoder, as --weights of l2g train; --scale "
+                           "finetune needs them")  # fmt: skip
     add("--runs", type=positive, metavar="N", help="trained seeds of each cell")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
     add_output(parser, json="the files of the results, and what failed")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     what = plan(
         args.experiment, args.scale, args.out, root=args.data_root, columns=args.columns, rows=args.rows,
-        seeds=args.runs, device=args.device,
+        seeds=args.runs, device=args.device, weights=args.weights,
     )  # fmt: skip
     failed: list[str] = []
     tables = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -107,7 +108,7 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
     data = {split: build_data(config, split) for split in SPLITS}
     column = COLUMNS[cell.column]
     log = read_log(cell.folder)
-    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]]
+    inner = [float(line["alignment"] or "nan") for line in log[len(log) // 2 :]] or [math.nan]
     result = {
         "config": {k: v for k, v in asdict(config).items() if k not in ("root", "device")},
         "classes": {split: len(dataset.index) for split, dataset in data.items()},
@@ -133,16 +134,13 @@ def run_cell(cell: Cell, *, progress: bool = False) -> dict[str, Any]:
 def _tests(cell: Cell, wrapper: L2GWrapper, dataset: Any, device: torch.device) -> dict[str, Any]:
     """Accuracies of a cell's episodes under each BatchNorm policy."""
     column, scale = COLUMNS[cell.column], SCALES[cell.plan.scale]
+    sizes: dict[str, Any] = {"queries": scale.test_queries, "episodes": scale.test_episodes}
     tests: dict[str, Any] = {}
     for bn in POLICIES:
         settings = [
-            evaluate(
-                wrapper, dataset, ways=ways, shots=shots, queries=scale.test_queries, episodes=scale.test_episodes,
-                bn=bn, device=device,
-            )
-            for ways in column.ways
-            for shots in column.shots
-        ]  # fmt: skip
+            evaluate(wrapper, dataset, ways=ways, shots=shots, **sizes, bn=bn, device=device)
+            for ways, shots in itertools.product(column.ways, column.shots)
+        ]
         accuracies = torch.tensor([s.accuracies for s in settings], dtype=torch.float64).mean(0)
         tests[bn] = {
             "accuracy_mean": accuracies.mean().item(),

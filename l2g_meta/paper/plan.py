@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Scale:
         averaged: whether runs keep averaged weights, and those of each validation; both are tested.
         columns: how many of an experiment's.
         data: instead of the experiment's.
+        options: fields of ``Config`` for all rows; a scale that has some begins with given weights.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Scale:
     averaged: bool = False
     columns: int | None = None
     data: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 SCALES = {
@@ -92,6 +94,12 @@ SCALES = {
         seeds=2, updates=8000, validations=16, queries=15, validation_episodes=600, timed=15, pairs=2, aligned=100,
         averaged=True,
     ),
+    "finetune": Scale(
+        "500 updates of 2 pairs at lr 3e-4, from a pre-trained ResNet-12, 42 px, 15 training queries",
+        seeds=3, updates=500, validations=5, image_size=42, queries=15, validation_episodes=600, pairs=2, aligned=100,
+        averaged=True,
+        options={"lr": 3e-4, "backbone": "resnet12", "backbone_options": ("widths=32,64,128,256",)},
+    ),
     "smoke": Scale(
         "a test that everything runs: 2 updates on glyphs, 5 episodes; its numbers mean nothing",
         seeds=1, updates=2, validations=1, dear=2, queries=5, test_queries=5, validation_episodes=5, test_episodes=5,
@@ -112,6 +120,7 @@ class Plan:
     rows: tuple[str, ...]
     seeds: int
     device: str
+    weights: str | None = None
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -141,11 +150,12 @@ def plan(
     rows: Sequence[str] | None = None,
     seeds: int | None = None,
     device: str = "auto",
+    weights: str | None = None,
 ) -> Plan:
     """The plan of an experiment.
 
     Raises:
-        L2GError: for an unknown name, or a scale that needs data and no ``root``.
+        L2GError: for an unknown name, or without the data or the weights that the scale needs.
 
     Example:
         >>> len(plan("table1", "small", Path("runs"), root="data", rows=["proto", "l2g-proto"]).cells)
@@ -154,10 +164,12 @@ def plan(
     spec, budget = EXPERIMENTS[experiment], SCALES[scale]
     columns = _chosen("columns", columns, spec.columns, spec.columns[: budget.columns])
     rows = _chosen("rows", rows, tuple(ROWS), spec.rows)
-    found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device)
+    found = Plan(experiment, scale, out, root, columns, rows, seeds or budget.seeds, device, weights)
     on_disk = [name for name in found.data if name != "glyphs"]
     if root is None and on_disk:
         raise L2GError(f"need --data-root, the folder that holds {' and '.join(on_disk)}; --scale smoke needs none")
+    if budget.options and weights is None:
+        raise L2GError(f"need --weights RUN|FILE, the pre-trained encoder that --scale {scale} begins with")
     return found
 
 
@@ -220,18 +232,13 @@ class Cell:
     def config(self) -> Config:
         """What it trains; for equal wall time with the updates that were decided when it began."""
         row, column, scale = ROWS[self.row], COLUMNS[self.column], SCALES[self.plan.scale]
-        ways, shots = _size(column.ways), _size(column.shots)
         updates = self._updates()
         values = {
             "data": self.data,
-            "root": self.plan.root,
-            "image_size": scale.image_size,
-            "ways": ways,
-            "shots": shots,
-            "outer_ways": ways,
-            "outer_shots": shots,
-            "queries": scale.queries,
-            "pairs": scale.pairs,
+            **{name: getattr(self.plan, name) for name in ("root", "device", "weights")},
+            **{name: getattr(scale, name) for name in ("image_size", "queries", "pairs")},
+            **dict.fromkeys(("ways", "outer_ways"), _size(column.ways)),
+            **dict.fromkeys(("shots", "outer_shots"), _size(column.shots)),
             "tasks_per_update": _tasks_per_update(row, column),
             "iterations": updates,
             "eval_every": max(1, updates // scale.validations),
@@ -240,9 +247,8 @@ class Cell:
             "bn": row.published,
             "average": scale.averaged,
             "seed": self.seed,
-            "device": self.plan.device,
         }
-        return Config(**values | row.options).resolved()
+        return Config(**values | scale.options | row.options).resolved()
 
     def _updates(self) -> int:
         """As many as its scale has; with another row's time those decided when it began, until then the other's."""
@@ -286,8 +292,5 @@ def _size(numbers: tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 def _tasks_per_update(row: Row, column: Column) -> int | None:
-    if row.work == "task":
-        return 1
-    if row.work == "batch":  # as MAML was published: 4 tasks of 1 shot, 2 of 5
-        return 4 if column.shots == (1,) else 2
-    return None  # all tasks of the pairs, or for MAML + their T_i
+    """As MAML was published its batch has 4 tasks of 1 shot, 2 of 5; ``None`` for all tasks of the pairs."""
+    return {"task": 1, "batch": 4 if column.shots == (1,) else 2}.get(row.work)

@@ -48,12 +48,20 @@ BASES = {
 }
 # As `l2g train` has it. Not one of the 40 screens: taken to three seeds at once, by its name.
 DEFAULT = {"l2g-mix-0.5-0.003": _l2g("mix 0.5, α = 0.003", (*BASE, "l2g-mix-0.5"), mix=0.5, inner_lr=0.003)}
-ROWS = published.ROWS | STEPS | PARTS | BASES | DEFAULT  # all that `l2g reproduce` knows
+# A given encoder as it is: by the cosine, as it was validated, and by the head of the rows that train. Each row of a
+# table with these is compared with both.
+START = {
+    "start": Row("The start, not trained", "tasks", EPISODIC | PROTO | {"distance": "cosine", "iterations": 0}),
+    "start-euclidean": Row("The start, not trained, Euclidean", "tasks", EPISODIC | PROTO | {"iterations": 0}),
+}
+ROWS = published.ROWS | STEPS | PARTS | BASES | DEFAULT | START  # all that `l2g reproduce` knows
 MINI, PLACE = ("mini-imagenet",), ("5w1s",)
 LONG = ("proto", *BASE, "proto-time", "l2g-proto", *DEFAULT)
+OURS, MIXED = (*BASE, "l2g-proto", *DEFAULT), (*BASE, "l2g-proto", "l2g-mix-0.5")
 STUDIES = {
-    "spread": Experiment("How much trained models differ", ("glyphs",), PLACE, (*BASE, "l2g-proto", *DEFAULT)),
+    "spread": Experiment("How much trained models differ", ("glyphs",), PLACE, OURS),
     "length": Experiment("To the end of training", MINI, ("5w1s", "5w5s"), LONG),
+    "finetune": Experiment("From a pre-trained encoder", MINI, ("5w1s", "5w5s"), (*START, *OURS)),
     "inner-step": Experiment(
         "How strong the inner step is", MINI, PLACE, (*BASE, "l2g-proto", "l2g-proto-meta-sgd", *STEPS)
     ),
@@ -61,11 +69,7 @@ STUDIES = {
         "What in L2G helps", MINI, PLACE, (*BASE, "l2g-proto", "maml-proto", "l2g-proto-first-order", *PARTS)
     ),
     "baselines": Experiment("Fair baselines", MINI, PLACE, (*BASE, "proto-time", *BASES, "l2g-proto")),
-    "tasks": Experiment(
-        "Shots and ways", MINI, ("5w1s", "5w5s", "10w1s"), (*BASE, "l2g-proto", "l2g-mix-0.5")
-    ),
-    "far-classes": Experiment(
-        "Test classes far from training", ("glyphs",), PLACE, (*BASE, "l2g-proto", "l2g-mix-0.5")
-    ),
+    "tasks": Experiment("Shots and ways", MINI, ("5w1s", "5w5s", "10w1s"), MIXED),
+    "far-classes": Experiment("Test classes far from training", ("glyphs",), PLACE, MIXED),
 }  # fmt: skip
 EXPERIMENTS = published.EXPERIMENTS | STUDIES

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -22,24 +21,26 @@ from l2g_meta.paper.cells import write_json
 from l2g_meta.paper.plan import SCALES, Cell, Plan
 from l2g_meta.paper.published import COLUMNS
 from l2g_meta.paper.published import ROWS as PAPER
-from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
+from l2g_meta.paper.study import EXPERIMENTS, ROWS, START, STUDIES
 from l2g_meta.training.log import read_log
 
 
 def write_tables(plan: Plan) -> Path:
     """Writes ``<experiment>-<scale>.json``, ``.csv`` and ``.md`` of the cells that are done; returns the last one.
 
-    Also of rows and columns that an earlier command for this folder brought to an end.
+    Also of rows, columns and seeds that an earlier command for this folder brought to an end.
     """
     spec = EXPERIMENTS[plan.experiment]
     known = (*spec.rows, *plan.rows, *(PAPER if plan.experiment.startswith("table") else ()))
-    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns)
+    seeds = max(plan.seeds, SCALES[plan.scale].seeds)
+    everything = replace(plan, rows=tuple(dict.fromkeys(known)), columns=spec.columns, seeds=seeds)
     found = [cell for cell in everything.cells if cell.done]
     rows, columns = {*plan.rows, *(cell.row for cell in found)}, {*plan.columns, *(cell.column for cell in found)}
     plan = replace(
         plan,
         rows=tuple(row for row in everything.rows if row in rows),
         columns=tuple(column for column in spec.columns if column in columns),
+        seeds=max([plan.seeds, *(cell.seed + 1 for cell in found)]),
     )
     values = tables(plan)
     path = plan.out / f"{plan.experiment}-{plan.scale}.md"
@@ -53,18 +54,19 @@ def write_tables(plan: Plan) -> Path:
     return path
 
 
-CURVE = ("data", "column", "row", "seed", "updates", "seconds", "loss", "val_loss", "val_accuracy", "val_ci95")
+CURVE = ("data", "column", "row", "seed", "updates", "tasks", "seconds", "loss", "val_loss", "val_accuracy", "val_ci95")
 
 
 def curve(cell: Cell) -> Iterator[dict[str, Any]]:
-    """A cell's log at its validations: seconds of training so far, and the mean training loss since the last one."""
+    """A cell's log at its validations: tasks and seconds so far, and the mean training loss since the last one."""
     of_cell: dict[str, Any] = {"data": cell.data, "column": cell.column, "row": cell.row, "seed": cell.seed}
-    seconds, losses = 0.0, []
+    tasks, seconds, losses = 0, 0.0, []
     for line in read_log(cell.folder):
-        seconds += float(line["seconds"])
+        tasks, seconds = tasks + int(line["tasks"]), seconds + float(line["seconds"])
         losses.append(float(line["loss"] or "nan"))
         if line["val_accuracy"]:
-            of_cell |= {"updates": line["iteration"], "seconds": f"{seconds:.1f}", "loss": f"{np.nanmean(losses):.4f}"}
+            of_cell |= {"updates": line["iteration"], "tasks": tasks, "seconds": f"{seconds:.1f}"}
+            of_cell |= {"loss": f"{np.nanmean(losses):.4f}"}
             yield of_cell | {name: f"{float(line[name] or 'nan'):.4f}" for name in CURVE[-3:]}
             losses = []
 
@@ -72,19 +74,16 @@ def curve(cell: Cell) -> Iterator[dict[str, Any]]:
 def tables(plan: Plan) -> dict[str, Any]:
     """All that the Markdown shows, and each trained model's accuracies, as a dictionary that ``json`` takes."""
     spec, scale = EXPERIMENTS[plan.experiment], SCALES[plan.scale]
-    results: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for cell in plan.cells:
-        if cell.done:
-            results[cell.data, cell.column][cell.row].append(cell.result)
-    everything = [result for of_row in results.values() for found in of_row.values() for result in found]
+    results = {cell: cell.result for cell in plan.cells if cell.done}
     parts = []
     for data, column in itertools.product(plan.data, plan.columns):
-        of_row = results[data, column]
+        here = {cell: result for cell, result in results.items() if (cell.data, cell.column) == (data, column)}
+        of_row = {row: [result for cell, result in here.items() if cell.row == row] for row in plan.rows}
         at = spec.columns.index(column)
         paper = {} if scale.data else {row: numbers[at] for row, numbers in spec.paper.items()}
         parts.append({
             "data": data,
-            "classes": next((result["classes"] for result in everything if result["config"]["data"] == data), None),
+            "classes": next((result["classes"] for cell, result in results.items() if cell.data == data), None),
             "column": column,
             "title": COLUMNS[column].title,
             "rows": [_summary(row, of_row[row], paper.get(row), of_row) for row in plan.rows],
@@ -96,7 +95,7 @@ def tables(plan: Plan) -> dict[str, Any]:
         "budget": scale.title,
         "seeds": plan.seeds,
         "test_episodes": scale.test_episodes,
-        "machines": sorted({result["machine"] for result in everything}),
+        "machines": sorted({result["machine"] for result in results.values()}),
         "missing": [cell.name for cell in plan.cells if not cell.done],
         "tables": parts,
     }
@@ -117,11 +116,9 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
     }
     if spec.time_of is not None:
         summary["equal_time"] = [result["equal_time"] for result in found]
-    for name, values in (
-        ("alignment", [result.get("alignment") for result in found]),
-        ("cosine", [(result.get("held_out") or {}).get("cosine") for result in found]),
-    ):
-        summary[name] = None if None in values else float(np.mean(np.array(values, dtype=float)))
+    measured: dict[str, list[Any]] = {"alignment": [result.get("alignment") for result in found]}
+    measured["cosine"] = [(result.get("held_out") or {}).get("cosine") for result in found]
+    summary |= {name: None if None in each else float(np.mean(each)) for name, each in measured.items()}
     for bn in POLICIES:
         episodes = _episodes(found, bn)  # (seeds, episodes)
         means = episodes.mean(1)
@@ -132,7 +129,8 @@ def _summary(row: str, found: Sequence[dict[str, Any]], paper: float | None, of_
             "run_means": [round(m, 2) for m in means.tolist()],
             "accuracies": [result["tests"][bn]["accuracies"] for result in found],
         }
-    gains = {other: {bn: difference(found, of_row.get(other, ()), bn) for bn in POLICIES} for other in spec.against}
+    others = [other for other in (*spec.against, *START) if other != row]
+    gains = {other: {bn: difference(found, of_row.get(other, ()), bn) for bn in POLICIES} for other in others}
     summary["against"] = {other: found for other, found in gains.items() if found["running"]}  # with a common seed
     return summary
 

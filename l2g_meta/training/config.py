@@ -116,7 +116,7 @@ class Config:
     clip_norm: float | None = setting(
         None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)", above=0
     )
-    iterations: int = setting(None, "updates")
+    iterations: int = setting(None, "updates; 0: the initial weights are validated and kept", least=0)
     seed: int = setting(0, "of the initial weights and of the stream of tasks", least=0)
 
     eval_every: int = setting(None, "updates between validations; checkpoints are written then")

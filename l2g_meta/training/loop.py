@@ -121,6 +121,8 @@ def train(
         run.open_log(info, progress=progress and world.main)
         if info["pending"] is not None:  # stopped before this validation was over
             info = finish(info["pending"], info)
+        if not config.iterations:
+            run.save(info, validate(wrapper, config, validation, device, world))
         for k in range(info["iteration"], config.iterations):
             wrapper.train()
             optimizer.param_groups[0]["lr"] = lr = learning_rate(config, k)
