@@ -19,11 +19,7 @@ from l2g_meta.training.build import set_precision
 
 
 def bench(
-    case: Case,
-    *,
-    variants: Sequence[str] | None = None,
-    repeats: int = 5,
-    say: Callable[[str], None] = print,
+    case: Case, *, variants: Sequence[str] | None = None, repeats: int = 5, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Medians of interleaved repeats of each variant, as a dictionary that ``json`` takes.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
 
 from l2g_meta.bench.case import Case
 from l2g_meta.cli.flags import add_fields, given, positive
@@ -33,6 +32,5 @@ def run(args: argparse.Namespace) -> int:
 
     case = Case(**given(args, Case))
     case = replace(case, device=str(build_device(case.device)))
-    options: dict[str, Any] = {"repeats": args.repeats, "variants": args.variants}
-    emit(args, bench(case, **options))
+    emit(args, bench(case, repeats=args.repeats, variants=args.variants))
     return 0

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,9 +80,7 @@ class Run:
         self.stack.enter_context(self.signals)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stack.close()
 
     def begin(self, image_shape: Sequence[int], n_classes: int | None = None) -> dict[str, Any]:
