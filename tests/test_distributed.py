@@ -388,3 +388,15 @@ def test_one_flat_buffer_per_update(monkeypatch):
         p.grad = torch.ones_like(p)
     values = join_update(World(0, 2), module, before, range(1), 2, torch.arange(3.0))
     assert len(calls) == 1 and len(calls[0]) == 1 and values == [0, 1, 2]
+
+
+def test_ranks_join_where_the_model_is(monkeypatch):
+    """Also the fixed step size, a number on the CPU wherever the model is."""
+    devices = []
+    monkeypatch.setattr(World, "sum", lambda self, t: devices.append(t.device.type) or torch.zeros(t.shape))
+    wrapper = L2GWrapper(Net(), 0.1).to("meta")
+    for p in wrapper.parameters():
+        p.requires_grad_(False)
+    before = {name: b.clone() for name, b in wrapper.named_buffers()}
+    join_update(World(0, 2), wrapper, before, range(1), 2, torch.arange(3.0, device="meta"))
+    assert devices == ["meta"] and wrapper.inner_lr.value.device.type == "cpu"

@@ -183,7 +183,7 @@ def join_update(
     buffers = list(_parts(world.main, module, before, share, of))
     parts = [torch.cat([values, have]), *gradients, *(part for _, part in buffers)]
     wide = functools.reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
-    flat = world.sum(torch.cat([part.detach().flatten().to(wide) for part in parts]))
+    flat = world.sum(torch.cat([part.detach().flatten().to(values.device, wide) for part in parts]))
     found = iter(flat.split([part.numel() for part in parts]))
     sums = next(found).tolist()
     for p, present in zip(parameters, sums[len(values) :], strict=True):
