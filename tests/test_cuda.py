@@ -188,6 +188,23 @@ class Attention(nn.Module):
         return F.hardsigmoid(F.scaled_dot_product_attention(q, k, v)).flatten(1)
 
 
+def recurrent(x, *weights):
+    """Outputs of an LSTM (n, t, h) for inputs (n, t, d)."""
+    start = x.new_zeros(1, len(x), weights[1].shape[1])
+    return torch.lstm(x, (start, start), weights, True, 1, 0.0, False, False, True)[0]
+
+
+def stepwise(x, w, u, b, c):
+    """The same by elementary operations."""
+    h = state = x.new_zeros(len(x), u.shape[1])
+    outputs = []
+    for step in x.unbind(1):
+        i, f, g, o = (step @ w.T + h @ u.T + b + c).chunk(4, 1)
+        state = f.sigmoid() * state + i.sigmoid() * g.tanh()
+        outputs.append(h := o.sigmoid() * state.tanh())
+    return torch.stack(outputs, 1)
+
+
 REPLACED = {  # in the mode; as elementary operations; shapes
     "hardsigmoid": (F.hardsigmoid, lambda x: (x + 3).clamp(0, 6) / 6, [(4, 6, 9, 8)]),
     "hardsigmoid, in place": (
@@ -203,6 +220,7 @@ REPLACED = {  # in the mode; as elementary operations; shapes
         lambda q, k, v: (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v,
         [(2, 4, 16, 32)] * 3,
     ),
+    "lstm": (recurrent, stepwise, [(3, 5, 4), (24, 4), (24, 6), (24,), (24,)]),
 }  # fmt: skip
 
 

@@ -121,6 +121,16 @@ class TestNetworksAsTheyAre:
         with pytest.raises(RuntimeError, match="hardsigmoid_backward is not implemented"):
             g.sum().backward()
 
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    def test_recurrent_layers_run_without_cudnn_which_differentiates_them_once(self, kind, monkeypatch):
+        seen, flags = [], torch.backends.cudnn.flags
+        monkeypatch.setattr(torch.backends.cudnn, "flags", lambda **how: seen.append(how) or flags(**how))
+        layer, x = kind(3, 4), torch.randn(2, 5, 3)
+        expected = layer(x)[0]
+        with twice_differentiable():
+            assert torch.equal(layer(x)[0], expected)
+        assert seen == [{"enabled": False}] and torch.backends.cudnn.enabled
+
     def test_hardsigmoid_in_place(self):
         x = torch.linspace(-4, 4, 9, dtype=torch.float64)
         with twice_differentiable():

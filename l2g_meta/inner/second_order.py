@@ -37,10 +37,10 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     ``L2GWrapper`` enters it for each pass of a learner. A pass that you run yourself (``learner.module(x)``, a loop
     around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
-    ``hardsigmoid`` as ``relu6``. What ``torch.compile`` decorates runs uncompiled. Inside functorch transforms,
-    forward-mode differentiation, compiled, exported or traced regions and ``torch.utils.checkpoint``, PyTorch's own
-    operators run. So they do on CUDA, where ours have not run yet: ``L2G_FAST_CUDA=1`` takes ours there as well,
-    if it is set before this package is imported.
+    ``hardsigmoid`` as ``relu6``, recurrent layers without cuDNN. What ``torch.compile`` decorates runs uncompiled.
+    Inside functorch transforms, forward-mode differentiation, compiled, exported or traced regions and
+    ``torch.utils.checkpoint``, PyTorch's own operators run. So they do on CUDA, where ours have not run yet:
+    ``L2G_FAST_CUDA=1`` takes ours there as well, if it is set before this package is imported.
 
     Args:
         fast: whether to replace operators whose second derivative PyTorch has, but slowly.
@@ -228,6 +228,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
 Table = dict[Callable[..., Any], Callable[..., Any]]
 FAST: Table = {
     torch.conv2d: _conv2d,
@@ -241,4 +249,5 @@ FAST: Table = {
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,
     torch._weight_norm: _weight_norm,
+    **{rnn: _without_cudnn(rnn) for rnn in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
