@@ -35,8 +35,8 @@ SECONDS = 540  # for everything
 PACKAGES = {  # by module: the package, with what it needs, and who needs it
     "torchvision": ("torchvision", "a stock ResNet-18"),
     "numpy": ("numpy", "all steps"),
-    "PIL": ("Pillow", "all steps"),
-    "pytest": ("pytest iniconfig packaging pluggy pygments", "tests"),
+    "PIL": ("Pillow", "tests and training"),
+    "pytest": ("pytest exceptiongroup iniconfig packaging pluggy pygments tomli", "tests"),
     "filelock": ("filelock", "training"),
     "safetensors": ("safetensors", "training"),
     "tqdm": ("tqdm", "training"),
@@ -85,13 +85,13 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
         _tests("runs", 60, "test_cuda.py::TestRuns", here),
         *(_bench("eager", backbone, pairs, (*PLAIN, "l2g", STOCK), out, tiny=tiny) for backbone, pairs in CASES),
         *_training(out, device, tiny=tiny),
+        _tests("processes", 60, "test_cuda.py::TestProcesses", here, "needs two GPUs"),
         *(_bench("more", backbone, pairs, more, out, tiny=tiny) for backbone, pairs in CASES),
         *(
             _bench(precision, backbone, pairs, ("episodic", "l2g"), out, tiny=tiny, precision=precision)
             for precision in (() if tiny else ("tf32", "bf16"))
             for backbone, pairs in CASES
         ),
-        _tests("processes", 60, "test_cuda.py::TestProcesses", here, "needs two GPUs"),
     ]
     for path in sorted((ROOT / "tests").glob("test_*.py")):  # each by itself: one may need what is not here
         if "mark.cuda" in path.read_text(encoding="utf-8") and path.name not in ("test_cuda.py", "test_gpu.py"):
@@ -102,7 +102,7 @@ def steps(out: Path, *, tiny: bool) -> list[Step]:
 
 def _tests(name: str, seconds: float, what: str, environment: dict[str, str], expected: str = "") -> Step:
     command = ["-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider", f"tests/{what}"]
-    return Step(f"tests-{name}", seconds, command, ["pytest"], environment, expected)
+    return Step(f"tests-{name}", seconds, command, ["pytest", "numpy", "PIL"], environment, expected)
 
 
 def _bench(
@@ -115,16 +115,16 @@ def _bench(
         how = "--device cpu --image-size 20 --ways 2 --queries 1 --repeats 1".split()
     command = ["-m", "l2g_meta", "bench", "--backbone", backbone, "--pairs", str(pairs), *how, "--variants", *rows]
     command += ["--json", str(out / f"{name}.json")]
-    return Step(name, 90 if large else 60, command)
+    return Step(name, 90 if large else 60, command, ["numpy"])
 
 
 def _training(out: Path, device: str, *, tiny: bool) -> list[Step]:
-    run, needs = out / "run", ["filelock", "safetensors", "tqdm", "matplotlib"]
+    run, needs = out / "run", ["numpy", "PIL", "filelock", "safetensors", "tqdm", "matplotlib"]
     size = "--iterations 200 --eval-every 100 --eval-episodes 100".split()
     if tiny:
         size = "--iterations 2 --pairs 1 --queries 1 --eval-every 2 --eval-episodes 2".split()
     train = ["train", "--data", "glyphs", "--device", device, *size, "--out", str(run)]
-    test = ["evaluate", str(run), "--episodes", "4" if tiny else "600", "--device", device]
+    test = ["evaluate", str(run), "--episodes", "4" if tiny else "600", "--device", device, "--head", "trained"]
     return [
         Step("train", 75, ["-m", "l2g_meta", *train, "--quiet", "--json", str(out / "train.json")], needs),
         Step("evaluate", 45, ["-m", "l2g_meta", *test, "--json", str(out / "evaluate.json")], needs),
@@ -187,16 +187,18 @@ def probe() -> dict[str, Any]:
     return found
 
 
-def missing() -> list[str]:
-    """What is missing here, a line each, and how to bring it."""
+def missing(version: str = "") -> list[str]:
+    """What is missing beside this version of PyTorch, a line each, and how to bring it."""
     lacking = {module: PACKAGES[module] for module in PACKAGES if find_spec(module) is None}
     lines = [f"missing: {packages.split()[0]}, for {use}" for packages, use in lacking.values()]
     if lacking:
         names = " ".join(dict.fromkeys(" ".join(packages for packages, _ in lacking.values()).split()))
-        version = ".".join(map(str, sys.version_info[:2]))
+        if minor := re.match(r"2\.(\d+)", version):  # another torchvision than PyTorch's does not load
+            names = names.replace("torchvision", f"torchvision==0.{int(minor[1]) + 15}.*")
+        python = ".".join(map(str, sys.version_info[:2]))
         lines.append(
             "to bring them: python -m pip install --target packages --no-compile --no-deps --only-binary=:all: "
-            f"--python-version {version} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
+            f"--python-version {python} {names} (on a machine with a network), then PYTHONPATH=packages make gpu"
         )
     return lines
 
@@ -218,7 +220,8 @@ def main() -> int:
     if unknown := [pattern for pattern in args.only if not fnmatch.filter(names, pattern)]:
         print(f"make gpu needs steps of {', '.join(names)}; got {', '.join(unknown)}")
         return 2
-    machine, lacking = probe(), missing()
+    machine = probe()
+    lacking = missing(machine["torch"])
     print("".join(f"{line}\n" for line in lacking), end="", flush=True)
     if machine.get("error") and not (args.cpu and machine["torch"]):
         print(f"make gpu needs an NVIDIA GPU and PyTorch 2.8 or newer: {machine['error']}; CPU=1 tries it on a CPU")
