@@ -227,11 +227,11 @@ def _labelled(x: Any, y: Any, part: str) -> tuple[Tensor, Tensor]:  # (n, ...), 
 def _check_labelled(x: Any, y: Any, part: str) -> None:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         got = f"{type(x).__name__} and {type(y).__name__}"
-        raise DataError(f"need {part}_x and {part}_y as tensors, got {got}; Task.of(task) converts them")
+        raise DataError(f"need {part}_x and {part}_y as tensors, got {got}; Task.of(tuple(task)) converts them")
     if y.ndim != 1 or not x.ndim or len(x) != len(y) or y.dtype != torch.int64:
         raise DataError(
             f"need {part}_y of dtype int64 and shape (n,), one label per {part}, got {y.dtype} of shape "
-            f"{tuple(y.shape)} for {part}_x of shape {tuple(x.shape)}; Task.of or Task.from_batch converts them"
+            f"{tuple(y.shape)} for {part}_x of shape {tuple(x.shape)}; Task.of(tuple(task)) converts them"
         )
     if not len(y):
         raise DataError(f"need at least one {part}, got none; draw more examples per class")

@@ -105,7 +105,8 @@ def a_support_is_known_again(head: nn.Module, shape: tuple[int, ...]) -> None:
     """A query equal to the only support of one class scores that class highest; advisory for heads with parameters."""
     y = torch.tensor([2, 0, 1])
     for z in _features(12, shape).split(3):
-        z = z / z.flatten(1).norm(dim=1).view(-1, *(1 for _ in shape))  # of one length, so that dot products obey, too
+        # Of one length, so that dot products obey, too; single numbers would all be 1 or -1.
+        z = nn.functional.normalize(z.flatten(1)).view_as(z) if z[0].numel() > 1 else z
         with batchnorm_policy(head, "running"):
             scores = head(z, y, z, 3)
         got, known = scores.detach().numpy().round(3).tolist(), torch.equal(scores.argmax(1), y)

@@ -127,8 +127,8 @@ class InnerStep:
         """
         if not checked_loss(loss).requires_grad:
             raise FitError(
-                "need a loss that depends on the learner's parameters, got one without a graph; compute it with this "
-                "learner (learner.loss(task)), with gradients enabled, and leave some parameter trainable"
+                "need a loss that depends on the learner's parameters, got one without a graph; compute it by "
+                "learner.loss(task), with gradients, a parameter to train and no checkpoint(use_reentrant=True)"
             )
         parameters = trainable_parameters(module)
         names = list(parameters) if self.first_order and self.whole else adapted_names(module, self.adapt)
@@ -145,7 +145,8 @@ class InnerStep:
         """
         updates = {name: -self.alpha(name) * g[name] for name in adapted_names(module, self.adapt) if name in g}
         if not updates:
-            raise FitError("need a loss computed with this learner, got one that depends on none of its parameters")
+            why = "a loss of another learner, or of a checkpoint with use_reentrant=True"
+            raise FitError(f"need a loss that depends on this learner's parameters, got {why}")
         return updates
 
     def linearised(self, loss: Tensor, g: Mapping[str, Tensor], module: nn.Module) -> Tensor:  # ()
