@@ -19,7 +19,7 @@ from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import Source
 from l2g_meta.data.images import FORMATS, files_by_class
 from l2g_meta.errors import DataError, L2GError
-from l2g_meta.evaluation.episodes import scores_from_embeddings
+from l2g_meta.evaluation.episodes import at_once, scores_from_embeddings
 
 # Pictures of formats that are not read: they are listed as skipped, where other files in a folder are passed over.
 OTHER = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
@@ -42,7 +42,7 @@ class PhotoReader:
 
     Args:
         preparation: how the model takes images.
-        size: files of a batch.
+        size: files of a batch, at most; of large inputs fewer, see ``l2g_meta.evaluation.episodes.at_once``.
         tell: is told of each file that is skipped, at once.
         skipped: these files, with the reason.
     """
@@ -51,6 +51,9 @@ class PhotoReader:
     size: int
     tell: Callable[[str], None] = lambda line: None
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.size = at_once(self.size, self.preparation.image_shape)
 
     def skip(self, file: str, reason: str) -> None:
         """Lists a file, and says so."""
