@@ -120,16 +120,12 @@ def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path)
     for path in sorted(folder.iterdir()):
         if _is_picture(path.name) and path.is_file():
             reader.skip(str(path), "it lies in no folder of a class; move it into one")
-    files: list[str] = []
-    labels: list[str] = []
-    pixels: list[np.ndarray] = []
-    for name, paths in classes.items():
-        for part, read in reader.batches(paths):
-            files += part
-            pixels.append(read)
-        labels += [name] * (len(files) - len(labels))
-        if labels[-1:] != [name]:
-            raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
+    of = {path: name for name, paths in classes.items() for path in paths}
+    parts, pixels = zip(*reader.batches(list(of)), strict=True)  # of all classes: a batch each would start threads anew
+    files = [file for part in parts for file in part]
+    labels = [of[file] for file in files]
+    for name in sorted({*classes} - {*labels})[:1]:
+        raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
     classifier.fit(np.concatenate(pixels), labels)
     return files
 
