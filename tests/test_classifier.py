@@ -27,11 +27,15 @@ from l2g_meta import (
 )
 from l2g_meta.classify import calibration as c
 from l2g_meta.classify import scoring
+from l2g_meta.classify.photo_folder import PhotoReader, classify_files, embed_files, fit_folder
 from l2g_meta.classify.photos import Preparation
-from l2g_meta.classify.source import open_source
-from l2g_meta.data import load
+from l2g_meta.classify.source import Source, open_source
+from l2g_meta.data import ClassDataset, MapDataset, load
 from l2g_meta.errors import DataError, FitError, L2GError
+from l2g_meta.evaluation import episodes
+from l2g_meta.evaluation.frozen import evaluate_heads
 from l2g_meta.models.maml import SoftmaxMAML
+from l2g_meta.report.projection import projected
 from l2g_meta.training.build import load_run
 
 VECTORS = MetricModel(nn.Flatten(), PrototypicalHead())
@@ -134,6 +138,50 @@ def test_no_prediction_depends_on_the_other_images(batch_size):
     np.testing.assert_allclose(fitted.predict_proba(x), alone, rtol=1e-4)
     np.testing.assert_allclose(fitted.predict_proba(torch.cat([x[:1], 100 * x[1:]]))[0], alone[0], rtol=1e-4)
     assert model.training and model.encoder.blocks[0].norm.num_batches_tracked == 0  # the module is as it was
+
+
+class MeanOfImage(nn.Module):
+    """Lists the sizes of its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.passes = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x):
+        self.passes.append(tuple(x.shape))
+        return self.scale * torch.cat([x.mean((2, 3)), x.amax((2, 3)).square()], 1)
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(28, 20), (1024, 4), (2048, 1)])
+def test_large_images_pass_a_few_at_a_time(size, at_once, tmp_path):
+    encoder, preparation = MeanOfImage(), Preparation(size, 1, (0.5,), (0.5,))
+    source = Source(MetricModel(encoder, PrototypicalHead()), preparation)
+    for k in range(20):
+        (tmp_path / f"{k % 2}").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 5 * k).save(tmp_path / f"{k % 2}" / f"{k}.png")
+    reader = PhotoReader(preparation, 64)
+    files, embedded = embed_files(source, reader, [tmp_path], progress=False)
+    fitted = classifier(source)
+    rows = list(classify_files(fitted, reader, files, fit_folder(fitted, reader, tmp_path)))
+    assert sorted({*map(len, rows)})[-1] == at_once and sum(map(len, rows)) == 20
+    np.testing.assert_allclose(fitted.transform(files), embedded)
+    pixels = torch.cat([torch.full((1, size, size, 1), 10 * k, dtype=torch.uint8) for k in range(8)])
+    data = ClassDataset(pixels, torch.arange(8) // 4, mean=(0.5,), std=(0.5,))
+    items = MapDataset([(data.gather([k])[0], 0) for k in range(8)], labels=[0] * 4 + [1] * 4)
+    found = [evaluate_heads(source.model, some, ways=2, queries=3, episodes=3) for some in (data, items)]
+    assert found[0] == found[1] and projected(source.model, data, np.arange(8)).shape == (8, 2)
+    assert {n for n, *_ in encoder.passes if n > at_once} == set()
+    assert (size > 1000) or (8, 1, size, size) in encoder.passes
+
+
+@pytest.mark.parametrize("bytes_kept", [2**32, 0])
+def test_features_too_large_to_keep_are_of_few_images_as_well(bytes_kept, monkeypatch):
+    monkeypatch.setattr(episodes, "EMBED_BYTES", bytes_kept)
+    monkeypatch.setattr(episodes, "EMBED_PIXELS", 3 * 16 * 16)
+    encoder = MeanOfImage()
+    data = ClassDataset(torch.randn(12, 1, 16, 16), torch.arange(12) // 6)
+    episodes.evaluate(MetricModel(encoder, PrototypicalHead()), data, ways=2, queries=5, episodes=3)
+    assert {n for n, *_ in encoder.passes} == {3} and len(encoder.passes) == (4 if bytes_kept else 13)
 
 
 def test_batch_statistics_are_refused():

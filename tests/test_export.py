@@ -16,7 +16,7 @@ from l2g_meta.classify.source import EMBEDDED, open_source
 from l2g_meta.cli.main import main
 from l2g_meta.data import load
 from l2g_meta.errors import L2GError
-from l2g_meta.files.sealed import opened
+from l2g_meta.files.sealed import opened, sealed
 from l2g_meta.training.build import load_run
 from l2g_meta.training.config import Config
 from l2g_meta.training.loop import train
@@ -190,6 +190,20 @@ def test_damaged_exports_end_in_our_error(change, message, copied):
     path.write_text(change(opened(json.loads(path.read_text()))))
     with pytest.raises(L2GError, match=message):
         FewShotClassifier.load(copied, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "value", ["text", None, 1.5, True, [1], {"config": {"lr": []}}, {"glyphs": [{"shots": "x"}]}], ids=str
+)
+@pytest.mark.parametrize("name", ["training", "elsewhere", "classes", "calibration", "accuracy", "ece_before"])
+def test_what_a_stranger_says_of_a_model_is_exported_or_refused(name, value, copied, tmp_path, capsys):
+    values = opened(json.loads((copied / "model.json").read_text()))
+    (values if name in values else values["calibration"]["shots"][0])[name] = value
+    (copied / "model.json").write_text(json.dumps(sealed(values)))
+    code = main(["export", str(copied), str(tmp_path / "again")])
+    err = capsys.readouterr().err
+    assert code == 0 or (err.startswith("l2g: ") and err.count("\n") == 1 and str(copied) in err)
+    assert (tmp_path / "again").exists() == (code == 0)
 
 
 def test_damaged_weights_are_found(copied):

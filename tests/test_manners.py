@@ -1,5 +1,6 @@
 """How the command line behaves: help, typos, quiet, JSON, odd terminals, doctor."""
 
+import argparse
 import functools
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 import l2g_meta
 from l2g_meta.cli import COMMANDS, command, doctor
 from l2g_meta.cli.main import main
-from l2g_meta.cli.output import print_anything
+from l2g_meta.cli.output import STDOUT, output_of, print_anything
 from l2g_meta.cli.parser import build_parser
 from l2g_meta.training.config import Config
 
@@ -168,6 +169,12 @@ def test_terminals_that_lack_characters(monkeypatch):
     print_anything()
     print("50.00 ± 0.50 %, α, ü, \udcff", flush=True)
     assert raw.getvalue() == b"50.00 \\xb1 0.50 %, \\u03b1, \\xfc, \\udcff\n"
+
+
+@pytest.mark.parametrize("json_to", [None, STDOUT])
+def test_lines_that_go_nowhere_hold_any_name(json_to):
+    with output_of(argparse.Namespace(json=json_to, quiet=True)):
+        print("\udcff.csv", flush=True)
 
 
 @pytest.mark.parametrize(

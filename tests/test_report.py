@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from l2g_meta import MetricModel, PrototypicalHead
 from l2g_meta.classify.calibration import expected_calibration_error
 from l2g_meta.cli.main import main
 from l2g_meta.data import ClassDataset
@@ -300,8 +301,11 @@ def test_points_are_capped_and_shared_out(report):
     rows = sample_rows(measured.data, [0, 3], points=20)
     assert np.asarray(measured.data.labels)[rows].tolist() == [0] * 10 + [3] * 10
     assert len(sample_rows(measured.data, [])) == 0
-    with pytest.raises(L2GError, match="at least 4 images, got 2"):
+    with pytest.raises(L2GError, match="at least 4 images and 2 features, got 2 and"):
         projected(measured.model, measured.data, rows[:2])
+    narrow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(measured.data.gather([0]).numel(), 1))
+    with pytest.raises(L2GError, match="2 features, got 20 and 1"):
+        projected(MetricModel(narrow, PrototypicalHead()), measured.data, rows)
 
 
 def test_too_large_a_page_gets_smaller_thumbnails(page, report, monkeypatch):

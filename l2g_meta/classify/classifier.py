@@ -20,6 +20,7 @@ from l2g_meta.classify import scoring
 from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import Source, open_source
 from l2g_meta.errors import DataError, L2GError
+from l2g_meta.evaluation.episodes import at_once
 
 
 class Predictions(NamedTuple):
@@ -58,7 +59,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         temperature: scores are divided by it before the softmax; ``None`` takes that of the exported folder for the
             number of examples per class, and 1 where none is known: then probabilities are not calibrated.
         preparation: how images become inputs, for a module of which nothing is known; a folder brings its own.
-        batch_size: images in one forward pass; memory is bounded by it, whatever the number of images.
+        batch_size: images in one forward pass, at most: as many as have 4 million pixels, or one. So memory is bounded,
+            whatever the number of images and their size.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
         trust: import the module that a folder may name as its head or backbone, which runs it.
 
@@ -212,8 +214,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         """What the supports are kept as, of one batch of images after the other: memory does not grow with them."""
         model, preparation = self.source_.model, self.source_.preparation or self.preparation
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        for start in range(0, len(X), self.batch_size):
-            part = X[start : start + self.batch_size]
+        size = self.batch_size if preparation is None else at_once(self.batch_size, preparation.image_shape)
+        for start in range(0, len(X), size):
+            part = X[start : start + size]
             x = images.inputs(part, preparation, device=like.device, dtype=like.dtype)
             if not x.isfinite().all():
                 raise DataError("need images of finite numbers, got NaN or infinity; clean them, or pass uint8 pixels")

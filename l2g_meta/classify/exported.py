@@ -97,10 +97,11 @@ def export(
         header: dict[str, Any] = {"image_shape": preparation.image_shape, "given": [], "n_classes": n_classes}
         save_tensors(folder / sources.WEIGHTS, tensors, header)
         write_text(folder / sources.MODEL, json.dumps(sealed(values), indent=1) + "\n")
-        write_text(
-            folder / CARD,
-            model_card(values, imagenet=source.pretrained or source.config.data in sources.IMAGENET_SETS),
-        )
+        try:
+            card = model_card(values, imagenet=source.pretrained or source.config.data in sources.IMAGENET_SETS)
+        except Exception as error:  # values of any kind, from somebody's model.json
+            raise L2GError(f"need what is known of {model}, got: {error!r}; export its run again") from error
+        write_text(folder / CARD, card)
     return values
 
 

@@ -19,7 +19,7 @@ from l2g_meta.classify.photos import Preparation
 from l2g_meta.classify.source import Source
 from l2g_meta.data.images import FORMATS, files_by_class
 from l2g_meta.errors import DataError, L2GError
-from l2g_meta.evaluation.episodes import scores_from_embeddings
+from l2g_meta.evaluation.episodes import at_once, scores_from_embeddings
 
 # Pictures of formats that are not read: they are listed as skipped, where other files in a folder are passed over.
 OTHER = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff", ".webp"}
@@ -42,7 +42,7 @@ class PhotoReader:
 
     Args:
         preparation: how the model takes images.
-        size: files of a batch.
+        size: files of a batch, at most; of large inputs fewer, see ``l2g_meta.evaluation.episodes.at_once``.
         tell: is told of each file that is skipped, at once.
         skipped: these files, with the reason.
     """
@@ -51,6 +51,9 @@ class PhotoReader:
     size: int
     tell: Callable[[str], None] = lambda line: None
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.size = at_once(self.size, self.preparation.image_shape)
 
     def skip(self, file: str, reason: str) -> None:
         """Lists a file, and says so."""
@@ -117,16 +120,12 @@ def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path)
     for path in sorted(folder.iterdir()):
         if _is_picture(path.name) and path.is_file():
             reader.skip(str(path), "it lies in no folder of a class; move it into one")
-    files: list[str] = []
-    labels: list[str] = []
-    pixels: list[np.ndarray] = []
-    for name, paths in classes.items():
-        for part, read in reader.batches(paths):
-            files += part
-            pixels.append(read)
-        labels += [name] * (len(files) - len(labels))
-        if labels[-1:] != [name]:
-            raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
+    of = {path: name for name, paths in classes.items() for path in paths}
+    parts, pixels = zip(*reader.batches(list(of)), strict=True)  # of all classes: a batch each would start threads anew
+    files = [file for part in parts for file in part]
+    labels = [of[file] for file in files]
+    for name in sorted({*classes} - {*labels})[:1]:
+        raise DataError(f"need a readable image of class {name!r} in {folder}, got none; add one, or remove it")
     classifier.fit(np.concatenate(pixels), labels)
     return files
 

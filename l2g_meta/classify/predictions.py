@@ -56,7 +56,7 @@ def predict(
         table: print the rows, if no file takes them, and a summary.
         emit: is given all rows and the summary as one dictionary, in the end.
         progress: show a progress bar.
-        batch_size: images at a time.
+        batch_size: images at a time, at most, as of ``FewShotClassifier``.
 
     Raises:
         L2GError: if the model, a folder or an option is unusable.
@@ -74,7 +74,7 @@ def predict(
     with tqdm(total=len(files), disable=None if progress else True) as bar:  # None: hidden where there is no terminal
         for start, batch in enumerate(classify_files(classifier, reader, files, supports)):
             rows += batch
-            bar.update(min(batch_size, len(files) - start * batch_size))
+            bar.update(min(reader.size, len(files) - start * reader.size))
     if not rows:
         raise L2GError(f"need an image that can be read to classify, got {len(files)} that cannot; see above")
     if csv_file is not None:

@@ -41,7 +41,7 @@ def output_of(args: argparse.Namespace) -> Iterator[None]:
     args.stdout = sys.stdout  # for ``emit``
     if args.json is not None and args.json != STDOUT:
         check_place(args.json, "--json")
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
         target = nowhere if args.quiet else sys.stderr if args.json == STDOUT else sys.stdout
         with redirect_stdout(target):
             yield

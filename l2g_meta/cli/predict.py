@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_batches(parser: argparse.ArgumentParser) -> None:
     """How images are worked through, and where."""
-    parser.add_argument("--batch-size", type=positive, metavar="N", default=64, help="images at a time (default: 64)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", default=64, help="images at a time, of "
+                        "at most 4 million pixels together (default: 64)")  # fmt: skip
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, … (default: auto)")
 
 

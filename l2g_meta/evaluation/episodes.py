@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -26,6 +26,7 @@ from l2g_meta.models.batchnorm_policy import Policy, batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 
 EMBED_BATCH = 256  # images in one forward pass
+EMBED_PIXELS = 2**22  # pixels in one forward pass of several images: 64 of 256 x 256
 EMBED_BYTES = 4 * 2**30  # features kept at once; beyond, each episode is embedded on its own
 
 
@@ -60,12 +61,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         """One line that says what the intervals are over."""
-        setting = [
-            f"{listed(self.ways)}-way {listed(self.shots)}-shot",
-            f"{self.queries} queries",
-            self.split,
-            f"BatchNorm {self.bn}",
-        ]
+        shape = f"{listed(self.ways)}-way {listed(self.shots)}-shot"
+        setting = [shape, f"{self.queries} queries", self.split, f"BatchNorm {self.bn}"]
         n = self.runs * self.episodes
         interval = f"± {self.ci95_episodes:.2f} % (95% over {n} episodes" if n > 1 else "% (one episode"
         head = f"{', '.join(filter(None, setting))}: {self.accuracy_mean:.2f} {interval}"
@@ -187,16 +184,14 @@ def over_models(evaluations: Sequence[Evaluation]) -> Evaluation:
             raise L2GError(f"need one BatchNorm policy, got {first.bn} and {other.bn}; evaluate both alike")
     means = [e.accuracy_mean for e in evaluations]
     accuracies = [a for e in evaluations for a in e.accuracies]
-    return Evaluation(
-        **{
-            **asdict(first),
-            "accuracy_mean": float(np.mean(means)),
-            "ci95_episodes": f.confidence_interval(np.mean([e.accuracies for e in evaluations], axis=0).tolist()),
-            "ci95_runs": f.confidence_interval(means),
-            "run_means": means,
-            "accuracies": accuracies,
-            "loss_mean": float(np.mean([e.loss_mean for e in evaluations])),
-        }
+    return replace(
+        first,
+        accuracy_mean=float(np.mean(means)),
+        ci95_episodes=f.confidence_interval(np.mean([e.accuracies for e in evaluations], axis=0).tolist()),
+        ci95_runs=f.confidence_interval(means),
+        run_means=means,
+        accuracies=accuracies,
+        loss_mean=float(np.mean([e.loss_mean for e in evaluations])),
     )
 
 
@@ -247,10 +242,11 @@ def _scores(
         return
     if bn == "running" and isinstance(source, IndexedSource) and scores_from_embeddings(model):
         drawn = [streams[run].rows(k) for run, k in which]
-        features = _embeddings(model, source, drawn, streams[0].device)
-        if features is not None:
-            yield from _from_embeddings(model, features, drawn)
-            return
+        data, device = source.dataset, streams[0].device
+        features = _embeddings(model, data, drawn, device, EMBED_BYTES)
+        for rows in drawn:
+            yield _from_embeddings(model, features or _embeddings(model, data, [rows], device), rows)
+        return
     for run, k in which:
         task = streams[run][k]
         yield evaluated(model, task), task.query_y
@@ -262,29 +258,37 @@ def scores_from_embeddings(model: nn.Module) -> TypeGuard[MetricModel]:
     return plain and not any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
 
-def _embeddings(
-    model: MetricModel, source: IndexedSource, drawn: Sequence[TaskRows], device: torch.device | str | None
-) -> tuple[np.ndarray, Tensor] | None:
-    """The rows that the episodes use, ascending, and their features (n, ...); ``None`` if those are too large."""
+def at_once(most: int, image_shape: Sequence[int]) -> int:
+    """Images of a shape (C, H, W) in one forward pass: ``most``, but of large ones fewer, which bounds the memory.
+
+    Example:
+        >>> at_once(64, (3, 224, 224)), at_once(64, (3, 1024, 1024)), at_once(64, (5,))
+        (64, 4, 64)
+    """
+    return min(most, max(1, EMBED_PIXELS // math.prod(image_shape[1:])))
+
+
+def inputs_of(dataset: Any, rows: np.ndarray) -> Iterator[Tensor]:
+    """Inputs of a data set's rows (n,), one forward pass after the other: (n_k, ...)."""
+    known = hasattr(dataset, "image_shape")
+    size = at_once(EMBED_BATCH, dataset.image_shape if known else dataset.gather(torch.from_numpy(rows[:1])).shape[1:])
+    return (dataset.gather(torch.from_numpy(rows[start : start + size])) for start in range(0, len(rows), size))
+
+
+def _embeddings(model: MetricModel, data: Any, drawn: Sequence[TaskRows], device: Any, most: float = math.inf) -> Any:
+    """The rows that the episodes use, ascending, and their features (n, ...); ``None`` if these take more bytes."""
     used = np.unique(np.concatenate([np.concatenate([rows.support, rows.query]) for rows in drawn]))
     chunks: list[Tensor] = []
-    for start in range(0, len(used), EMBED_BATCH):
-        x = source.dataset.gather(torch.from_numpy(used[start : start + EMBED_BATCH])).to(device)
-        chunks.append(model.encoder(x))
-        if chunks[0][0].numel() * chunks[0].element_size() * len(used) > EMBED_BYTES:
+    for x in inputs_of(data, used):
+        chunks.append(model.encoder(x.to(device)))
+        if chunks[0][0].numel() * chunks[0].element_size() * len(used) > most:
             return None
     return used, torch.cat(chunks)
 
 
-def _from_embeddings(
-    model: MetricModel, features: tuple[np.ndarray, Tensor], drawn: Sequence[TaskRows]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _from_embeddings(model: MetricModel, features: tuple[np.ndarray, Tensor], rows: TaskRows) -> tuple[Tensor, Tensor]:
     used, z = features
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(z.device)
-
-    for rows in drawn:
-        support, query = (z[on_device(np.searchsorted(used, part))] for part in (rows.support, rows.query))
-        query_y = on_device(rows.query_y)
-        yield model.score(support, on_device(rows.support_y), query, len(rows.classes)), query_y
+    places = (np.searchsorted(used, part) for part in (rows.support, rows.query))
+    support, query = (z[torch.from_numpy(part).to(z.device)] for part in places)
+    support_y, query_y = (torch.from_numpy(y).to(z.device) for y in (rows.support_y, rows.query_y))
+    return model.score(support, support_y, query, len(rows.classes)), query_y

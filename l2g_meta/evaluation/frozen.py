@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.data.host import placed
-from l2g_meta.evaluation.episodes import EMBED_BATCH, Evaluation, evaluate, scores_from_embeddings
+from l2g_meta.evaluation.episodes import Evaluation, evaluate, inputs_of, scores_from_embeddings
 from l2g_meta.models import functional as f
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.heads import PrototypicalHead
@@ -92,6 +92,7 @@ class Features:
         self.encoder, self.device = encoder, device
         self.index: Sequence[np.ndarray] = dataset.index
         self.split: str = getattr(dataset, "split", "")
+        self.image_shape = ()  # features are small, and ``gather`` bounds what it embeds
         self.kept: dict[int, Tensor] = {}
 
     def gather(self, rows: Tensor | np.ndarray) -> Tensor:  # (n, ...)
@@ -99,16 +100,15 @@ class Features:
         asked = torch.as_tensor(rows).tolist()
         if new := [row for row in dict.fromkeys(asked) if row not in self.kept]:
             with torch.no_grad(), batchnorm_policy(self.encoder, "running"):
-                x = self.dataset.gather(torch.tensor(new)).to(self.device)
-                self.kept |= zip(new, self.encoder(x).to(x.dtype).unbind(), strict=True)
+                parts = [self.encoder(x.to(self.device)).to(x.dtype) for x in inputs_of(self.dataset, np.array(new))]
+                self.kept |= zip(new, torch.cat(parts).unbind(), strict=True)
         return torch.stack([self.kept[row] for row in asked])
 
     def mean(self, n: int = CENTRE_IMAGES) -> Tensor:  # (d,)
         """The mean feature of ``n`` images, evenly spaced over the classes."""
         rows = np.concatenate(self.index)
         rows = rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
-        parts = np.array_split(rows, -(-len(rows) // EMBED_BATCH))
-        return torch.cat([self.gather(part).flatten(1) for part in parts]).mean(0)
+        return self.gather(rows).flatten(1).mean(0)
 
 
 def evaluate_heads(

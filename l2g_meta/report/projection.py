@@ -10,6 +10,7 @@ from torch import nn
 
 from l2g_meta.data.dataset import ClassDataset
 from l2g_meta.errors import FitError
+from l2g_meta.evaluation.episodes import inputs_of
 from l2g_meta.models.batchnorm_policy import batchnorm_policy
 from l2g_meta.models.metric import MetricModel
 
@@ -44,10 +45,9 @@ def projected(model: nn.Module, data: ClassDataset, rows: np.ndarray) -> np.ndar
 
     device = next(model.parameters()).device
     with torch.no_grad(), batchnorm_policy(model, "running"):
-        parts = [model.encoder(data.gather(part).to(device)).flatten(1).cpu() for part in np.array_split(rows, 4)]
-    z = torch.cat(parts).numpy()
-    if len(z) < 4:
-        raise FitError(f"t-SNE needs at least 4 images, got {len(z)}")
+        z = torch.cat([model.encoder(x.to(device)).flatten(1).cpu() for x in inputs_of(data, rows)]).numpy()
+    if len(z) < 4 or z.shape[1] < 2:
+        raise FitError(f"t-SNE needs at least 4 images and 2 features, got {len(z)} and {z.shape[1]}")
     points = TSNE(random_state=SEED, init="pca", perplexity=min(30.0, (len(z) - 1) / 3)).fit_transform(z)
     low, high = points.min(0), points.max(0)
     return (points - low) / np.maximum(high - low, 1e-9)
