@@ -194,7 +194,8 @@ def missing(version: str = "") -> list[str]:
     if lacking:
         names = " ".join(dict.fromkeys(" ".join(packages for packages, _ in lacking.values()).split()))
         if minor := re.match(r"2\.(\d+)", version):  # another torchvision than PyTorch's does not load
-            names = names.replace("torchvision", f"torchvision==0.{int(minor[1]) + 15}.*")
+            fits = f"==0.{int(minor[1]) + 15}.*" if int(minor[1]) < 14 else ">=0.29"
+            names = names.replace("torchvision", f"'torchvision{fits}'")
         python = ".".join(map(str, sys.version_info[:2]))
         lines.append(
             "to bring them: python -m pip install --target packages --no-compile --no-deps --only-binary=:all: "

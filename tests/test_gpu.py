@@ -55,6 +55,9 @@ def test_what_a_step_lacks_is_named(tmp_path, monkeypatch):
     }  # fmt: skip
     first, *_, last = gpu.missing()
     assert first == "missing: not-there, for nothing" and "not-there its-need" in last
+    monkeypatch.setitem(gpu.PACKAGES, "not_there", ("torchvision", "nothing"))
+    pinned = [gpu.missing(version)[-1] for version in ("2.11.0+cu130", "2.15.0", "")]
+    assert "'torchvision==0.26.*'" in pinned[0] and "'torchvision>=0.29'" in pinned[1] and " torchvision " in pinned[2]
     assert gpu.run(gpu.Step("late", 60, ["-c", ""]), tmp_path, 0.5)["note"] == "no time is left"
 
 

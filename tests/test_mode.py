@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
-from l2g_meta.inner import twice_differentiable
+from l2g_meta.inner import second_order, twice_differentiable
 from l2g_meta.training.objectives import l2g, meta_gradient
 
 
@@ -123,13 +123,15 @@ class TestNetworksAsTheyAre:
 
     @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
     def test_recurrent_layers_run_without_cudnn_which_differentiates_them_once(self, kind, monkeypatch):
-        seen, flags = [], torch.backends.cudnn.flags
-        monkeypatch.setattr(torch.backends.cudnn, "flags", lambda **how: seen.append(how) or flags(**how))
-        layer, x = kind(3, 4), torch.randn(2, 5, 3)
+        seen, layer, x = [], kind(3, 4), torch.randn(2, 5, 3)
         expected = layer(x)[0]
+        name = "rnn_tanh" if kind is nn.RNN else kind.__name__.lower()
+        look = lambda *args: seen.append(torch.backends.cudnn.enabled) or getattr(torch, name)(*args)  # noqa: E731
+        monkeypatch.setitem(second_order.MISSING, getattr(torch, name), second_order._without_cudnn(look))
+        monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")  # PyTorch's newer settings are not touched
         with twice_differentiable():
             assert torch.equal(layer(x)[0], expected)
-        assert seen == [{"enabled": False}] and torch.backends.cudnn.enabled
+        assert seen == [False] and torch.backends.cudnn.enabled
 
     def test_hardsigmoid_in_place(self):
         x = torch.linspace(-4, 4, 9, dtype=torch.float64)

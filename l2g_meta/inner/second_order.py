@@ -92,7 +92,16 @@ def _attention_as_products() -> Iterator[None]:
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(enabled)
 
 
-MATH = _Setting(_attention_as_products)
+@contextmanager
+def _cudnn_disabled() -> Iterator[None]:
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+MATH, NO_CUDNN = _Setting(_attention_as_products), _Setting(_cudnn_disabled)
 EAGER = _Setting(lambda: torch.compiler.set_stance("force_eager"))
 
 
@@ -230,7 +239,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
+        with NO_CUDNN:
             return function(*args, **kwargs)
 
     return call
