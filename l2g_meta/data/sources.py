@@ -108,11 +108,7 @@ class IndexedSource:
 TaskSource: TypeAlias = "IndexedSource | MetaDatasetSource | TasksetSource"
 
 
-def task_source(
-    dataset: Any,
-    device: torch.device | str | None = None,
-    augment: Augment | None = None,
-) -> TaskSource:
+def task_source(dataset: Any, device: torch.device | str | None = None, augment: Augment | None = None) -> TaskSource:
     """The way to draw tasks from any supported data set.
 
     Raises:

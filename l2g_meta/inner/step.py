@@ -110,12 +110,7 @@ class InnerStep:
     """
 
     def __init__(
-        self,
-        alpha: StepSizes,
-        *,
-        adapt: Sequence[str] | None = None,
-        first_order: bool = False,
-        whole: bool = False,
+        self, alpha: StepSizes, *, adapt: Sequence[str] | None = None, first_order: bool = False, whole: bool = False
     ):
         self.alpha, self.adapt, self.first_order, self.whole = alpha, adapt, first_order, whole
 
