@@ -134,9 +134,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
             self.source_ = self._open()
             self.classes_, before, kept = y[:0], y[:0], []
         elif self.classes_.dtype.kind != y.dtype.kind and {self.classes_.dtype.kind, y.dtype.kind} & set("US"):
-            raise L2GError(
-                f"need labels of the kind of {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert them"
-            )
+            raise L2GError(f"need labels like {self.classes_[:3].tolist()}, got {y[:3].tolist()}; convert them")
         else:
             before, kept = self.classes_[self._index], [self.supports_.z]
         self.classes_ = np.union1d(np.union1d(self.classes_, known), y)

@@ -130,9 +130,7 @@ def open_source(
     if (folder / MODEL).is_file():
         return _open_export(folder, place, trust)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"need a folder made by `l2g train` or `l2g export`, with {MODEL}, got {folder}; name one"
-        )
+        raise CheckpointError(f"need a folder made by `l2g train` or `l2g export`, got {folder}; name one")
     return open_run(folder, str(place), trust=trust)
 
 

@@ -109,9 +109,7 @@ def class_files(folder: Path) -> dict[str, list[str]]:
     """
     classes, lacks = files_by_class(folder, FORMATS)
     if lacks:
-        raise DataError(
-            f"need images <class>/*.{{jpg,jpeg,png}} in {folder}, got {lacks}; add some or remove the folder"
-        )
+        raise DataError(f"need images <class>/*.{{jpg,jpeg,png}} in {folder}, got {lacks}; add some or remove it")
     return classes
 
 

@@ -36,9 +36,7 @@ def opened(values: Any) -> Any:
         return values
     rest = {name: value for name, value in values.items() if name != SEAL}
     if values[SEAL] != _digest(rest):
-        raise ValueError(
-            f'values that do not fit their checksum; if you changed them, remove the line "{SEAL}" as well'
-        )
+        raise ValueError(f'values that do not fit their checksum; if you changed them, remove the line "{SEAL}"')
     return rest
 
 

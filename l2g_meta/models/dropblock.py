@@ -48,9 +48,7 @@ class DropBlock(nn.Module):
     def __init__(self, rate: float, size: int = 5, *, ramp: int = 40_000):
         super().__init__()
         if not (0 <= rate < 1 and isinstance(size, int) and size >= 1 and ramp >= 0):
-            raise FitError(
-                f"need a rate in 0 … 1, a size of at least 1 and ramp of at least 0, got {rate}, {size}, {ramp}"
-            )
+            raise FitError(f"need a rate in 0 … 1, a size ≥ 1 and a ramp ≥ 0, got {rate}, {size}, {ramp}")
         self.rate, self.size, self.ramp = rate, size, ramp
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 

@@ -15,10 +15,8 @@ aten = torch.ops.aten
 def channel_sums(t: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Σ t and Σ t x̂ per channel, in one pass without an intermediate map."""
     ones = torch.ones_like(mean)  # CUDA's kernels take the type of the sums from a scale; they do not depend on it
-    _, with_x, alone = aten.native_batch_norm_backward(
-        t, x, ones, None, None, mean, rstd, True, 0.0, [False, True, True]
-    )
-    return alone, with_x
+    _, dot, alone = aten.native_batch_norm_backward(t, x, ones, None, None, mean, rstd, True, 0.0, [False, True, True])
+    return alone, dot
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -269,9 +269,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("no object")
         return found
     except (OSError, ValueError, RecursionError) as error:
-        raise L2GError(
-            f"need what a cell found in {path}, got: {error}; remove it, and run the command again"
-        ) from error
+        raise L2GError(f"need what a cell found in {path}, got: {error}; remove it and run again") from error
 
 
 def check_same(cell: Cell, found: Config) -> None:

@@ -113,9 +113,7 @@ class Config:
                           "3/5 and 4/5 of the updates (default: halve; supervised: cosine)",
                           choices=("halve", "cosine", "step"))  # fmt: skip
     lr_halve_every: int = setting(None, "episodes between halvings of lr; the paper: 10,000, for relation 100,000")
-    clip_norm: float | None = setting(
-        None, "largest norm of the meta-gradient (default: none, meta-lstm 0.25)", above=0
-    )
+    clip_norm: float | None = setting(None, "largest meta-gradient norm (default: none, meta-lstm 0.25)", above=0)
     iterations: int = setting(None, "updates; 0: the initial weights are validated and kept", least=0)
     seed: int = setting(0, "of the initial weights and of the stream of tasks", least=0)
 

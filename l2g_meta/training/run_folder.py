@@ -229,9 +229,7 @@ class Run:
 
     def _claim(self) -> None:
         if not self.stack.enter_context(claim(self.out / ".lock")):
-            raise CheckpointError(
-                f"another process trains in {self.out}; wait for it or stop it, or choose another --out"
-            )
+            raise CheckpointError(f"another process trains in {self.out}; wait, stop it, or choose another --out")
         remove_partial(self.out)
 
     def _share(self) -> None:
