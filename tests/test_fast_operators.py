@@ -238,6 +238,19 @@ class TestBatchNorm:
             found.append(torch.autograd.grad(g.mul_(2).square().sum(), w)[0])
         torch.testing.assert_close(*found)
 
+    @pytest.mark.parametrize("mean", [0, 3, 30, 1000])
+    @pytest.mark.parametrize("shape", [(40, 6, 21, 21), (64, 5), (3, 4, 7)])
+    def test_statistics_are_exact_far_from_zero(self, shape, mean):
+        """Contiguous maps have a pass of their own, which would lose digits where the mean is large."""
+        x, dims = torch.randn(shape) + mean, [d for d in range(len(shape)) if d != 1]
+        ours, stock = ([torch.zeros(shape[1]), torch.ones(shape[1])] for _ in range(2))
+        y = batch_norm(x, running_mean=ours[0], running_var=ours[1])
+        F.batch_norm(x, *stock, training=True)
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
+        centred = x.double() - x.double().mean(dims, keepdim=True)
+        expected = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        assert (y - expected).abs().max() < 1e-5 * max(1, mean)
+
     def test_negative_and_zero_scales_pool_the_right_value(self):
         torch.manual_seed(0)
         block = BatchNormReLU2d(3, pool=True).double()

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
+from l2g_meta.operators import Operator
 from l2g_meta.operators.norm_passes import add_at, affine, channel_sums, per_channel, take
 
 aten = torch.ops.aten
@@ -89,14 +89,29 @@ def _statistics(
     """Mean and biased variance in the precision of x, whatever that of the running statistics, updated in place."""
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
     wide = [t.to(x.dtype) for t in running or ()]  # themselves, if of that precision
-    found = aten.batch_norm_update_stats(x, *(wide or (None, None)), momentum)
+    found = _quick_statistics(x) if x.ndim > 2 and x.device.type == "cpu" and x.is_contiguous() else None
+    if found is None:
+        found = aten.batch_norm_update_stats(x, *(wide or (None, None)), momentum)
+    elif wide:
+        n = x.numel() // x.shape[1]
+        wide[0].lerp_(found[0], momentum), wide[1].lerp_(found[1] * n / (n - 1), momentum)
     for t, value in zip(running or (), wide, strict=True):
         if t is not value:
             t.copy_(value)
     return found
 
 
-class _Norm(Function):
+def _quick_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same of a contiguous map on a CPU, in a third of that kernel's time; ``None`` where they would be less exact.
+
+    By Σ x (x − m) = Σ (x − m)². Below 10 standard deviations of a mean it is as exact as PyTorch on channels-last maps.
+    """
+    mean = x.mean([d for d in range(x.ndim) if d != 1])
+    variance = channel_sums(x, x, mean, torch.ones_like(mean))[1] / (x.numel() // x.shape[1])
+    return (mean, variance) if (mean.square() <= 100 * variance).all() else None
+
+
+class _Norm(Operator):
     @staticmethod
     def forward(
         x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
@@ -128,7 +143,7 @@ class _Norm(Function):
         return *_NormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
 
 
-class _NormBackward(Function):
+class _NormBackward(Operator):
     @staticmethod
     def forward(
         g: Tensor,

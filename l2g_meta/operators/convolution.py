@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+
+from l2g_meta.operators import Operator
 
 
 class Geometry(NamedTuple):
@@ -47,7 +48,7 @@ def conv2d(
     return _Conv.apply(x, w, b, geometry)
 
 
-class _Conv(Function):
+class _Conv(Operator):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
         return torch.conv2d(x, w, b, *geometry)
@@ -66,7 +67,7 @@ class _Conv(Function):
         return *_ConvBackward.apply(g, x, w, ctx.geometry, ctx.needs_input_grad[:3]), None
 
 
-class _ConvBackward(Function):
+class _ConvBackward(Operator):
     @staticmethod
     def forward(
         g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from l2g_meta.operators import Operator
 from l2g_meta.operators.batch_norm import differentiated_twice, in_format_of
 from l2g_meta.operators.norm_passes import affine, channel_sums
 
@@ -48,7 +48,7 @@ def group_norm(
     return in_format_of(x, y)  # as PyTorch gives it back
 
 
-class _GroupNorm(Function):
+class _GroupNorm(Operator):
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         n, c, size = x.shape
@@ -69,7 +69,7 @@ class _GroupNorm(Function):
         return *_GroupNormBackward.apply(g, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None
 
 
-class _GroupNormBackward(Function):
+class _GroupNormBackward(Operator):
     @staticmethod
     def forward(
         g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, groups: int, eps: float
