@@ -211,7 +211,7 @@ def test_classes_without_examples_have_probability_0():
     assert fitted.partial_fit([[5.0]], [5]).predict([[4.0]]).tolist() == [5]
     with pytest.raises(L2GError, match="among the classes given"):
         classifier(VECTORS).partial_fit([[0.0]], [9], classes=[1, 2])
-    with pytest.raises(L2GError, match="of the kind"):
+    with pytest.raises(L2GError, match="labels like"):
         fitted.partial_fit([[5.0]], ["five"])
 
 

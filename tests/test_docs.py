@@ -29,7 +29,7 @@ COMMANDS = ("l2g_meta.cli", "l2g_meta.report.")  # they explain themselves: --he
 INTERNAL = {
     "inner.compiled", "inner.scores",
     "bench.timing", "paper.equal_time", "classify.card", "classify.photo_folder", "data.images",
-    "operators.norm_passes",
+    "operators", "operators.norm_passes",
 }  # fmt: skip
 
 

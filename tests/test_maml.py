@@ -122,7 +122,7 @@ def test_running_statistics_are_those_of_the_supports_under_theta_written_once(e
     buffer = classifier[1].running_mean
     model(task)
     assert classifier[1].running_mean is buffer and classifier[1].num_batches_tracked.item() == 1
-    assert all(torch.equal(a, b) for a, b in zip(classifier.buffers(), twin.buffers(), strict=True))
+    torch.testing.assert_close([*classifier.buffers()], [*twin.buffers()])
     before = [b.clone() for b in classifier.buffers()]
     for policy in ("running", "batch"):
         with torch.no_grad(), batchnorm_policy(model, policy):

@@ -30,7 +30,7 @@ def opened(values: Any) -> Any:
         >>> opened(sealed({"lr": 0.1}) | {"lr": 0.2})
         Traceback (most recent call last):
             ...
-        ValueError: values that do not fit their checksum; if you changed them, remove the line "sha256" as well
+        ValueError: values that do not fit their checksum; if you changed them, remove the line "sha256"
     """
     if not isinstance(values, dict) or SEAL not in values:
         return values
