@@ -152,7 +152,7 @@ class MeanOfImage(nn.Module):
         return self.scale * torch.cat([x.mean((2, 3)), x.amax((2, 3)).square()], 1)
 
 
-@pytest.mark.parametrize(("size", "at_once"), [(28, 20), (1024, 4), (2048, 1)])
+@pytest.mark.parametrize(("size", "at_once"), [(28, 20), (1024, 4), pytest.param(2048, 1, marks=pytest.mark.slow)])
 def test_large_images_pass_a_few_at_a_time(size, at_once, tmp_path):
     encoder, preparation = MeanOfImage(), Preparation(size, 1, (0.5,), (0.5,))
     source = Source(MetricModel(encoder, PrototypicalHead()), preparation)

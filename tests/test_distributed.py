@@ -290,7 +290,7 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout():
     assert second == "too late"
 
 
-@pytest.mark.parametrize("torchrun", [True, False])
+@pytest.mark.parametrize("torchrun", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_dead_rank_ends_the_others(tmp_path, torchrun):
     """As a user runs it; the survivor would wait forever without the timeout.
 

@@ -316,7 +316,9 @@ def test_a_line_of_pixels_takes_no_memory():
     assert preparation.pixels(Image.new("RGB", (10_000_000, 1))).shape == (224, 224, 3)
 
 
-@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["timm:vit_tiny_patch16_224", pytest.param("torchvision:vit_b_16", marks=pytest.mark.slow)]
+)
 def test_position_embeddings_are_resampled_for_another_size(name, tmp_path):
     if name.startswith("timm:"):
         pytest.importorskip("timm", reason="timm is not installed")

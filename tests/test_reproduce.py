@@ -26,7 +26,6 @@ from l2g_meta.paper.study import EXPERIMENTS, ROWS, STUDIES
 from l2g_meta.paper.tables import curve, difference, markdown, tables, write_tables
 from l2g_meta.training import update as updates
 from l2g_meta.training.build import load_run
-from l2g_meta.training.config import Config
 from l2g_meta.training.log import read_log
 from l2g_meta.training.loop import learning_rate
 from l2g_meta.training.update import Updater
@@ -384,7 +383,7 @@ def test_killed_and_shared_by_two_it_gives_the_same_numbers(done, tmp_path):
 
 @pytest.mark.parametrize(
     "experiments",
-    [("table3", "far-classes"), pytest.param((*published.EXPERIMENTS, "far-classes"), marks=pytest.mark.slow)],
+    [("far-classes",), pytest.param((*published.EXPERIMENTS, "far-classes"), marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def test_every_experiment_runs(experiments, tmp_path, capsys):
@@ -401,7 +400,8 @@ def test_every_experiment_runs(experiments, tmp_path, capsys):
     cells = tmp_path / "cells" / "smoke" / "glyphs"
     rows = EXPERIMENTS["table1"].rows if "table1" in experiments else ()
     assert {p.name for p in (cells / "5w1s").iterdir()} >= {f"{row}-seed0" for row in rows}
-    any_shot = Config.load(cells / "any-shot" / "l2g-proto-fixed-seed0" / "config.json")
+    (any_shot,) = plan("table3", "smoke", tmp_path, rows=["l2g-proto-fixed"]).cells
+    any_shot = any_shot.config()
     assert any_shot.outer_shots == (1, 5, 10) and any_shot.shots == 5
 
 
