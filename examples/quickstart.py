@@ -4,8 +4,8 @@
     python examples/quickstart.py --smoke    # seconds, to see that everything works
 
 All take the same number of updates on one stream of pairs of tasks. L2G learns to classify T_j after an inner step on
-T_i, as published (Algorithm 1), and with mix 0.5, the weight of T_i's own loss. Episodic training gets 2 tasks per
-update, the number of L2G's outer tasks, or 4, the number of all its tasks.
+T_i alone (Algorithm 1; the paper has α = 0.01), and with mix 0.5, the weight of T_i's own loss. Episodic training gets
+2 tasks per update, the number of L2G's outer tasks, or 4, the number of all its tasks.
 """
 
 import argparse
