@@ -5,7 +5,7 @@ r"""Algorithm 1 of L2G (Lee, Na, Lee & Hwang, arXiv 1908.01457), for any metric-
     for each of B = 5 pairs:
         T_i, T_j ~ tasks with disjoint classes
         θ' = θ − α ∇L(θ; T_i)                            # eq. 3, one differentiable step: Learner.adapt
-        (L(θ'; T_j) / B).backward()                      # eq. 4, prototypes and queries under θ': L2GWrapper.outcome
+        (L(θ'; T_j) / B).backward()                      # eq. 4, prototypes, queries under θ'; loss: L2GWrapper.outcome
     θ ← Adam(θ, β = 1e-3)                                # eq. 5
 
 With one inner step the meta-gradient is exactly  g_j − α H_i g_j,  g_j = ∇L(θ'; T_j), H_i = ∇²L(θ; T_i).
