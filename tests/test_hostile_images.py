@@ -117,7 +117,7 @@ def test_hostile(tmp_path: Path, name: str) -> None:
     kind = images.FORMATS[suffix]
     for upright in (False, True):
         remedy = REMEDIES.get(name, "restore or remove it")
-        with pytest.raises(DataError, match=rf"need a readable 8-bit {kind} image, got .*some\{suffix}.*; {remedy}"):
+        with pytest.raises(DataError, match=rf"need a readable 8-bit {kind}, got .*some\{suffix}.*; {remedy}"):
             images.read_image(str(path), upright=upright)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

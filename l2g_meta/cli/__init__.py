@@ -1,8 +1,9 @@
 """The commands of ``l2g``, a file each.
 
-Such a file has ``DESCRIPTION`` and ``EXAMPLES`` for its help, ``add_arguments(parser)``, which ends with ``add_output``,
-and ``run(args)``, which does the work and returns the exit code. It may have ``INTERRUPTED``: what to do after Ctrl-C, in words. A new command is one
-file here and one line below. Files are imported when their command is used, so that `l2g --help` takes no PyTorch.
+Such a file has ``DESCRIPTION`` and ``EXAMPLES`` for its help, ``add_arguments(parser)``, which ends with
+``add_output``, and ``run(args)``, which does the work and returns the exit code. It may have ``INTERRUPTED``: what to
+do after Ctrl-C, in words. A new command is one file here and one line below. Files are imported when their command is
+used, so that `l2g --help` takes no PyTorch.
 """
 
 from __future__ import annotations

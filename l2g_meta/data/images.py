@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from l2g_meta.data.cache import cached, create_images, open_dataset, write_classes
 from l2g_meta.data.dataset import ClassDataset
@@ -76,9 +76,8 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
     except FileNotFoundError as error:
         raise DataError(f"need an image, got {label or source!r}, which is not there; check its path") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
-        raise DataError(
-            f"need a readable 8-bit {file_format} image, got {label or source!r} ({error}); {remedy}"
-        ) from error
+        why = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"need a readable 8-bit {file_format}, got {label or source!r} ({why}); {remedy}") from error
 
 
 def is_deep(image: Image.Image) -> bool:
