@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2g_meta import L2GWrapper, MetricModel, PrototypicalHead, Task
 from l2g_meta.inner import second_order, twice_differentiable
+from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.training.objectives import l2g, meta_gradient
 
 
@@ -102,6 +103,67 @@ class TestNetworksAsTheyAre:
         )
         assert (fast - plain).norm() < 1e-10 * plain.norm()
         torch.testing.assert_close(same, statistics, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "a part of a map"])
+    @pytest.mark.parametrize("inplace", [False, True])
+    @pytest.mark.parametrize("window", [(2,), (3, 2, 1), (2, 2, 0, 1, True)])
+    def test_pooling_of_a_relu_of_a_norm(self, window, inplace, layout):
+        """It differentiates as one operator, that agrees with three, whatever its window and the maps' layout."""
+        x = torch.randn(5, 4, 9, 18, dtype=torch.float64)
+        if isinstance(layout, str):
+            x = x.contiguous(memory_format=torch.channels_last)[..., ::2]
+        else:
+            x = x[..., ::2].contiguous(memory_format=layout)
+        w, b = torch.tensor([1.0, -2, 0, 0.5]).double(), torch.tensor([0.3, 0.1, -0.2, 0]).double()
+        leaves = [t.requires_grad_() for t in (x.detach(), w, b)]
+
+        def pooled(x, w, b):
+            with twice_differentiable():
+                return F.max_pool2d(F.relu(F.batch_norm(x, None, None, w, b, True), inplace=inplace), *window)
+
+        y = pooled(*leaves)
+        fused = "_Norm" in type(y.grad_fn).__name__
+        assert fused == (not isinstance(layout, str))
+        centred = leaves[0] - leaves[0].mean((0, 2, 3), keepdim=True)  # PyTorch's has no third derivative
+        normed = centred * (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).rsqrt()
+        stock = F.max_pool2d((w[:, None, None] * normed + b[:, None, None]).relu(), *window)
+        torch.testing.assert_close(y, stock, check_stride=True)
+        found = []
+        own = [batch_norm(leaves[0], w, b, relu=True, pool=True)] if window == (2,) else []
+        for out in (y, stock, *own):
+            v, generator = torch.linspace(1, 2, out.numel()).double().view(out.shape), torch.Generator().manual_seed(0)
+            first = torch.autograd.grad((out * v).square().sum(), leaves, create_graph=True)
+            at = [torch.randn(g.shape, dtype=g.dtype, generator=generator) for g in first]
+            second = torch.autograd.grad(first, leaves, at, create_graph=True)
+            third = torch.autograd.grad([s.square().sum() for s in second], leaves)
+            found.append([*first, *second, *third])
+        for derivatives in found:
+            for a, e in zip(derivatives, found[1], strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+    def test_what_is_done_with_the_maps_of_a_pooled_norm(self):
+        """Another use of a map, a write to what was pooled, a gradient that is kept and one that is changed."""
+
+        def passes(x, w):
+            y = F.batch_norm(x, None, None, w, None, True)
+            z = F.relu(y)
+            out = F.max_pool2d(z, 2)
+            kept = F.relu(F.batch_norm(x * w[0], None, None, w, None, True))
+            kept.retain_grad()
+            changed = F.batch_norm(x * w[1], None, None, w, None, True)
+            changed.register_hook(lambda g: 3 * g)
+            out = out.add_(1.0) + F.max_pool2d(kept, 2) + F.max_pool2d(changed.relu(), 2)
+            return out.square().sum() + y.sin().sum() + z.cos().sum(), kept
+
+        x, w = torch.randn(3, 2, 4, 4).double().requires_grad_(), torch.tensor([0.5, 2.0]).double().requires_grad_()
+        found = []
+        for mode in (twice_differentiable, nullcontext):
+            with mode():
+                loss, kept = passes(x, w)
+            first = torch.autograd.grad(loss, (x, w, kept), create_graph=True)
+            found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))])
+        for a, e in zip(*found, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
     def test_mobilenet_v3_whose_hardsigmoid_has_no_second_derivative_in_pytorch(self):
         model, pair = metric(mobilenet()), pair_of(32)

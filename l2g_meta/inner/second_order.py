@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
-from l2g_meta.operators.selection import max_pool2d, relu
+from l2g_meta.operators.selection import max_pool2d, relu, watched
 
 Pair = int | tuple[int, ...]
 
@@ -38,6 +39,8 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
     ``hardsigmoid`` as ``relu6``, recurrent layers without cuDNN. What ``torch.compile`` decorates runs uncompiled.
+    Max-pooling after ReLU after batch norm has one derivative with them: for ``autograd.grad`` by a map between, call
+    its ``retain_grad`` or ``register_hook`` during the pass.
     Inside functorch transforms, forward-mode differentiation, compiled, exported or traced regions and
     ``torch.utils.checkpoint``, PyTorch's own operators run. So they do on CUDA, where ours have not run yet:
     ``L2G_FAST_CUDA=1`` takes ours there as well, if it is set before this package is imported.
@@ -196,10 +199,6 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _leaky_relu(input, 0.0, inplace)
 
 
-def _relu_(input: Tensor) -> Tensor:
-    return _leaky_relu(input, 0.0, True)
-
-
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     fits = _taken(input) and negative_slope >= 0 and not (inplace and input._is_view())
     return relu(input, negative_slope, inplace=inplace) if fits else NotImplemented
@@ -253,7 +252,8 @@ FAST: Table = {
     F.max_pool2d: _max_pool2d,
     F.leaky_relu: _leaky_relu,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
+    **dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), watched),
 }
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2g_meta.operators import Operator
-from l2g_meta.operators.norm_passes import add_at, affine, channel_sums, per_channel, take
+from l2g_meta.operators.norm_passes import add_at, affine, channel_sums, in_format_of, per_channel, positions, take
 
 aten = torch.ops.aten
 
@@ -68,13 +68,13 @@ def batch_norm(
         y = F.batch_norm(x, running_mean, running_var, w, b, True, momentum, eps)
         return relu_and_pool(y, relu=relu, pool=pool)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x = x.to(wide)
+    x = in_format_of(x, x.to(wide)) if pool else x.to(wide)
     w = x.new_ones(x.shape[1]) if w is None else w.to(wide)
     b = x.new_zeros(x.shape[1]) if b is None else b.to(wide)
     with torch.no_grad():
         mean, variance = _statistics(x, running_mean, running_var, momentum)
         rstd = (variance + eps).rsqrt()
-    return _Norm.apply(x, w, b, mean, rstd, eps, relu, pool)[0].to(dtype)
+    return _Norm.apply(x, w, b, mean, rstd, (eps, relu, pool, None))[0].to(dtype)
 
 
 def relu_and_pool(y: Tensor, *, relu: bool, pool: bool) -> Tensor:
@@ -111,57 +111,62 @@ def _quick_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return (mean, variance) if (mean.square() <= 100 * variance).all() else None
 
 
+def pooled_norm(node: Any, y: Tensor, at: Tensor) -> Tensor:
+    """Maxima y of the ReLU of the norm that made ``node``, as one function of what that norm took."""
+    x, w, mean, rstd, *_ = node.saved_tensors
+    known = y, at, y.clone()  # users may write to what they get
+    return _Norm.apply(x, w, node.b, mean, rstd, (node.eps, True, True, known))[0]
+
+
+Options = tuple[float, bool, bool, tuple[Tensor, Tensor, Tensor] | None]  # eps, relu, pool, and y if it is known
+
+
 class _Norm(Operator):
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, eps: float, relu: bool, pool: bool
+        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        where = None
+        _, relu, pool, known = options
+        if known is not None:
+            return known[:2]
+        at = None
         if pool:  # before the scale, on which a negative one turns the largest into the smallest
-            if x.is_cuda or (w < 0).any():  # not asked where the answer would have to travel
-                sign = per_channel(torch.where(w < 0, -1.0, 1.0).to(x.dtype), x)
-                chosen, where = F.max_pool2d_with_indices(x * sign, [2, 2])
-                x = chosen * sign
-            else:
-                x, where = F.max_pool2d_with_indices(x, [2, 2])
+            turned = x.is_cuda or (w < 0).any()  # not asked where the answer would have to travel
+            sign = per_channel(torch.where(w < 0, -1.0, 1.0).to(x.dtype), x)
+            chosen, where = F.max_pool2d_with_indices(x * sign if turned else x, [2, 2])
+            at, x = positions(where, x), chosen * sign if turned else chosen
         y = affine(x, w * rstd, b - mean * w * rstd)
-        return (y.relu_() if relu else y), where
+        return (y.relu_() if relu else y), at
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
-        x, w, _, mean, rstd, ctx.eps, relu, _ = inputs
-        y, where = outputs
-        if where is not None:
-            ctx.mark_non_differentiable(where)
+        x, w, ctx.b, mean, rstd, (ctx.eps, relu, pool, known) = inputs
+        y, at = outputs
+        if at is not None:
+            ctx.mark_non_differentiable(at)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, mean, rstd, y if relu else None, where)
+        ctx.plain = not relu and not pool and in_format_of(x, x) is x
+        ctx.save_for_backward(x, w, mean, rstd, known[2] if known else y if relu else None, at)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 8
-        return *_NormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+            return (None,) * 6
+        return *_NormBackward.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
 class _NormBackward(Operator):
     @staticmethod
     def forward(
-        g: Tensor,
-        x: Tensor,
-        w: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        out: Tensor | None,
-        where: Tensor | None,
-        eps: float,
+        g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, out: Tensor | None, at: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = _active(in_format_of(x, g), out)
-        if where is None:
+        if at is None:
             return aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, 0.0, [True, True, True])
-        sum_g, sum_h = channel_sums(g, take(x, where), mean, rstd)
+        sum_g, sum_h = channel_sums(g, take(x, at), mean, rstd)
         n, a = x.numel() // x.shape[1], w * rstd  # a pass over maps is one linear combination: of g, x and 1
         slope = -a * rstd * sum_h / n
-        return add_at(affine(x, slope, -a * sum_g / n - mean * slope), where, g * per_channel(a, g)), sum_h, sum_g
+        return add_at(affine(x, slope, -a * sum_g / n - mean * slope), at, g * per_channel(a, g)), sum_h, sum_g
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -170,7 +175,7 @@ class _NormBackward(Operator):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, rstd, out, where, sum_h, sum_g = ctx.saved_tensors
+        g, x, w, mean, rstd, out, at, sum_h, sum_g = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
 
             def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # the definition
@@ -178,14 +183,14 @@ class _NormBackward(Operator):
                 centred = x - x.mean(dims, keepdim=True)
                 xh = centred * (centred.square().mean(dims, keepdim=True) + ctx.eps).rsqrt()
                 y = per_channel(w, x) * xh + per_channel(b, x)
-                y = y if where is None else y.flatten(2).gather(2, where.flatten(2)).view(where.shape)
+                y = y if at is None else take(y, at)
                 return y if out is None else y * (out > 0).to(y.dtype)
 
             return *differentiated_twice(norm, v, vw, vb, g, x, w), None, None, None, None, None
 
         # The closed form above, in two passes of sums and two of output.
         v, g = in_format_of(x, v), _active(in_format_of(x, g), out)
-        chosen, v_at = (x, v) if where is None else (take(x, where), take(v, where))
+        chosen, v_at = (x, v) if at is None else (take(x, at), take(v, at))
         sum_v, sum_vh = channel_sums(v, x, mean, rstd)
         _, sum_vg = channel_sums(v_at, g, torch.zeros_like(mean), torch.ones_like(mean))
         n, a = x.numel() // x.shape[1], w * rstd
@@ -199,7 +204,7 @@ class _NormBackward(Operator):
         shift = -rstd * (of_v * sum_v + of_g * sum_g) / n - mean * slope
         bar_x = affine(x, slope, shift).addcmul_(v, per_channel(rstd * of_v, v))
         times_g = per_channel(rstd * of_g, g)
-        bar_x = bar_x.addcmul_(g, times_g) if where is None else add_at(bar_x, where, g * times_g)
+        bar_x = bar_x.addcmul_(g, times_g) if at is None else add_at(bar_x, at, g * times_g)
         return _active(bar_g, out), bar_x, bar_w, None, None, None, None, None
 
 
@@ -218,9 +223,3 @@ def differentiated_twice(
         b = torch.zeros_like(w, requires_grad=True)  # which moves none of the derivatives
         first = torch.autograd.grad(norm(x, w, b), (x, w, b), g, create_graph=True)
         return torch.autograd.grad(first, (g, x, w), (v, vw, vb), create_graph=True)
-
-
-def in_format_of(x: Tensor, t: Tensor) -> Tensor:
-    """T in the memory format of x, both maps or both not."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -93,7 +93,7 @@ class _ConvBackward(Operator):
             parts = [] if vx is None else [conv2d(vx, w, None, ctx.geometry)]
             parts += [] if vw is None else [conv2d(x, vw, vb, ctx.geometry)]
             parts += [] if vb is None or vw is not None else [vb[:, None, None].expand_as(g)]
-            bar_g = sum(parts[1:], parts[0]) if parts else None
+            bar_g = parts[0].add_(parts[1]) if len(parts) > 1 else parts[0] if parts else None
         wanted = (need_x and vw is not None, need_w and vx is not None, False)
         if any(wanted):
             at = g, x if vx is None else vx, w if vw is None else vw

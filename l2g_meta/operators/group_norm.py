@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from l2g_meta.operators import Operator
-from l2g_meta.operators.batch_norm import differentiated_twice, in_format_of
-from l2g_meta.operators.norm_passes import affine, channel_sums
+from l2g_meta.operators.batch_norm import differentiated_twice
+from l2g_meta.operators.norm_passes import affine, channel_sums, in_format_of
 
 
 def group_norm(

@@ -30,23 +30,37 @@ def per_channel(t: Tensor, like: Tensor) -> Tensor:
     return t.view(-1, *[1] * (like.ndim - 2))
 
 
-def take(x: Tensor, where: Tensor) -> Tensor:
-    """Values of x (n, c, H, W) at the pooling's indices, (n, c, H // 2, W // 2)."""
-    if x.is_contiguous():
-        return x.flatten(2).gather(2, where.flatten(2)).view_as(where)
-    taken = _rows(x).gather(1, _rows(where))
-    return taken.unflatten(1, where.shape[2:]).permute(0, 3, 1, 2)
+def positions(where: Tensor, x: Tensor) -> Tensor:
+    """The pooling's indices into each map of x (n, c, H, W) as positions in the memory of x."""
+    n, c, h, w = x.shape
+    image, channel = (torch.arange(t, device=x.device).view(-1, *[1] * k) for t, k in ((n, 3), (c, 2)))
+    step, of_channel = (c, 1) if is_channels_last(x) else (1, h * w)
+    return torch.add(image * (h * w * c) + channel * of_channel, where, alpha=step)
 
 
-def add_at(x: Tensor, where: Tensor, t: Tensor) -> Tensor:
-    """Adds t (n, c, H // 2, W // 2) to x (n, c, H, W) at the pooling's indices, in place."""
-    if x.is_contiguous():
-        x.flatten(2).scatter_add_(2, where.flatten(2), t.flatten(2))
-    else:
-        _rows(x).scatter_add_(1, _rows(where), _rows(t))
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """Values of x at positions in its memory, in their shape (n, c, H', W')."""
+    taken = _flat(x, like=x).index_select(0, _flat(at, like=at))
+    n, c, h, w = at.shape
+    return taken.view(n, h, w, c).permute(0, 3, 1, 2) if is_channels_last(at) else taken.view(at.shape)
+
+
+def add_at(x: Tensor, at: Tensor, t: Tensor) -> Tensor:
+    """Adds t (n, c, H', W') to x at positions in its memory, in place."""
+    _flat(x, like=x).scatter_add_(0, _flat(at, like=at), _flat(t, like=at))
     return x
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A channels-last (n, c, H, W) as (n, H W, c), the same memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+def is_channels_last(x: Tensor) -> bool:
+    """Whether maps lie in memory channel by channel, and in that order alone."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_format_of(x: Tensor, t: Tensor) -> Tensor:
+    """T in the memory format of x, both maps or both not."""
+    return t.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+
+def _flat(x: Tensor, like: Tensor) -> Tensor:
+    """Maps in one row, in the order of memory of others of their kind; the same memory, if it is theirs."""
+    return (x.permute(0, 2, 3, 1) if is_channels_last(like) else x).reshape(-1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from l2g_meta.operators.norm_passes import take
+from l2g_meta.operators.batch_norm import _Norm, pooled_norm
+from l2g_meta.operators.norm_passes import add_at, is_channels_last, positions, take
 
 aten = torch.ops.aten
 
@@ -43,7 +44,30 @@ def max_pool2d(
         >>> max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), [2, 2], [2, 2], [0, 0], [1, 1]).flatten().tolist()
         [5.0, 7.0, 13.0, 15.0]
     """
-    return _MaxPool.apply(x, (size, stride, padding, dilation, ceil_mode))[0]
+    (y, where), norm = _maxima(x.detach(), (size, stride, padding, dilation, ceil_mode)), _norm_before(x)
+    at = positions(where, x)
+    return _Taken.apply(x, at, y) if norm is None else pooled_norm(norm, y, at)
+
+
+def _norm_before(x: Tensor) -> Any:
+    """The node of the batch norm, if x is its ReLU: with pooling they have one derivative, on the maxima alone."""
+    node: Any = x.grad_fn
+    if not _is_plain(node, _ReLU):
+        return None
+    node = node.next_functions[0][0]
+    return node if _is_plain(node, _Norm) else None
+
+
+def _is_plain(node: Any, function: Any) -> bool:
+    return type(node) is function._backward_cls and node.plain
+
+
+def watched(x: Tensor, *_: Any) -> Any:
+    """Keeps a map whose gradient somebody asks for in the graph, from which pooling would leave it out."""
+    node: Any = x.grad_fn
+    if _is_plain(node, _ReLU) or _is_plain(node, _Norm):
+        node.plain = False
+    return NotImplemented
 
 
 class _ReLU(Function):
@@ -54,7 +78,7 @@ class _ReLU(Function):
             y = x.relu_() if slope == 0 else torch.nn.functional.leaky_relu_(x, slope)
         else:
             y = x.relu() if slope == 0 else torch.nn.functional.leaky_relu(x, slope)
-        ctx.slope = slope
+        ctx.slope, ctx.plain = slope, slope == 0
         ctx.save_for_backward(y)
         return y
 
@@ -77,53 +101,38 @@ class _Selected(Function):
         return _Selected.apply(v, *ctx.saved_tensors, ctx.slope), None, None
 
 
-class _MaxPool(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        y, where = _pooled(x, window)
-        ctx.mark_non_differentiable(where)
-        ctx.set_materialize_grads(False)
-        ctx.window = window
-        ctx.save_for_backward(x, where)
-        return y, where
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        return None if g is None else _Spread.apply(g, *ctx.saved_tensors, ctx.window), None
-
-
-def _pooled(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Maxima and where they are. On a CPU the pass over contiguous maps is slower than copies around it."""
+def _maxima(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """What pooling gives, and where it was. On a CPU the pass over contiguous maps is slower than copies around it."""
     if x.device.type != "cpu" or not x.is_contiguous():
         return aten.max_pool2d_with_indices(x, *window)
     y, where = aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
     return y.contiguous(), where.contiguous()
 
 
-class _Spread(Function):
-    """Each value of g added to where its maximum was; linear in g."""
+class _Taken(Function):
+    """The values of maps at positions in their memory, if they are not known: linear in the maps."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, where: Tensor, window: tuple[Any, ...]) -> Tensor:
-        ctx.window = window
-        ctx.save_for_backward(x, where)
-        return aten.max_pool2d_with_indices_backward(g, x, *window, where)
+    def forward(ctx: Any, x: Tensor, at: Tensor, known: Tensor | None) -> Tensor:
+        ctx.kind = x.shape, torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        ctx.save_for_backward(at)
+        return take(x, at) if known is None else known
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(g, *ctx.saved_tensors, *ctx.kind), None, None
+
+
+class _Spread(Function):
+    """Each value added to where it was taken, in maps of zeros; linear in the values."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, at: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(at)
+        zeros = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=layout).zero_()
+        return add_at(zeros, at, g)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
-        x, where = ctx.saved_tensors
-        return _Taken.apply(v, x, where, ctx.window), None, None, None
-
-
-class _Taken(Function):
-    """The values of v at the maxima; linear in v."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, x: Tensor, where: Tensor, window: tuple[Any, ...]) -> Tensor:
-        ctx.window = window
-        ctx.save_for_backward(x, where)
-        return take(v, where)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Spread.apply(g, *ctx.saved_tensors, ctx.window), None, None, None
+        return _Taken.apply(v.contiguous(memory_format=ctx.layout), *ctx.saved_tensors, None), None, None, None
