@@ -109,6 +109,7 @@ def test_nothing_that_can_be_read_and_a_picture_beside_the_classes(blob_run, pho
         (lambda p: [shutil.rmtree(d) for d in (p / "query").iterdir()], "got none in"),
         (lambda p: shutil.rmtree(p / "support"), "need a folder of one folder per class"),
         (lambda p: [shutil.rmtree(d) for d in (p / "support").iterdir()], "got no folder"),
+        (lambda p: [shutil.rmtree(d) for d in sorted((p / "support").iterdir())[1:]], "the class ['class00'] alone"),
         (lambda p: [f.unlink() for f in (p / "support" / "class01").iterdir()], "got no image in ['class01']"),
         (lambda p: [f.write_bytes(b"") for f in (p / "support" / "class01").iterdir()], "a readable image of class"),
     ],

@@ -110,11 +110,12 @@ def fit_folder(classifier: FewShotClassifier, reader: PhotoReader, folder: Path)
     Pictures beside the folders of classes are skipped.
 
     Raises:
-        DataError: if there is no class, or a class has no readable image.
+        DataError: if there are less than two classes, or a class has no readable image.
     """
     if not folder.is_dir():
         raise DataError(f"need a folder of one folder per class as --support, {folder} is none; check it")
     classes, lacks = files_by_class(folder, PICTURES)
+    lacks = lacks or (f"the class {[*classes]} alone" if len(classes) == 1 else "")
     if lacks:
         raise DataError(f"need --support DIR with images <class>/*.{{jpg,jpeg,png}}, got {lacks} in {folder}; add some")
     for path in sorted(folder.iterdir()):
