@@ -22,7 +22,7 @@ from l2g_meta.classify import exported as exporting
 from l2g_meta.classify.photos import Preparation, inputs
 from l2g_meta.cli.main import main
 from l2g_meta.cli.output import plain_warnings
-from l2g_meta.data.images import decode
+from l2g_meta.data.images import read_image
 from l2g_meta.errors import DataError, L2GError
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import _rows_until, read_log
@@ -203,11 +203,11 @@ def test_images_of_16_bits_are_refused_whatever_their_colours(colour, channels, 
     path = tmp_path / "a.png"
     path.write_bytes(deep_png(colour, channels))
     with pytest.raises(DataError, match="more than 8 bits per channel.*convert it to 8 bits"):
-        decode(str(path), "PNG")
+        read_image(str(path))
     with Image.open(path) as image, pytest.raises(DataError, match="need 8-bit images"):
         inputs([image], PREPARATION, device=torch.device("cpu"), dtype=torch.float32)
     path.write_bytes(deep_png(colour, channels, 8))
-    assert np.asarray(decode(str(path), "PNG")).shape == (8, 8, 3)
+    assert np.asarray(read_image(str(path))).shape == (8, 8, 3)
 
 
 def test_a_run_under_another_default_type(run, capsys):

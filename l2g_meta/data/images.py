@@ -28,7 +28,7 @@ MAX_BYTES = 2**28  # per image file; more than MAX_PIXELS take, even uncompresse
 MAX_SCANS = 100  # of a JPEG; encoders write some ten, and each takes the time of a whole image for a few bytes
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # how each begins
 SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG"}  # how files begin
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+FORMATS = (".jpg", ".jpeg", ".png")  # which of both it is, a file's beginning says
 Source = TypeVar("Source")
 Resize = Callable[[Image.Image, int], Image.Image]
 
@@ -38,18 +38,16 @@ def stretch(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def decode(source: str | bytes, file_format: str, label: str = "", *, upright: bool = False) -> Image.Image:
-    """The RGB image in a file or in encoded bytes.
+def read_image(source: str | bytes, label: str = "", *, upright: bool = False) -> Image.Image:
+    """The RGB image in a JPEG or PNG file, whatever its name, or in encoded bytes; no other decoder is tried.
 
     Args:
         source: a file, or what one holds.
-        file_format: ``"JPEG"`` or ``"PNG"``; only that decoder is tried.
         label: what errors call the source; the path by default.
         upright: turn the image as its Exif orientation says.
 
     Raises:
-        DataError: if it is not a readable 8-bit image of that format with at most ``MAX_PIXELS`` pixels and
-            ``MAX_BYTES`` bytes.
+        DataError: if it is not a readable 8-bit JPEG or PNG with at most ``MAX_PIXELS`` pixels and ``MAX_BYTES`` bytes.
     """
     remedy = "restore or remove it"
     try:
@@ -58,13 +56,14 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
             remedy = "make it smaller"
             raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
-            start, scans = file.read(4), len(SCAN.findall(file.read())) if file_format == "JPEG" else 0
-            file.seek(0)
-            if other := next((f for f, s in SIGNATURES.items() if f != file_format and start.startswith(s)), None):
-                remedy = f"name it *.{other.lower()}"
-                raise ValueError(f"it is a {other}")
+            start = file.read(4)
+            file_format = next((name for name, begins in SIGNATURES.items() if start.startswith(begins)), None)
+            if file_format is None:
+                raise UnidentifiedImageError
+            scans = len(SCAN.findall(file.read())) if file_format == "JPEG" else 0
             if scans > MAX_SCANS:
                 raise ValueError(f"{scans} scans are more than {MAX_SCANS}")
+            file.seek(0)
             with Image.open(file, formats=[file_format]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     remedy = "make it smaller"
@@ -77,7 +76,7 @@ def decode(source: str | bytes, file_format: str, label: str = "", *, upright: b
         raise DataError(f"need an image, got {label or source!r}, which is not there; check its path") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
         why = "it is no image" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"need a readable 8-bit {file_format}, got {label or source!r} ({why}); {remedy}") from error
+        raise DataError(f"need a readable 8-bit JPEG or PNG, got {label or source!r} ({why}); {remedy}") from error
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -87,11 +86,6 @@ def is_deep(image: Image.Image) -> bool:
     """
     layouts = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in getattr(image, "tile", ()) if tile[3]]
     return image.mode[0] in "IF" or any(";16" in str(layout) for layout in layouts)
-
-
-def read_image(path: str, *, upright: bool = False) -> Image.Image:
-    """The RGB image in a file, decoded as what its suffix claims."""
-    return decode(path, FORMATS[os.path.splitext(path)[1].lower()], upright=upright)
 
 
 def subfolders(folder: Path) -> list[str]:

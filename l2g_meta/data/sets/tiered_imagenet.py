@@ -90,7 +90,7 @@ def _convert_pickles(images_path: Path, labels_path: Path, size: int, out: Path)
         if png.nbytes > images.MAX_BYTES:  # checked here, since the copy that is decoded takes memory
             limit = f"at most {images.MAX_BYTES} bytes"
             raise DataError(f"need a PNG file of {limit}, got {png.nbytes}, image {row} of {images_path}; get it again")
-        return images.decode(png.tobytes(), "PNG", f"image {row} of {images_path}")
+        return images.read_image(png.tobytes(), f"image {row} of {images_path}")
 
     images.convert(classes, read, images.stretch, size, out)
 
