@@ -152,7 +152,8 @@ class TestNetworksAsTheyAre:
             kept.retain_grad()
             changed = F.batch_norm(x * w[1], None, None, w, None, True)
             changed.register_hook(lambda g: 3 * g)
-            out = out.add_(1.0) + F.max_pool2d(kept, 2) + F.max_pool2d(changed.relu(), 2)
+            alone = F.max_pool2d(x * w[0], 2).relu_()
+            out = out.add_(1.0) + F.max_pool2d(kept, 2) + F.max_pool2d(changed.relu(), 2) + alone
             return out.square().sum() + y.sin().sum() + z.cos().sum(), kept
 
         x, w = torch.randn(3, 2, 4, 4).double().requires_grad_(), torch.tensor([0.5, 2.0]).double().requires_grad_()

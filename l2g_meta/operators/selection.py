@@ -46,7 +46,7 @@ def max_pool2d(
     """
     (y, where), norm = _maxima(x.detach(), (size, stride, padding, dilation, ceil_mode)), _norm_before(x)
     at = positions(where, x)
-    return _Taken.apply(x, at, y) if norm is None else pooled_norm(norm, y, at)
+    return _Taken.apply(x, at, (y,)) if norm is None else pooled_norm(norm, y, at)
 
 
 def _norm_before(x: Tensor) -> Any:
@@ -110,13 +110,13 @@ def _maxima(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 class _Taken(Function):
-    """The values of maps at positions in their memory, if they are not known: linear in the maps."""
+    """The values of maps at positions in their memory, or as they are known: linear in the maps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor, known: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, at: Tensor, known: tuple[Tensor, ...]) -> Tensor:
         ctx.kind = x.shape, torch.channels_last if is_channels_last(x) else torch.contiguous_format
         ctx.save_for_backward(at)
-        return take(x, at) if known is None else known
+        return known[0] if known else take(x, at)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -135,4 +135,4 @@ class _Spread(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Taken.apply(v.contiguous(memory_format=ctx.layout), *ctx.saved_tensors, None), None, None, None
+        return _Taken.apply(v.contiguous(memory_format=ctx.layout), *ctx.saved_tensors, ()), None, None, None
