@@ -289,6 +289,15 @@ def test_new_files_follow_no_link(root: Path, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_in_the_place_of_one_goes(make, root: Path) -> None:
+    folder = cached("data", {}, build)
+    shutil.rmtree(folder)
+    make(folder)
+    assert (cached("data", {}, build) / "images.npy").read_bytes() == b"whole" and not folder.is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", ["images.npy", "checksums.json"])
 def test_a_named_pipe_in_the_cache_keeps_nobody_waiting(root: Path, name: str) -> None:
     folder = cached("data", {}, build)

@@ -77,6 +77,19 @@ def test_nothing_in_the_current_folder_runs(how, command, folders, tmp_path):
     assert not marker.exists(), marker.read_text()
 
 
+@pytest.mark.parametrize("entries", ["{package}:", ":{package}", "{package}:."])
+def test_an_empty_entry_of_pythonpath(entries, tmp_path, monkeypatch):
+    """What Python itself imports before any command is its own; this is of what commands import."""
+    for name in (*NAMED - {"csv"}, *OTHERS - {"sitecustomize", "usercustomize"}):
+        (tmp_path / f"{name}.py").write_text(EVIL.format(marker=str(tmp_path / "marker")))
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", entries.format(package=PACKAGE).replace(":", os.pathsep))
+    for how in ("l2g", "module"):
+        script = tmp_path / "elsewhere" / "script"
+        script.parent.mkdir(exist_ok=True)
+        done = call(how, tmp_path, script, "doctor")
+        assert "l2g-meta" in done.stdout and not (tmp_path / "marker").exists(), done.stderr
+
+
 def test_the_files_would_run_if_they_were_imported(folders):
     found, marker = folders
     subprocess.run([sys.executable, "-c", "import tqdm"], cwd=found["run"], check=True,

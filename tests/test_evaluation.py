@@ -170,7 +170,7 @@ def test_a_bare_encoder_is_told_to_be_wrapped(make, wrap, data):
 
 def test_what_is_no_model_is_told_what_to_pass(data):
     l2g = L2GWrapper(MetricModel(Conv4(1, 4), PrototypicalHead()).double(), 0.1)
-    with pytest.raises(FitError, match="an nn.Module, got <.*Learner.*>; of a learner, take learner.module"):
+    with pytest.raises(FitError, match="an nn.Module, got <.*Learner.*>; take learner.module"):
         evaluate(l2g.clone(), data, ways=3, queries=3, episodes=2)
     assert evaluate(l2g.clone().module, data, ways=3, queries=3, episodes=2) == evaluate(
         l2g, data, ways=3, queries=3, episodes=2

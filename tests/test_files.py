@@ -119,6 +119,17 @@ class TestWriting:
             check_writable(tmp_path / path)
         assert not Path("/dev/null").is_file()
 
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+    def test_a_link_to_the_standard_output_stays(self, tmp_path):
+        """That may be a file, which is not the link's to be replaced by."""
+        with open(tmp_path / "out", "w") as out:
+            (tmp_path / "link").symlink_to(f"/proc/self/fd/{out.fileno()}")
+            with pytest.raises(CheckpointError, match="no regular file"):
+                write_text(tmp_path / "link", "x")
+            with pytest.raises(CheckpointError, match="no regular file"):
+                write_text(Path(f"/dev/fd/{out.fileno()}"), "x")
+        assert (tmp_path / "link").is_symlink()
+
     def test_what_was_left_is_removed(self, tmp_path):
         (tmp_path / ".l2g-0123").write_text("left")
         (tmp_path / ".l2g-mine").mkdir()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from l2g_meta import load
 from l2g_meta.data import images
 from l2g_meta.errors import DataError
 
@@ -151,12 +152,13 @@ def test_size_of_the_file_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    os.mkfifo(tmp_path / "a" / "pipe.png")
-    (tmp_path / "a" / "zeros.png").symlink_to("/dev/zero")
-    (tmp_path / "a" / "nowhere.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"got no image in \['a'\]"):
-        images.class_files(tmp_path)
-    (tmp_path / "a" / "0.png").write_bytes(saved("PNG"))
-    assert images.class_files(tmp_path) == {"a": [str(tmp_path / "a" / "0.png")]}
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to nowhere"])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("L2G_CACHE", str(tmp_path / "cache"))
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(saved("PNG"))
+    path = tmp_path / "train" / "a" / "1.png"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(DataError, match=r"a/1\.png"):
+        load("folder", "train", root=tmp_path, image_size=8)

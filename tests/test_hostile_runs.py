@@ -24,6 +24,7 @@ from l2g_meta.cli.main import main
 from l2g_meta.cli.output import plain_warnings
 from l2g_meta.data.images import read_image
 from l2g_meta.errors import DataError, L2GError
+from l2g_meta.files.sealed import opened
 from l2g_meta.training.config import Config
 from l2g_meta.training.log import _rows_until, read_log
 
@@ -163,6 +164,18 @@ class TestExports:
             ):
                 pass
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 10**30), ("seed", None), ("backbone", ""), ("inner_lr", 10**400)]
+)
+def test_a_config_with_an_absurd_value(name, value, run, capsys):
+    values = opened(json.loads((run / "config.json").read_text()))
+    (run / "config.json").write_text(json.dumps({**values, name: value}))
+    assert main(["evaluate", str(run), "--episodes", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "--" + name.replace("_", "-") in err and "Traceback" not in err
+    assert name != "backbone" or str(run) in err
 
 
 @pytest.mark.parametrize("how", [["--resume", "RUN"], ["--out", "RUN", "--resume"]], ids=" ".join)

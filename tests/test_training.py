@@ -223,7 +223,7 @@ def test_bad_input_exits_2_with_one_line(more, message, folder, tmp_path, capsys
 def test_a_run_is_never_overwritten(folder, tmp_path, capsys):
     assert main(flags(folder, tmp_path / "run", iterations=1)) == 0
     assert main(flags(folder, tmp_path / "run", iterations=1)) == 2
-    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert "already holds a run; --resume" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path / "run"), "--seed", "3"]) == 2
     assert "was trained with so far, got --seed 3, not 0; leave that out" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2

@@ -108,9 +108,7 @@ def table(result: dict[str, Any]) -> str:
     width = 2 + max(22, *(len(row["name"]) for row in result["rows"]))
     lines = [" " * width + "".join(f"{title:>10}" for title in COLUMNS)]
     for row in result["rows"]:
-        cells = (
-            "" if row[name] is None else format(row[name] / unit, written) for name, unit, written in COLUMNS.values()
-        )
+        cells = ("" if row[name] is None else format(row[name] / unit, form) for name, unit, form in COLUMNS.values())
         lines.append(f"{row['name']:{width}}" + "".join(f"{cell:>10}" for cell in cells))
     data = result["data"]["seconds"]
     share = 100 * data / min(row["seconds"] for row in result["rows"])

@@ -9,7 +9,13 @@ used, so that `l2g --help` takes no PyTorch.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from types import ModuleType
+
+# An empty entry of PYTHONPATH is the current folder, as is ".": a torch.py in a folder of data would run.
+if {"", "."}.intersection((os.environ.get("PYTHONPATH") or "none").split(os.pathsep)):
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", os.path.realpath("."), os.path.abspath("."))]
 
 COMMANDS = {  # in the order of `l2g --help`, which prints these lines
     "train": "train a model",

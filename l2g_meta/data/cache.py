@@ -67,7 +67,7 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
         try:
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(turn(partial.with_suffix(".lock"), f"converts {name}"))
-            if folder.is_dir():
+            if os.path.lexists(folder):
                 if not (what := changed(folder)):  # somebody else was faster
                     return folder
                 print(f"l2g: {shown(str(folder))} is made again: {what}", file=sys.stderr)
@@ -76,13 +76,14 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
             partial.mkdir()
         except (CheckpointError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise DataError(
-                f"need a writable folder for converted data, got {root} ({reason}); set L2G_CACHE to one"
-            ) from error
+            raise DataError(f"need a writable folder for data, got {root} ({reason}); set L2G_CACHE to one") from error
         try:
             build(partial)
             seal(partial)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
             partial.rename(folder)
             sync(root)
         except OSError as error:

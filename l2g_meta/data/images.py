@@ -111,7 +111,7 @@ def files_by_class(folder: Path, suffixes: Collection[str]) -> tuple[dict[str, l
     classes = {}
     for name in subfolders(folder):
         with os.scandir(folder / name) as entries:
-            files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
+            files = sorted(e.path for e in entries if not e.is_dir() and not e.name.startswith("."))
         classes[name] = [f for f in files if os.path.splitext(f)[1].lower() in suffixes]
     empty = [name for name, files in classes.items() if not files]
     return classes, f"no image in {empty}" if empty else "" if classes else "no folder"

@@ -123,9 +123,7 @@ def evaluate(
         (True, None)
     """
     if not isinstance(model, nn.Module):
-        remedy = (
-            "of a learner, take learner.module" if isinstance(model, Learner) else "a class is called first: Model()"
-        )
+        remedy = "take learner.module" if isinstance(model, Learner) else "a class is called first: Model()"
         raise FitError(f"need a model to evaluate, an nn.Module, got {model!r}; {remedy}")
     bare = unwrapped(model)  # of torch.compile(l2g)
     loss_fn, model = loss_fn_of(bare), bare.module if isinstance(bare, L2GWrapper) else model

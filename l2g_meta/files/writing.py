@@ -40,7 +40,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; what was there before is untouched; make room or choose "
-            "another folder"
+            "another path"
         ) from error
 
 
@@ -130,7 +130,8 @@ def _remove(path: Path) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """That renaming a file into ``path`` replaces a file, not a folder or ``/dev/null``."""
+    """That renaming a file into ``path`` replaces a file, not a folder, ``/dev/null``, or what ``/dev/stdout`` is."""
+    leads_to = os.path.join(os.path.realpath(path.parent), os.readlink(path) if path.is_symlink() else path.name)
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(path.stat().st_mode) or leads_to.startswith(("/proc/", "/dev/fd/")):
             raise OSError(f"{path} is no regular file")

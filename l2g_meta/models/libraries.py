@@ -75,9 +75,7 @@ def torchvision_encoder(name: str, in_channels: int, options: Mapping[str, Any])
         raise FitError(f"need images of 1 or 3 channels for torchvision:{name}, got {in_channels}; use timm:NAME")
     own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     net = _built("torchvision", name, options, lambda: models.get_model(name, weights=None, **own, **options))
-    layers = [
-        path for path, m in net.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000
-    ]
+    layers = [k for k, m in net.named_modules() if 1000 in (getattr(m, s, 0) for s in ("out_features", "out_channels"))]
     net.set_submodule(layers[-1], nn.Identity())
     net.left_out = (layers[-1], "AuxLogits", "aux1", "aux2")
     if in_channels == 1:

@@ -72,9 +72,8 @@ class _ConvBackward(Operator):
     def forward(
         g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        stride, padding, dilation, groups = geometry
         gradients = torch.ops.aten.convolution_backward(
-            g, x, w, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(wanted)
+            g, x, w, [w.shape[0]], *geometry[:3], False, [0, 0], geometry.groups, list(wanted)
         )
         return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
 

@@ -280,9 +280,7 @@ def check_same(cell: Cell, found: Config) -> None:
     """
     difference = cell.config().differences(found)
     if difference:
-        raise L2GError(
-            f"need {difference}, as {cell.folder} has it; choose another --out, or remove the folder to run it again"
-        )
+        raise L2GError(f"need {difference}, as {cell.folder} has it; choose another --out, or remove that folder")
 
 
 def _size(numbers: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -199,7 +199,10 @@ def build_stored(
             need = sum(t.numel() for t in build_model(config, image_shape, n_classes).state_dict().values())
         if need > got:
             raise CheckpointError(f"{path} belongs to another model: it has {got:,} values, its config {need:,}")
-    return build_model(config, image_shape, n_classes)
+    try:
+        return build_model(config, image_shape, n_classes)
+    except L2GError as error:
+        raise type(error)(f"{path.parent}: {error}") from error
 
 
 def n_classes_of(info: Mapping[str, Any]) -> int | None:

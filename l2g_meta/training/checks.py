@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any, get_type_hints
@@ -68,10 +67,10 @@ def check_settings(config: Any) -> None:
     Raises:
         L2GError: naming the flag, what it needs and what it got.
     """
-    kind_of = kinds(type(config))
+    kind_of, hints = kinds(type(config)), get_type_hints(type(config))
     for f in fields(config):
         value, kind, rules, name = getattr(config, f.name), kind_of[f.name], f.metadata, flag(f.name)
-        if value is None:
+        if value is None and hints[f.name] != kind:  # it may be
             continue
         fitting = {float: (int, float), Sizes: (int, tuple), Names: (tuple,)}.get(kind, (kind,))
         if type(value) not in fitting:
@@ -87,7 +86,7 @@ def check_settings(config: Any) -> None:
         if kind is float:
             least, above, below = (rules.get(bound) for bound in ("least", "above", "below"))
             low = value > above if least is None else value >= least
-            if not (low and math.isfinite(value) and (below is None or value < below)):
+            if not (low and abs(value) < 2**63 and (below is None or value < below)):
                 first = f"above {above}" if least is None else f"of at least {least}"
                 last = "finite" if below is None else f"below {below}"
                 raise L2GError(f"need {name} {first} and {last}, got {value}")

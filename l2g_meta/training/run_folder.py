@@ -100,9 +100,7 @@ class Run:
 
     def _begin(self, info: Mapping[str, Any]) -> None:
         if holds_run(self.out):
-            raise CheckpointError(
-                f"{self.out} already holds a run; continue it with --resume {self.out}, or choose another --out"
-            )
+            raise CheckpointError(f"{self.out} already holds a run; --resume {self.out}, or choose another --out")
         make_folder(self.out, "a folder for the run", "choose another --out")
         self._claim()
         state.save(self.out, self.wrapper, self.optimizer, info, average=self.average)
