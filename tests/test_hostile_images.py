@@ -157,7 +157,8 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path, kind: str, monkeypat
     monkeypatch.setenv("L2G_CACHE", str(tmp_path / "cache"))
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
-        (tmp_path / "train" / name / "0.png").write_bytes(saved("PNG"))
+        for number in (0, 2):
+            (tmp_path / "train" / name / f"{number}.png").write_bytes(saved("PNG"))
     path = tmp_path / "train" / "a" / "1.png"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
     with pytest.raises(DataError, match=r"a/1\.png"):

@@ -22,9 +22,10 @@ def classes_of(task, size):
     return set((torch.cat([task.support_x, task.query_x]).flatten() // size).long().tolist())
 
 
-def test_no_shared_class_in_100_000_draws():
+@pytest.mark.parametrize("draws", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_shared_class_in_many_draws(draws):
     pairs = TaskPairs(numbered(12, 2), ways=5, outer_ways=(2, 7), shots=1, queries=1)
-    for k in range(100_000):
+    for k in range(draws):
         rng = generator(pairs.seed, k)
         shapes = tuple(shape.draw(rng) for shape in pairs.shapes)
         chosen_i, chosen_j = disjoint_classes(rng, 12, [ways for ways, _, _ in shapes])

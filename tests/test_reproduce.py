@@ -362,6 +362,7 @@ def test_an_out_that_cannot_be_written(tmp_path, capsys):
 COMMAND = [sys.executable, "-m", "l2g_meta", "reproduce", "table1", "--scale", "smoke", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_killed_and_shared_by_two_it_gives_the_same_numbers(done, tmp_path):
     command = [*COMMAND, "--out", str(tmp_path), "--runs", "2", "--rows", *done.rows]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

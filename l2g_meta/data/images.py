@@ -195,7 +195,10 @@ def open_folders(
     digest = hashlib.sha256()
     for files in classes.values():
         for file in files:
-            stat = os.stat(file)
+            try:
+                stat = os.stat(file)
+            except OSError as error:
+                raise DataError(f"need an image, got {file!r} ({error.strerror}); restore or remove it") from error
             digest.update(os.fsencode(f"{file}\n{stat.st_size} {stat.st_mtime_ns}\n"))
     source = {"files": digest.hexdigest(), "read": read.__name__, "resize": resize.__name__}
     return open_converted(name, split, size, source, partial(convert, classes, read, resize, size))

@@ -131,7 +131,7 @@ def _remove(path: Path) -> None:
 
 def _check_place(path: Path) -> None:
     """That renaming a file into ``path`` replaces a file, not a folder, ``/dev/null``, or what ``/dev/stdout`` is."""
-    leads_to = os.path.join(os.path.realpath(path.parent), os.readlink(path) if path.is_symlink() else path.name)
+    places = os.path.realpath(path.parent), os.readlink(path) if path.is_symlink() else ""
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.stat().st_mode) or leads_to.startswith(("/proc/", "/dev/fd/")):
+        if not stat.S_ISREG(path.stat().st_mode) or any(place.startswith(("/proc/", "/dev/fd")) for place in places):
             raise OSError(f"{path} is no regular file")

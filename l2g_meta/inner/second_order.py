@@ -57,7 +57,7 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 3, 4])
     """
-    with _eager(), MATH, _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
+    with _eager(), MATH, _Operators(MISSING | FAST | HOOKS if fast else MISSING):  # a mode for each pass
         yield
 
 
@@ -253,8 +253,8 @@ FAST: Table = {
     F.leaky_relu: _leaky_relu,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
-    **dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), watched),
 }
+HOOKS: Table = dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), watched)
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,
     torch._weight_norm: _weight_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any, get_type_hints
@@ -86,7 +87,8 @@ def check_settings(config: Any) -> None:
         if kind is float:
             least, above, below = (rules.get(bound) for bound in ("least", "above", "below"))
             low = value > above if least is None else value >= least
-            if not (low and abs(value) < 2**63 and (below is None or value < below)):
+            finite = abs(value) < 2**63 if type(value) is int else math.isfinite(value)
+            if not (low and finite and (below is None or value < below)):
                 first = f"above {above}" if least is None else f"of at least {least}"
                 last = "finite" if below is None else f"below {below}"
                 raise L2GError(f"need {name} {first} and {last}, got {value}")
