@@ -318,7 +318,7 @@ def test_a_compiled_wrapper_is_evaluated_and_loaded_from(net):
 
 def test_scripted_modules_are_refused(net):
     net.encoder = torch.jit.script(net.encoder)
-    with pytest.raises(FitError, match="got the scripted Sequential; wrap it before it is scripted"):
+    with pytest.raises(FitError, match="got the scripted Sequential; wrap it unscripted"):
         L2GWrapper(net, 0.05)
 
 

@@ -227,7 +227,7 @@ class TestDamaged:
             assert main(again) == 0
             assert (tmp_path / "run" / "log.csv").read_bytes() == before
         assert main(["train", "--resume", str(tmp_path / "run"), "--iterations", "1", "--force"]) == 2
-        assert "has 3 updates, need --iterations of at least as many, got 1" in capsys.readouterr().err
+        assert "has 3 updates, need --iterations 3 or more, got 1" in capsys.readouterr().err
 
     def test_another_config_from_python_is_refused_too(self, run):
         other, before = Config(**{**vars(CONFIG), "lr": 0.5}), (run / "last.safetensors").read_bytes()

@@ -166,6 +166,75 @@ class TestNetworksAsTheyAre:
         for a, e in zip(*found, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("use", ["none", "the norm's map", "retained", "hook", "hook of a node", "hook of a norm"])
+    def test_a_norm_is_pooled_as_one_only_where_nobody_looks_between(self, use):
+        x, w = torch.randn(2, 3, 4, 4).double().requires_grad_(), torch.ones(3).double().requires_grad_()
+        seen, kept = [], []
+        with twice_differentiable():
+            y = F.batch_norm(x, None, None, w, None, True)
+            if use == "hook of a norm":
+                y.register_hook(seen.append)
+            z = F.relu(y)
+            if use == "the norm's map":
+                kept.append(y)
+            if use == "retained":
+                z.retain_grad()
+            if use == "hook":
+                z.register_hook(seen.append)
+            if use == "hook of a node":
+                z.grad_fn.register_prehook(lambda g: seen.append(g[0]))
+            del y
+            out = F.max_pool2d(z, 2)
+        assert (type(out.grad_fn).__name__ == "_NormBackward") == (use == "none")
+        out.sum().backward()
+        assert len(seen) == use.startswith("hook") and (use != "retained" or z.grad is not None)
+
+    def test_maps_that_were_changed_or_freed_before_they_are_pooled(self):
+        """The error is PyTorch's, where it is an error; a pass without gradients has none."""
+        w = torch.ones(3).double().requires_grad_()
+        x = torch.randn(2, 3, 4, 4).double().requires_grad_()
+
+        def normed(t):
+            return F.relu(F.batch_norm(t, None, None, w, None, True))
+
+        with twice_differentiable():
+            z = normed(x)
+            with torch.no_grad():
+                z.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                F.max_pool2d(z, 2).sum().backward()
+            t = x * 1
+            z = normed(t)
+            t.add_(1)
+            F.max_pool2d(z, 2)
+            z = normed(x)
+            z.sum().backward()
+            with torch.no_grad():
+                F.max_pool2d(z, 2)
+            with pytest.raises(RuntimeError, match="a second time"):
+                F.max_pool2d(z, 2).sum().backward()
+
+    def test_a_bias_that_is_changed_in_place(self):
+        start, x = torch.zeros(3).double().requires_grad_(), torch.randn(2, 3, 4, 4).double()
+        with twice_differentiable():
+            b = start * 1
+            z = F.relu(F.batch_norm(x, None, None, None, b, True))
+            b.mul_(3)
+            out = F.max_pool2d(z, 2)
+        (g,) = torch.autograd.grad(out.sum(), start)
+        y = F.max_pool2d(F.relu(F.batch_norm(x, None, None, None, start, True)), 2)
+        torch.testing.assert_close(g, torch.autograd.grad(y.sum(), start)[0])
+
+    def test_relus_that_write_in_modes_within_modes(self):
+        x = torch.randn(4).double().requires_grad_()
+        with twice_differentiable(), twice_differentiable():
+            y = F.relu(x * 1, inplace=True) + F.leaky_relu(x * 1, 0.1, inplace=True)
+            z = F.leaky_relu(x * 1, 0.1)
+            (y + z.mul_(2)).sum().backward()  # PyTorch's keeps its input
+        one = torch.ones(4).double()
+        expected = torch.where(x > 0, one, 0) + 3 * torch.where(x > 0, one, 0.1)
+        torch.testing.assert_close(x.grad, expected)
+
     def test_mobilenet_v3_whose_hardsigmoid_has_no_second_derivative_in_pytorch(self):
         model, pair = metric(mobilenet()), pair_of(32)
         replaced = copy.deepcopy(model)

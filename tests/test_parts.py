@@ -240,7 +240,7 @@ def test_scripted_parts_are_told():
         lambda: SoftmaxMAML(part, 2)(random_task(IMAGE)),
         l2g.clone,
     ):
-        with pytest.raises(FitError, match="got the scripted Sequential; wrap it before it is scripted"):
+        with pytest.raises(FitError, match="got the scripted Sequential; wrap it unscripted"):
             wrap()
 
 

@@ -132,8 +132,7 @@ class Calibration:
             L2GError: if it is something else.
         """
         try:
-            kept = [{k: v for k, v in entry.items() if k != "known"} for entry in values["shots"]]  # of older folders
-            entries = tuple(AtShots(**entry) for entry in kept)
+            entries = tuple(AtShots(**entry) for entry in values["shots"])
             found = cls(int(values["ways"]), int(values["episodes"]), entries)
             sound = all(1 <= e.shots < 2**31 and 0 < e.temperature < math.inf for e in entries) and entries
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

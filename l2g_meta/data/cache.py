@@ -80,10 +80,9 @@ def cached(name: str, fingerprint: Mapping[str, Any], build: Callable[[Path], No
         try:
             build(partial)
             seal(partial)
-            if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                folder.unlink(missing_ok=True)
+            with suppress(OSError):  # a file, link or pipe
+                folder.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             sync(root)
         except OSError as error:

@@ -225,10 +225,7 @@ def _accuracy(scores: Tensor, y: Tensor) -> Tensor:
 def _check_same_episodes(a: Evaluation, b: Evaluation) -> None:
     for name in ("split", "ways", "shots", "queries", "episodes", "runs", "episode_seed"):
         if getattr(a, name) != getattr(b, name):
-            raise L2GError(
-                f"need evaluations on the same episodes, got {name} {getattr(a, name)} and {getattr(b, name)}; "
-                "evaluate both alike"
-            )
+            raise L2GError(f"need evaluations of the same {name}, got {getattr(a, name)} and {getattr(b, name)}")
 
 
 def _scores(

@@ -36,9 +36,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
     modules = list(module.modules())
     for m in modules:
         if isinstance(m, torch.jit.ScriptModule):
-            raise FitError(
-                f"need modules that can be copied, got the scripted {m.original_name}; wrap it before it is scripted"
-            )
+            raise FitError(f"need modules that can be copied, got the scripted {m.original_name}; wrap it unscripted")
     if any(unwrapped(m) is not m or vars(m).get("_compiled_call_impl") is not None for m in modules):
         memo: dict[int, nn.Module] = {}
         bare = _without(module, memo)

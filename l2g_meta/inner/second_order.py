@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from l2g_meta import operators
 from l2g_meta.operators.batch_norm import batch_norm
 from l2g_meta.operators.convolution import Geometry, conv2d
 from l2g_meta.operators.group_norm import group_norm
-from l2g_meta.operators.selection import max_pool2d, relu, watched
+from l2g_meta.operators.selection import max_pool2d, relu
 
 Pair = int | tuple[int, ...]
 
@@ -39,8 +40,8 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
     around learn2learn's ``MAML``) needs it around the forward pass only. Convolution, batch norm in training mode and
     group norm run as ``l2g_meta.operators``; ``scaled_dot_product_attention`` runs as matrix products and a softmax;
     ``hardsigmoid`` as ``relu6``, recurrent layers without cuDNN. What ``torch.compile`` decorates runs uncompiled.
-    Max-pooling after ReLU after batch norm has one derivative with them: for ``autograd.grad`` by a map between, call
-    its ``retain_grad`` or ``register_hook`` during the pass.
+    Max-pooling after ReLU after batch norm has one derivative with them. ``autograd.grad`` by the map that is pooled
+    does not see that pooling, unless a hook or ``retain_grad`` was set on the map before.
     Inside functorch transforms, forward-mode differentiation, compiled, exported or traced regions and
     ``torch.utils.checkpoint``, PyTorch's own operators run. So they do on CUDA, where ours have not run yet:
     ``L2G_FAST_CUDA=1`` takes ours there as well, if it is set before this package is imported.
@@ -57,7 +58,7 @@ def twice_differentiable(*, fast: bool = True) -> Iterator[None]:
         >>> torch.autograd.grad(g.sum(), q)[0].shape
         torch.Size([1, 1, 3, 4])
     """
-    with _eager(), MATH, _Operators(MISSING | FAST | HOOKS if fast else MISSING):  # a mode for each pass
+    with _eager(), MATH, _Operators(MISSING | FAST if fast else MISSING):  # a mode for each pass
         yield
 
 
@@ -215,12 +216,13 @@ def _max_pool2d(
 ) -> Tensor:
     if return_indices or input.ndim != 4 or not _taken(input):
         return NotImplemented
-    size, step, pad, spread = (list(_pair(n)) for n in (kernel_size, stride or kernel_size, padding, dilation))
+    stride = kernel_size if stride is None or stride in ((), []) else stride
+    size, step, pad, spread = (list(_pair(n)) for n in (kernel_size, stride, padding, dilation))
     return max_pool2d(input, size, step, pad, spread, ceil_mode)
 
 
 def _pair(n: Pair) -> tuple[int, ...]:
-    n = tuple(n) if isinstance(n, tuple | list) else (int(n),)
+    n = tuple(n) if isinstance(n, tuple | list) else (index(n),)
     return n * 2 if len(n) == 1 else n
 
 
@@ -254,7 +256,6 @@ FAST: Table = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
 }
-HOOKS: Table = dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), watched)
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,
     torch._weight_norm: _weight_norm,

@@ -20,6 +20,7 @@ select values, y = S(w x̂ + b), so that g above becomes Sᵀg, and ḡ becomes 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -111,11 +112,11 @@ def _quick_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return (mean, variance) if (mean.square() <= 100 * variance).all() else None
 
 
-def pooled_norm(node: Any, y: Tensor, at: Tensor) -> Tensor:
+def pooled_norm(node: Any, y: Tensor, where: Tensor) -> Tensor:
     """Maxima y of the ReLU of the norm that made ``node``, as one function of what that norm took."""
     x, w, mean, rstd, *_ = node.saved_tensors
-    known = y, at, y.clone()  # users may write to what they get
-    return _Norm.apply(x, w, node.b, mean, rstd, (node.eps, True, True, known))[0]
+    known = y, positions(where, x), y.clone()  # users may write to what they get
+    return _Norm.apply(x, w, node.b(), mean, rstd, (node.eps, True, True, known))[0]
 
 
 Options = tuple[float, bool, bool, tuple[Tensor, Tensor, Tensor] | None]  # eps, relu, pool, and y if it is known
@@ -140,11 +141,16 @@ class _Norm(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
-        x, w, ctx.b, mean, rstd, (ctx.eps, relu, pool, known) = inputs
+        x, w, b, mean, rstd, (ctx.eps, relu, pool, known) = inputs
         y, at = outputs
         if at is not None:
             ctx.mark_non_differentiable(at)
         ctx.set_materialize_grads(False)
+        ctx.output, ctx.b = (
+            weakref.ref(y),
+            weakref.ref(b) if b.requires_grad else lambda: b,
+        )  # no backward pass needs it
+        ctx.version = b._version if b.requires_grad else 0
         ctx.plain = not relu and not pool and in_format_of(x, x) is x
         ctx.save_for_backward(x, w, mean, rstd, known[2] if known else y if relu else None, at)
 

@@ -8,11 +8,14 @@ Shapes:
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partialmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 
 from l2g_meta.operators.batch_norm import _Norm, pooled_norm
 from l2g_meta.operators.norm_passes import add_at, is_channels_last, positions, take
@@ -44,30 +47,30 @@ def max_pool2d(
         >>> max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), [2, 2], [2, 2], [0, 0], [1, 1]).flatten().tolist()
         [5.0, 7.0, 13.0, 15.0]
     """
-    (y, where), norm = _maxima(x.detach(), (size, stride, padding, dilation, ceil_mode)), _norm_before(x)
-    at = positions(where, x)
-    return _Taken.apply(x, at, (y,)) if norm is None else pooled_norm(norm, y, at)
+    y, where = _maxima(x.detach(), (size, stride, padding, dilation, ceil_mode))
+    norm = _norm_before(x) if torch.is_grad_enabled() else None
+    return _Taken.apply(x, positions(where, x), (y,)) if norm is None else pooled_norm(norm, y, where)
 
 
 def _norm_before(x: Tensor) -> Any:
-    """The node of the batch norm, if x is its ReLU: with pooling they have one derivative, on the maxima alone."""
-    node: Any = x.grad_fn
-    if not _is_plain(node, _ReLU):
+    """The node of the batch norm, if x is its ReLU: with pooling they have one derivative, on the maxima alone.
+
+    None if a hook wants a gradient between them, the norm's map is in use, or one of them was changed or freed.
+    """
+    relu: Any = x.grad_fn
+    if not _is_plain(relu, _ReLU) or x.retains_grad:
         return None
-    node = node.next_functions[0][0]
-    return node if _is_plain(node, _Norm) else None
+    norm = relu.next_functions[0][0]
+    if not _is_plain(norm, _Norm) or not (norm.output() is None or norm.output() is x) or norm.b() is None:
+        return None
+    with suppress(RuntimeError):
+        same = not norm.b().requires_grad or norm.b()._version == norm.version
+        return norm if same and relu.saved_tensors and norm.saved_tensors else None
+    return None
 
 
 def _is_plain(node: Any, function: Any) -> bool:
     return type(node) is function._backward_cls and node.plain
-
-
-def watched(x: Tensor, *_: Any) -> Any:
-    """Keeps a map whose gradient somebody asks for in the graph, from which pooling would leave it out."""
-    node: Any = x.grad_fn
-    if _is_plain(node, _ReLU) or _is_plain(node, _Norm):
-        node.plain = False
-    return NotImplemented
 
 
 class _ReLU(Function):
@@ -75,11 +78,11 @@ class _ReLU(Function):
     def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
         if inplace:
             ctx.mark_dirty(x)
-            y = x.relu_() if slope == 0 else torch.nn.functional.leaky_relu_(x, slope)
+            y = aten.relu_(x) if slope == 0 else aten.leaky_relu_(x, slope)
         else:
-            y = x.relu() if slope == 0 else torch.nn.functional.leaky_relu(x, slope)
+            y = aten.relu(x) if slope == 0 else aten.leaky_relu(x, slope)
         ctx.slope, ctx.plain = slope, slope == 0
-        ctx.save_for_backward(y)
+        ctx.save_for_backward(x if slope and not inplace else y)  # of one sign; as PyTorch's, which may be written to
         return y
 
     @staticmethod
@@ -136,3 +139,14 @@ class _Spread(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
         return _Taken.apply(v.contiguous(memory_format=ctx.layout), *ctx.saved_tensors, ()), None, None, None
+
+
+def _watched(node: Any, name: str, *hook: Any) -> Any:
+    node.plain = False
+    return getattr(BackwardCFunction, name)(node, *hook)
+
+
+_functions: Any = (_ReLU, _Norm)
+for _function in _functions:
+    for _name in ("register_hook", "register_prehook", "_register_hook_dict"):
+        setattr(_function._backward_cls, _name, partialmethod(_watched, _name))

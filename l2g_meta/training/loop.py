@@ -182,10 +182,7 @@ def validation_shape(config: Config, dataset: Any) -> dict[str, Any]:
     most = math.inf if sizes is None else len(sizes)
     ways = tuple(dict.fromkeys(min(n, most) for n in values(config.outer_ways)))
     if min(ways) < 2:
-        raise DataError(
-            f"need validation on at least 2 ways to choose a checkpoint by, got {min(ways)}; add validation classes or "
-            "ways"
-        )
+        raise DataError(f"need validation on at least 2 ways, got {min(ways)}; add validation classes or ways")
     return {"ways": ways[0] if len(ways) == 1 else ways, "shots": config.outer_shots, "queries": config.queries}
 
 

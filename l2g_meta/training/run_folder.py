@@ -145,11 +145,8 @@ class Run:
         if kept:
             flags = ", ".join(map(flag, kept))
             warnings.warn(f"{flags}: where training began; what has been learned since goes on", stacklevel=2)
-        if info["iteration"] > config.iterations:
-            raise CheckpointError(
-                f"{self.out} has {info['iteration']} updates, need --iterations of at least as many, got "
-                f"{config.iterations}"
-            )
+        if (n := info["iteration"]) > config.iterations:
+            raise CheckpointError(f"{self.out} has {n} updates, need --iterations {n} or more, got {config.iterations}")
         info |= {"config": vars(config), "data": self.data}
         info = self._mended(info)
         config.save(self.out / "config.json")
