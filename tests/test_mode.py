@@ -214,6 +214,16 @@ class TestNetworksAsTheyAre:
             with pytest.raises(RuntimeError, match="a second time"):
                 F.max_pool2d(z, 2).sum().backward()
 
+    def test_a_graph_that_is_cut_between_norm_and_pooling(self):
+        b, x = torch.zeros(3).double().requires_grad_(), torch.randn(2, 3, 4, 4).double()
+        with twice_differentiable():
+            z = F.relu(F.batch_norm(x, None, None, None, (c := b * 1), True))
+            c.detach_()
+            out = F.max_pool2d(z, 2)
+        (g,) = torch.autograd.grad(out.sum(), b)
+        y = F.max_pool2d(F.relu(F.batch_norm(x, None, None, None, b, True)), 2)
+        torch.testing.assert_close(g, torch.autograd.grad(y.sum(), b)[0])
+
     def test_a_bias_that_is_changed_in_place(self):
         start, x = torch.zeros(3).double().requires_grad_(), torch.randn(2, 3, 4, 4).double()
         with twice_differentiable():
@@ -224,6 +234,17 @@ class TestNetworksAsTheyAre:
         (g,) = torch.autograd.grad(out.sum(), start)
         y = F.max_pool2d(F.relu(F.batch_norm(x, None, None, None, start, True)), 2)
         torch.testing.assert_close(g, torch.autograd.grad(y.sum(), start)[0])
+
+    def test_relus_that_write_without_a_graph(self):
+        x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        with twice_differentiable():
+            t = x * 3
+            with torch.no_grad():
+                assert F.relu(t, inplace=True) is t
+            t.sum().backward()
+            with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+                F.relu(x, inplace=True)
+        assert x.grad.tolist() == [3, 3] and x.tolist() == [-1, 2]
 
     def test_relus_that_write_in_modes_within_modes(self):
         x = torch.randn(4).double().requires_grad_()
@@ -494,6 +515,10 @@ class TestValuesAndErrors:
             lambda x: F.leaky_relu(x, -0.1) + F.leaky_relu(x, 0.3) + F.leaky_relu(x.clone(), 0.2, inplace=True),
             lambda x: F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(x.abs(), (3, 3), stride=1, padding=(1, 1)),
             lambda x: F.max_pool2d(x, 2, ceil_mode=True),
+            lambda x: F.max_pool2d(x, 5),
+            lambda x: F.max_pool2d(
+                F.relu(F.batch_norm(x * torch.ones(1, requires_grad=True), None, None, training=True)), 5
+            ),
             lambda x: F.max_pool2d(x, 2, return_indices=True)[1].float(),
             lambda x: F.max_pool2d(x[0], 2),
         ],

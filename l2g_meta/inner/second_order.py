@@ -201,7 +201,8 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    fits = _taken(input) and negative_slope >= 0 and not (inplace and input._is_view())
+    written = inplace and (input._is_view() or input.is_leaf or not torch.is_grad_enabled())  # PyTorch's, or its error
+    fits = _taken(input) and negative_slope >= 0 and not written
     return relu(input, negative_slope, inplace=inplace) if fits else NotImplemented
 
 

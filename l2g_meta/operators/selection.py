@@ -64,8 +64,9 @@ def _norm_before(x: Tensor) -> Any:
     if not _is_plain(norm, _Norm) or not (norm.output() is None or norm.output() is x) or norm.b() is None:
         return None
     with suppress(RuntimeError):
-        same = not norm.b().requires_grad or norm.b()._version == norm.version
-        return norm if same and relu.saved_tensors and norm.saved_tensors else None
+        now, b = (*norm.saved_tensors[:2], norm.b()), norm.b()
+        same = tuple(t.requires_grad for t in now) == norm.needs_input_grad[:3]
+        return norm if same and relu.saved_tensors and (not b.requires_grad or b._version == norm.version) else None
     return None
 
 
@@ -109,7 +110,7 @@ def _maxima(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu" or not x.is_contiguous():
         return aten.max_pool2d_with_indices(x, *window)
     y, where = aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
-    return y.contiguous(), where.contiguous()
+    return y.new_empty(y.shape).copy_(y), where.new_empty(y.shape).copy_(where)  # strides of maps of 1 × 1 as well
 
 
 class _Taken(Function):
@@ -146,7 +147,6 @@ def _watched(node: Any, name: str, *hook: Any) -> Any:
     return getattr(BackwardCFunction, name)(node, *hook)
 
 
-_functions: Any = (_ReLU, _Norm)
-for _function in _functions:
+for _node in (_ReLU._backward_cls, _Norm._backward_cls):
     for _name in ("register_hook", "register_prehook", "_register_hook_dict"):
-        setattr(_function._backward_cls, _name, partialmethod(_watched, _name))
+        setattr(_node, _name, partialmethod(_watched, _name))

@@ -284,6 +284,4 @@ def build_encoder(name: str, in_channels: int, options: Mapping[str, Any]) -> nn
         if isinstance(error, L2GError) or "can't allocate memory" in str(error):
             raise
         given = ", ".join(list(options)[:9]) or "none"
-        raise FitError(
-            f"need a backbone that is built as Backbone(in_channels, **options), got options {given}: {error}"
-        ) from error
+        raise FitError(f"need a Backbone(in_channels, **options), got options {given}: {error}") from error
