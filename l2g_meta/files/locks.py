@@ -40,7 +40,7 @@ def claim(path: Path, *, remove: bool = False) -> Iterator[bool]:
             lock.acquire()
     except (NotImplementedError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"need to lock {path}, got: {reason}; choose a folder on a local disk") from error
+        raise CheckpointError(f"need to lock {path}, got: {reason}; choose another folder, a local one") from error
     try:
         yield lock.is_locked
     finally:
