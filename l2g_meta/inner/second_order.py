@@ -196,10 +196,6 @@ def _conv2d(
     return conv2d(input, weight, bias, Geometry(*map(_pair, (stride, padding, dilation)), groups))  # type: ignore
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _leaky_relu(input, 0.0, inplace)
-
-
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     written = inplace and (input._is_view() or input.is_leaf or not torch.is_grad_enabled())  # PyTorch's, or its error
     fits = _taken(input) and negative_slope >= 0 and not written
@@ -254,8 +250,8 @@ FAST: Table = {
     F.group_norm: _group_norm,
     F.max_pool2d: _max_pool2d,
     F.leaky_relu: _leaky_relu,
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(_leaky_relu, negative_slope=0.0)),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_leaky_relu, negative_slope=0.0, inplace=True)),
 }
 MISSING: Table = {  # whose second derivative PyTorch lacks, or, of weight norm, has wrong
     F.hardsigmoid: _hardsigmoid,

@@ -6,8 +6,11 @@ This module reads the variable once, when it is imported.
 
 import inspect
 import os
+from functools import partialmethod
+from typing import Any
 
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 
 DEVICES = ("cpu", "cuda") if os.environ.get("L2G_FAST_CUDA") == "1" else ("cpu",)
 
@@ -17,3 +20,20 @@ class Operator(Function):
 
     def __init_subclass__(cls) -> None:
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+def watched(function: Any) -> Any:
+    """A function whose nodes lose ``plain`` when somebody hooks onto them, or onto what they made."""
+    for name in ("register_hook", "register_prehook", "_register_hook_dict"):
+        setattr(function._backward_cls, name, partialmethod(_hooked, name))
+    return function
+
+
+def is_plain(node: Any, function: Any) -> bool:
+    """Whether a node is that of a watched function, in its plain form, without hooks."""
+    return type(node) is function._backward_cls and node.plain
+
+
+def _hooked(node: Any, name: str, *hook: Any) -> Any:
+    node.plain = False
+    return getattr(BackwardCFunction, name)(node, *hook)

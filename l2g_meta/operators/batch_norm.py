@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2g_meta.operators import Operator
+from l2g_meta.operators import Operator, is_plain, watched
 from l2g_meta.operators.norm_passes import add_at, affine, channel_sums, in_format_of, per_channel, positions, take
 
 aten = torch.ops.aten
@@ -112,30 +112,40 @@ def _quick_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return (mean, variance) if (mean.square() <= 100 * variance).all() else None
 
 
-def pooled_norm(node: Any, y: Tensor, where: Tensor) -> Tensor:
-    """Maxima y of the ReLU of the norm that made ``node``, as one function of what that norm took."""
-    x, w, mean, rstd, *_ = node.saved_tensors
+def pooled_norm(relu: Any, y: Tensor, where: Tensor) -> Tensor | None:
+    """Maxima y of a ReLU's output, as one function of what the norm before it took: its derivatives pass over y alone.
+
+    ``None`` if there is no such norm, its map is in use, or what it took was changed or freed.
+    """
+    node, _ = relu.grad_fn.next_functions[0]
+    if not is_plain(node, _Norm) or not (node.output() is None or node.output() is relu):
+        return None
+    try:
+        (x, w, mean, rstd, *_), b, _ = node.saved_tensors, node.b(), relu.grad_fn.saved_tensors
+    except RuntimeError:  # PyTorch says so in the backward pass, if there is one
+        return None
+    same = b is not None and tuple(t.requires_grad for t in (x, w, b)) == node.needs_input_grad[:3]
+    if not same or (b.requires_grad and b._version != node.version):
+        return None
     known = y, positions(where, x), y.clone()  # users may write to what they get
-    return _Norm.apply(x, w, node.b(), mean, rstd, (node.eps, True, True, known))[0]
+    return _Norm.apply(x, w, b, mean, rstd, (node.eps, True, True, known))[0]
 
 
-Options = tuple[float, bool, bool, tuple[Tensor, Tensor, Tensor] | None]  # eps, relu, pool, and y if it is known
-
-
+@watched
 class _Norm(Operator):
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, options: Options
+        x: Tensor, w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor | None]:
         _, relu, pool, known = options
-        if known is not None:
+        if known is not None:  # y, its positions, and y to keep
             return known[:2]
         at = None
         if pool:  # before the scale, on which a negative one turns the largest into the smallest
             turned = x.is_cuda or (w < 0).any()  # not asked where the answer would have to travel
-            sign = per_channel(torch.where(w < 0, -1.0, 1.0).to(x.dtype), x)
-            chosen, where = F.max_pool2d_with_indices(x * sign if turned else x, [2, 2])
-            at, x = positions(where, x), chosen * sign if turned else chosen
+            sign = per_channel(torch.where(w < 0, -1.0, 1.0).to(x.dtype), x) if turned else None
+            chosen, where = F.max_pool2d_with_indices(x if sign is None else x * sign, [2, 2])
+            at, x = positions(where, x), chosen if sign is None else chosen * sign
         y = affine(x, w * rstd, b - mean * w * rstd)
         return (y.relu_() if relu else y), at
 
@@ -146,12 +156,10 @@ class _Norm(Operator):
         if at is not None:
             ctx.mark_non_differentiable(at)
         ctx.set_materialize_grads(False)
-        ctx.output, ctx.b = (
-            weakref.ref(y),
-            weakref.ref(b) if b.requires_grad else lambda: b,
-        )  # no backward pass needs it
+        ctx.output = weakref.ref(y)
+        ctx.b = weakref.ref(b) if b.requires_grad else lambda: b  # no backward pass needs it
         ctx.version = b._version if b.requires_grad else 0
-        ctx.plain = not relu and not pool and in_format_of(x, x) is x
+        ctx.plain = not (relu or pool) and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
         ctx.save_for_backward(x, w, mean, rstd, known[2] if known else y if relu else None, at)
 
     @staticmethod

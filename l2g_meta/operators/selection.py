@@ -8,16 +8,14 @@ Shapes:
 
 from __future__ import annotations
 
-from contextlib import suppress
-from functools import partialmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction
 
-from l2g_meta.operators.batch_norm import _Norm, pooled_norm
+from l2g_meta.operators import is_plain, watched
+from l2g_meta.operators.batch_norm import pooled_norm
 from l2g_meta.operators.norm_passes import add_at, is_channels_last, positions, take
 
 aten = torch.ops.aten
@@ -48,32 +46,12 @@ def max_pool2d(
         [5.0, 7.0, 13.0, 15.0]
     """
     y, where = _maxima(x.detach(), (size, stride, padding, dilation, ceil_mode))
-    norm = _norm_before(x) if torch.is_grad_enabled() else None
-    return _Taken.apply(x, positions(where, x), (y,)) if norm is None else pooled_norm(norm, y, where)
+    is_relu = is_plain(x.grad_fn, _ReLU) and not x.retains_grad and torch.is_grad_enabled()
+    pooled = pooled_norm(x, y, where) if is_relu else None
+    return _Taken.apply(x, positions(where, x), (y,)) if pooled is None else pooled
 
 
-def _norm_before(x: Tensor) -> Any:
-    """The node of the batch norm, if x is its ReLU: with pooling they have one derivative, on the maxima alone.
-
-    None if a hook wants a gradient between them, the norm's map is in use, or one of them was changed or freed.
-    """
-    relu: Any = x.grad_fn
-    if not _is_plain(relu, _ReLU) or x.retains_grad:
-        return None
-    norm = relu.next_functions[0][0]
-    if not _is_plain(norm, _Norm) or not (norm.output() is None or norm.output() is x) or norm.b() is None:
-        return None
-    with suppress(RuntimeError):
-        now, b = (*norm.saved_tensors[:2], norm.b()), norm.b()
-        same = tuple(t.requires_grad for t in now) == norm.needs_input_grad[:3]
-        return norm if same and relu.saved_tensors and (not b.requires_grad or b._version == norm.version) else None
-    return None
-
-
-def _is_plain(node: Any, function: Any) -> bool:
-    return type(node) is function._backward_cls and node.plain
-
-
+@watched
 class _ReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
@@ -140,13 +118,3 @@ class _Spread(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
         return _Taken.apply(v.contiguous(memory_format=ctx.layout), *ctx.saved_tensors, ()), None, None, None
-
-
-def _watched(node: Any, name: str, *hook: Any) -> Any:
-    node.plain = False
-    return getattr(BackwardCFunction, name)(node, *hook)
-
-
-for _node in (_ReLU._backward_cls, _Norm._backward_cls):
-    for _name in ("register_hook", "register_prehook", "_register_hook_dict"):
-        setattr(_node, _name, partialmethod(_watched, _name))
