@@ -126,7 +126,7 @@ def test_several_models_give_the_papers_interval_and_pairs_can_be_compared(data)
     assert "2 trained models, Student t" in str(both)
     mean, half = paired_difference(*results)
     assert mean == pytest.approx(means[0] - means[1]) and half >= 0
-    with pytest.raises(L2GError, match="same ways, got 3 and 2"):
+    with pytest.raises(L2GError, match="same ways of both, got 3 and 2; evaluate them alike"):
         paired_difference(
             results[0], evaluate(MetricModel(nn.Flatten(), MatchingHead()), data, ways=2, queries=3, episodes=20)
         )

@@ -46,6 +46,6 @@ def run(args: argparse.Namespace) -> int:
     problems = [f"{r.path}: {problem}" for r in report.runs for problem in r.problems]
     for problem in problems:
         complain(problem)
-    print(f"{args.out}: {size / 1000:,.0f} kB, {len(report.runs)} run(s); open it in a browser")
+    print(f"{args.out}: {size / 1000:,.0f} kB, runs: {len(report.runs)}; open it in a browser")
     emit(args, {"out": str(args.out), "bytes": size, "problems": problems})
     return 1 if problems else 0

@@ -225,7 +225,9 @@ def _accuracy(scores: Tensor, y: Tensor) -> Tensor:
 def _check_same_episodes(a: Evaluation, b: Evaluation) -> None:
     for name in ("split", "ways", "shots", "queries", "episodes", "runs", "episode_seed"):
         if getattr(a, name) != getattr(b, name):
-            raise L2GError(f"need evaluations of the same {name}, got {getattr(a, name)} and {getattr(b, name)}")
+            raise L2GError(
+                f"need the same {name} of both, got {getattr(a, name)} and {getattr(b, name)}; evaluate them alike"
+            )
 
 
 def _scores(

@@ -217,7 +217,7 @@ class Config:
         try:
             return cls.from_json(opened(json.loads(read_text(path)))).resolved()
         except L2GError as error:
-            raise L2GError(f"{path}: {error}") from error
+            raise type(error)(f"{path}: {error}") from error
         except Exception as error:  # JSON can hold values that fail in any comparison
             got = error.strerror if isinstance(error, OSError) else error
             raise L2GError(f"need a run's config in {path}, got: {got}; name a folder made by `l2g train`") from error
