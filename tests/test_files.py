@@ -124,8 +124,10 @@ class TestWriting:
         """That may be a file, which is not the link's to be replaced by."""
         with open(tmp_path / "out", "w") as out:
             (tmp_path / "link").symlink_to(f"/proc/self/fd/{out.fileno()}")
-            with pytest.raises(CheckpointError, match="no regular file"):
-                write_text(tmp_path / "link", "x")
+            (tmp_path / "far").symlink_to("link")
+            for name in ("link", "far"):
+                with pytest.raises(CheckpointError, match="no regular file"):
+                    write_text(tmp_path / name, "x")
             with pytest.raises(CheckpointError, match="no regular file"):
                 write_text(Path(f"/dev/fd/{out.fileno()}"), "x")
         assert (tmp_path / "link").is_symlink()

@@ -131,7 +131,9 @@ def _remove(path: Path) -> None:
 
 def _check_place(path: Path) -> None:
     """That renaming a file into ``path`` replaces a file, not a folder, ``/dev/null``, or what ``/dev/stdout`` is."""
-    places = os.path.realpath(path.parent), os.readlink(path) if path.is_symlink() else ""
+    hops = [path]
+    while hops[-1].is_symlink() and len(hops) < 40:  # as many as Linux follows
+        hops.append(hops[-1].parent / os.readlink(hops[-1]))
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.stat().st_mode) or any(place.startswith(("/proc/", "/dev/fd")) for place in places):
+        if not stat.S_ISREG(path.stat().st_mode) or any(os.path.realpath(p.parent).startswith("/proc/") for p in hops):
             raise OSError(f"{path} is no regular file")
